@@ -310,7 +310,9 @@ def _softmax(
     with_sink = torch.cat([logits, sink], -1)
     lse = with_sink.logsumexp(-1)
     max_logits = torch.cat([logits, nothing], -1).amax(-1)
-    weights = with_sink.softmax(-1)[..., :kv_len].masked_fill(~visible, 0).to(values.dtype)  # an empty row is NaN before
+    weights = (
+        with_sink.softmax(-1)[..., :kv_len].masked_fill(~visible, 0).to(values.dtype)
+    )  # an empty row is NaN before
 
     values = values.repeat_interleave(num_heads // values.size(1), 1).transpose(0, 1)  # (H, L, DV)
     if values.isfinite().all():
