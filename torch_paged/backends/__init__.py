@@ -1,0 +1,64 @@
+"""The backends: one folder each, which exposes one frozen ``BACKEND``. Importing a folder imports no device library."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a backend would run one call.
+
+    Attributes:
+        name: ``"decode"``, ``"prefill"``, ``"mixed"`` for attention, else the op's own name.
+        isa: instruction set or chip, such as ``"avx512"``.
+        compiled: False where the kernel is interpreted.
+    """
+
+    name: str
+    isa: str
+    compiled: bool
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What the dispatcher and the reports know of a backend.
+
+    Attributes:
+        name: the folder's name; also a value of ``TORCH_PAGED_BACKEND``.
+        summary: one line for reports.
+        device_types: ``torch.device.type`` of the tensors it serves.
+        automatic: False for a backend that only ``TORCH_PAGED_BACKEND`` can choose.
+        why_off: the reason why it cannot run here, with the remedy, or None.
+        load: makes its kernels ready. Returns a Python kernel per op, or nothing where its library binds itself.
+        refusal: the reason why it cannot do a (valid) call, or None. Takes the op and all its arguments by name.
+        variant: what it would run for a call. Takes the op and all its arguments by name; never reads data.
+        versions: the versions it depends on, by name.
+    """
+
+    name: str
+    summary: str
+    device_types: tuple[str, ...]
+    automatic: bool
+    why_off: Callable[[], str | None]
+    load: Callable[[], Mapping[str, Callable[..., Any]]]
+    refusal: Callable[[str, Arguments], str | None]
+    variant: Callable[[str, Arguments], Variant]
+    versions: Callable[[], Mapping[str, str]]
+
+
+@cache
+def discover() -> dict[str, BackendInfo]:
+    """Return every backend by name, usable here or not."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg)
+    return {name: importlib.import_module(f"{__name__}.{name}").BACKEND for name in names}
+
+
+def availability() -> dict[str, str | None]:
+    """Return, for each backend by name, why it is off here, or None where it can run."""
+    return {name: info.why_off() for name, info in discover().items()}
