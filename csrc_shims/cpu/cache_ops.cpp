@@ -1,0 +1,170 @@
+// Cache writes, copies and gathers, and the merge of attention states: plans around the row kernels.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "parallel.h"
+#include "plan.h"
+
+namespace torch_paged {
+
+namespace {
+
+char* cache_row(const Cache& cache, int64_t kv, int64_t block, int64_t head, int64_t offset) {
+  return static_cast<char*>(cache.data) + (kv * cache.stride_kv + block * cache.stride_block + head * cache.stride_head +
+                                           offset * cache.stride_token) *
+                                              element_size(cache.dtype);
+}
+
+float* cache_scale(const Cache& cache, int64_t kv, int64_t block, int64_t head, int64_t offset) {
+  return cache.scales + kv * cache.scale_stride_kv + block * cache.scale_stride_block + head * cache.scale_stride_head +
+         offset * cache.scale_stride_token;
+}
+
+float largest(DType t) { return t == DType::i8 ? 127.0f : t == DType::e4m3 ? 448.0f : 57344.0f; }
+
+void write_token(const CacheWriteArgs& args, const KernelTable& isa, int64_t token, int64_t slot) {
+  const Cache& cache = args.cache;
+  const int64_t block = slot / cache.block_size, offset = slot % cache.block_size, es = element_size(args.dtype);
+  const int parts = cache.latent ? 1 : 2;
+  for (int kv = 0; kv < parts; ++kv) {
+    const Rows& rows = kv == 0 ? args.key : args.value;
+    const int64_t dim = kv == 0 ? args.head_dim : args.value_dim;
+    for (int64_t head = 0; head < cache.num_kv_heads; ++head) {
+      const char* source = static_cast<const char*>(rows.data) + (token * rows.stride_token + head * rows.stride_head) * es;
+      char* out = cache_row(cache, kv, block, head, offset);
+      if (!is_quantized(cache.dtype)) {
+        std::memcpy(out, source, dim * es);
+      } else {
+        float* scale = cache_scale(cache, kv, block, head, offset);
+        if (args.compute_scales) {
+          const float amax = isa.absolute_max(args.dtype, source, dim);
+          *scale = amax == 0.0f ? 1.0f : amax / largest(cache.dtype);
+        }
+        isa.quantize_row(args.dtype, source, *scale, cache.dtype, out, dim);
+      }
+      const int64_t cache_es = element_size(cache.dtype);
+      std::memset(out + dim * cache_es, 0, (cache.stored_dim - dim) * cache_es);
+    }
+  }
+}
+
+}  // namespace
+
+void write_cache(const CacheWriteArgs& args) {
+  const KernelTable& isa = kernels();
+  const int64_t token_bytes = args.cache.num_kv_heads * args.head_dim * 4 * element_size(args.dtype);
+  constexpr int64_t kTokensAtOnce = 32;
+  const int64_t groups = (args.num_tokens + kTokensAtOnce - 1) / kTokensAtOnce;
+  parallel_for(groups, threads_for(args.num_tokens * token_bytes), [&](int64_t group) {
+    const int64_t end = std::min(args.num_tokens, (group + 1) * kTokensAtOnce);
+    for (int64_t token = group * kTokensAtOnce; token < end; ++token) {
+      const int64_t slot = args.slots ? args.slots[token] : args.slots32[token];
+      if (slot >= 0) write_token(args, isa, token, slot);
+    }
+  });
+}
+
+void copy_blocks(const Cache& cache, const int64_t* src, const int64_t* dst, int64_t num_pairs) {
+  std::vector<std::pair<int64_t, int64_t>> pairs;
+  for (int64_t i = 0; i < num_pairs; ++i)
+    if (src[i] >= 0 && dst[i] >= 0 && src[i] != dst[i]) pairs.emplace_back(src[i], dst[i]);
+
+  // A destination that is also a later source would be overwritten too early: those sources are saved first.
+  std::vector<int64_t> destinations;
+  for (const auto& pair : pairs) destinations.push_back(pair.second);
+  std::sort(destinations.begin(), destinations.end());
+  std::vector<size_t> saved;
+  for (size_t i = 0; i < pairs.size(); ++i)
+    if (std::binary_search(destinations.begin(), destinations.end(), pairs[i].first)) saved.push_back(i);
+
+  const int parts = cache.latent ? 1 : 2;
+  const int64_t row_bytes = cache.stored_dim * element_size(cache.dtype);
+  const int64_t rows = cache.num_kv_heads * cache.block_size, block_bytes = parts * rows * row_bytes;
+  const bool token_scales = cache.scales_rank == 4;
+  std::vector<char> block_copies(saved.size() * block_bytes);
+  std::vector<float> scale_copies(token_scales ? saved.size() * parts * rows : 0);
+
+  // fn(row of the block, cache row, its scale) for every row of a block
+  const auto for_each_row = [&](int64_t block, const auto& fn) {
+    int64_t row = 0;
+    for (int kv = 0; kv < parts; ++kv)
+      for (int64_t head = 0; head < cache.num_kv_heads; ++head)
+        for (int64_t offset = 0; offset < cache.block_size; ++offset, ++row)
+          fn(row, cache_row(cache, kv, block, head, offset),
+             token_scales ? cache_scale(cache, kv, block, head, offset) : nullptr);
+  };
+  for (size_t i = 0; i < saved.size(); ++i)
+    for_each_row(pairs[saved[i]].first, [&](int64_t row, const char* from, const float* scale) {
+      std::memcpy(block_copies.data() + i * block_bytes + row * row_bytes, from, row_bytes);
+      if (scale) scale_copies[i * parts * rows + row] = *scale;
+    });
+
+  std::vector<int64_t> copy_of(pairs.size(), -1);
+  for (size_t i = 0; i < saved.size(); ++i) copy_of[saved[i]] = static_cast<int64_t>(i);
+  parallel_for(pairs.size(), threads_for(pairs.size() * block_bytes), [&](int64_t i) {
+    const auto [from_block, to_block] = pairs[i];
+    const int64_t copy = copy_of[i];
+    if (copy >= 0) {
+      for_each_row(to_block, [&](int64_t row, char* to, float* scale) {
+        std::memcpy(to, block_copies.data() + copy * block_bytes + row * row_bytes, row_bytes);
+        if (scale) *scale = scale_copies[copy * parts * rows + row];
+      });
+      return;
+    }
+    for (int kv = 0; kv < parts; ++kv)
+      for (int64_t head = 0; head < cache.num_kv_heads; ++head)
+        for (int64_t offset = 0; offset < cache.block_size; ++offset) {
+          std::memcpy(cache_row(cache, kv, to_block, head, offset), cache_row(cache, kv, from_block, head, offset), row_bytes);
+          if (token_scales)
+            *cache_scale(cache, kv, to_block, head, offset) = *cache_scale(cache, kv, from_block, head, offset);
+        }
+  });
+}
+
+void gather_cache(const GatherArgs& args) {
+  const KernelTable& isa = kernels();
+  const Cache& cache = args.cache;
+  const bool quantized = is_quantized(cache.dtype);
+  const int64_t out_row_bytes = cache.stored_dim * (quantized ? 4 : element_size(cache.dtype));
+  const int parts = cache.latent ? 1 : 2;
+  const int64_t units = args.num_seqs * cache.num_kv_heads;
+  parallel_for(units, threads_for(units * args.max_len * out_row_bytes * parts), [&](int64_t unit) {
+    const int64_t seq = unit / cache.num_kv_heads, head = unit % cache.num_kv_heads;
+    const int64_t start = args.starts ? args.starts[seq] : 0, length = args.context_lens[seq];
+    const int32_t* table = args.block_tables + seq * args.table_stride;
+    for (int kv = 0; kv < parts; ++kv) {
+      char* out = static_cast<char*>(kv == 0 ? args.key : args.value) + unit * args.max_len * out_row_bytes;
+      std::memset(out, 0, start * out_row_bytes);
+      std::memset(out + (start + length) * out_row_bytes, 0, (args.max_len - start - length) * out_row_bytes);
+      out += start * out_row_bytes;
+      for (int64_t token = 0; token < length; ++token, out += out_row_bytes) {
+        const int64_t block = table[token / cache.block_size], offset = token % cache.block_size;
+        if (block < 0) {
+          std::memset(out, 0, out_row_bytes);
+          continue;
+        }
+        const char* from = cache_row(cache, kv, block, head, offset);
+        if (quantized)
+          isa.decode_row(cache.dtype, from, *cache_scale(cache, kv, block, head, offset), reinterpret_cast<float*>(out),
+                         cache.stored_dim);
+        else
+          std::memcpy(out, from, out_row_bytes);
+      }
+    }
+  });
+}
+
+void merge_attention_states(const MergeArgs& args) {
+  const KernelTable& isa = kernels();
+  const int64_t rows = args.num_tokens * args.num_heads;
+  constexpr int64_t kRowsAtOnce = 64;
+  parallel_for((rows + kRowsAtOnce - 1) / kRowsAtOnce,
+               threads_for(args.num_parts * rows * args.head_dim * element_size(args.dtype)), [&](int64_t group) {
+                 const int64_t end = std::min(rows, (group + 1) * kRowsAtOnce);
+                 for (int64_t row = group * kRowsAtOnce; row < end; ++row)
+                   isa.merge_row(args, row / args.num_heads, row % args.num_heads);
+               });
+}
+
+}  // namespace torch_paged

@@ -1,0 +1,130 @@
+// Kernels on single rows: dequantise, quantise, find the scale, merge partial attention states.
+#pragma once
+
+#include "attention_kernel.h"
+
+namespace torch_paged {
+namespace {
+
+constexpr float largest(DType t) { return t == DType::i8 ? 127.0f : t == DType::e4m3 ? 448.0f : 57344.0f; }
+
+// float32 in [-largest, largest] -> the low byte of each lane, round to nearest even.
+template <DType S>
+TP_INLINE vu quantized_bits(vf x) {
+  if constexpr (S == DType::i8) {
+    const vf magic = set1(12582912.0f);
+    return (vu)(x + magic) - (vu)magic;
+  }
+  constexpr int kMantissa = S == DType::e4m3 ? 3 : 2, kDrop = 23 - kMantissa, kBias = S == DType::e4m3 ? 120 : 112;
+  // The unit of the subnormals is 2^-9 (e4m3) or 2^-16 (e5m2); adding unit * 2^23 rounds to whole units.
+  const vf magic = set1(S == DType::e4m3 ? 16384.0f : 128.0f);
+  const vf a = vabs(x);
+  const vu u = (vu)a;
+  const vu normal = ((u + ((1u << (kDrop - 1)) - 1) + ((u >> kDrop) & 1u)) >> kDrop) - (kBias << kMantissa);
+  const vu subnormal = (vu)(a + magic) - (vu)magic;
+  const vu bits = u < (vu{} + ((kBias + 1u) << 23)) ? subnormal : normal;
+  const vu number = x != x ? vu{} + 0x7fu : bits;
+  return number | (((vu)x >> 24) & 0x80u);
+}
+
+template <DType S>
+TP_INLINE void quantize_lanes(vf x, float scale, uint8_t* out, int n) {
+  const vf q = x / scale;
+  const vf top = set1(largest(S)), bottom = set1(-largest(S));
+  const vf above = q > top ? top : q;
+  const vu8 bytes = __builtin_convertvector(quantized_bits<S>(above < bottom ? bottom : above), vu8);
+  if (n == W)
+    __builtin_memcpy(out, &bytes, W);
+  else
+    for (int i = 0; i < n; ++i) out[i] = bytes[i];
+}
+
+TP_INLINE vf load_lanes(DType dtype, const void* source, int64_t i, int n) {
+  const char* p = (const char*)source + i * element_size(dtype);
+  switch (dtype) {
+    case DType::f32: return n == W ? decode<DType::f32>(p) : decode_partial<DType::f32>(p, n);
+    case DType::bf16: return n == W ? decode<DType::bf16>(p) : decode_partial<DType::bf16>(p, n);
+    case DType::f16: return n == W ? decode<DType::f16>(p) : decode_partial<DType::f16>(p, n);
+    case DType::i8: return n == W ? decode<DType::i8>(p) : decode_partial<DType::i8>(p, n);
+    case DType::e4m3: return n == W ? decode<DType::e4m3>(p) : decode_partial<DType::e4m3>(p, n);
+    default: return n == W ? decode<DType::e5m2>(p) : decode_partial<DType::e5m2>(p, n);
+  }
+}
+
+TP_INLINE void store_lanes(DType dtype, void* out, int64_t i, vf x, int n) {
+  char* p = (char*)out + i * element_size(dtype);
+  switch (dtype) {
+    case DType::f32: n == W ? encode<DType::f32>(p, x) : encode_partial<DType::f32>(p, x, n); break;
+    case DType::bf16: n == W ? encode<DType::bf16>(p, x) : encode_partial<DType::bf16>(p, x, n); break;
+    default: n == W ? encode<DType::f16>(p, x) : encode_partial<DType::f16>(p, x, n); break;
+  }
+}
+
+TP_INLINE int lanes_left(int64_t dim, int64_t i) { return dim - i >= W ? W : (int)(dim - i); }
+
+void decode_row(DType dtype, const void* source, float scale, float* out, int64_t dim) {
+  for (int64_t i = 0; i < dim; i += W) {
+    const int n = lanes_left(dim, i);
+    store_lanes(DType::f32, out, i, load_lanes(dtype, source, i, n) * scale, n);
+  }
+}
+
+void quantize_row(DType source_dtype, const void* source, float scale, DType dtype, void* out, int64_t dim) {
+  for (int64_t i = 0; i < dim; i += W) {
+    const int n = lanes_left(dim, i);
+    const vf x = load_lanes(source_dtype, source, i, n);
+    uint8_t* to = (uint8_t*)out + i;
+    if (dtype == DType::i8)
+      quantize_lanes<DType::i8>(x, scale, to, n);
+    else if (dtype == DType::e4m3)
+      quantize_lanes<DType::e4m3>(x, scale, to, n);
+    else
+      quantize_lanes<DType::e5m2>(x, scale, to, n);
+  }
+}
+
+// The largest magnitude of a row; NaN when the row holds one.
+float absolute_max(DType dtype, const void* source, int64_t dim) {
+  vf top = vf{}, poison = vf{};
+  for (int64_t i = 0; i < dim; i += W) {
+    const vf x = load_lanes(dtype, source, i, lanes_left(dim, i));
+    top = vmax(vabs(x), top);
+    poison = x != x ? x : poison;
+  }
+  const float any = hsum(poison);
+  return any != any ? any : hmax(top);
+}
+
+void merge_row(const MergeArgs& args, int64_t token, int64_t head) {
+  const int64_t rows = args.num_tokens * args.num_heads, row = token * args.num_heads + head, dim = args.head_dim;
+  const float sink = args.sinks ? args.sinks[head] : kNegInf;
+  float top = sink, poison = 0.0f;
+  for (int64_t p = 0; p < args.num_parts; ++p) {
+    const float lse = args.lses[p * rows + row];
+    if (lse != lse) poison = lse;
+    if (lse > top) top = lse;
+  }
+  const float base = top == kNegInf ? 0.0f : top;
+  float total = (args.sinks ? exp1(sink - base) : 0.0f) + poison;
+  for (int64_t p = 0; p < args.num_parts; ++p) total += exp1(args.lses[p * rows + row] - base);
+  args.lse[row] = total == 0.0f ? kNegInf : base + __builtin_logf(total);
+  for (int64_t i = 0; i < dim; i += W) {
+    const int n = lanes_left(dim, i);
+    vf sum = vf{};
+    for (int64_t p = 0; p < args.num_parts; ++p) {
+      const float lse = args.lses[p * rows + row];
+      if (lse == kNegInf) continue;
+      const char* part = (const char*)args.outs + (p * rows + row) * dim * element_size(args.dtype);
+      sum = sum + load_lanes(args.dtype, part, i, n) * exp1(lse - base);
+    }
+    store_lanes(args.dtype, args.out, row * dim + i, total == 0.0f ? vf{} : sum / total, n);
+  }
+}
+
+constexpr KernelTable make_table(const char* name) {
+  return KernelTable{name,       attention_scratch_bytes, attention_item, attention_merge,
+                     decode_row, quantize_row,            absolute_max,   merge_row};
+}
+
+}  // namespace
+}  // namespace torch_paged

@@ -1,0 +1,268 @@
+// The vector layer: W floats, their loads from and stores to every storage type, exp and tanh, reductions.
+// Included by the kernels_*.cpp files only, each compiled for one ISA; everything has internal linkage, so that no function
+// compiled for a wide ISA can be linked into the baseline path. GCC vector extensions do the arithmetic; intrinsics only
+// where the compiler does not find the instruction by itself.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "params.h"
+
+#define TP_INLINE inline __attribute__((always_inline))
+// The loop bounds below are compile-time constants; unrolled, the arrays live in registers.
+#define TP_UNROLL _Pragma("GCC unroll 24")
+
+namespace torch_paged {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;       // floats in a vector
+constexpr int kReduce = 16;  // vectors reduced at once
+#elif defined(__AVX2__)
+constexpr int W = 8;
+constexpr int kReduce = 8;
+#else
+constexpr int W = 4;
+constexpr int kReduce = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vu16 __attribute__((vector_size(2 * W)));
+typedef uint8_t vu8 __attribute__((vector_size(W)));
+typedef int8_t vi8 __attribute__((vector_size(W)));
+
+constexpr float kNegInf = -__builtin_inff();
+
+TP_INLINE vf set1(float x) { return vf{} + x; }
+TP_INLINE vi lane_index() {
+  vi r;
+  for (int i = 0; i < W; ++i) r[i] = i;
+  return r;
+}
+
+template <class V>
+TP_INLINE V load_bits(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+TP_INLINE vf loadu(const float* p) { return load_bits<vf>(p); }
+TP_INLINE void storeu(float* p, vf x) { __builtin_memcpy(p, &x, sizeof(x)); }
+
+TP_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+TP_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+
+// Lane i is a where bit i is set, else b.
+TP_INLINE vf select_bits(uint32_t bits, vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_mask_blend_ps((__mmask16)bits, b, a);
+#else
+  vi lane = vi{} + 1;
+  lane = lane << lane_index();
+  const vi on = ((vi{} + (int32_t)bits) & lane) == lane;
+  return on ? a : b;
+#endif
+}
+
+TP_INLINE float hsum(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(x);
+#else
+  float s[W];
+  storeu(s, x);
+  for (int n = W / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) s[i] += s[i + n];
+  return s[0];
+#endif
+}
+
+TP_INLINE float hmax(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(x);
+#else
+  float s[W];
+  storeu(s, x);
+  for (int n = W / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) s[i] = s[i] > s[i + n] ? s[i] : s[i + n];
+  return s[0];
+#endif
+}
+
+// exp: 2^n by exponent arithmetic, the rest by a degree-6 polynomial on [-ln2/2, ln2/2] (Cephes expf coefficients, netlib).
+// Arguments below the smallest normal result give 0, NaN stays NaN.
+TP_INLINE vf vexp(vf x) {
+  const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const vf clamped = x > 88.0f ? set1(88.0f) : x;
+  vf n = clamped * 1.44269504088896341f + magic;
+  const vi exponent = (vi)n << 23;
+  n = n - magic;
+  vf r = clamped - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  vf y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  y = (vf)((vi)y + exponent);
+  y = x < -87.33654f ? vf{} : y;
+  return x != x ? x : y;
+}
+
+// tanh: an odd polynomial near 0 (Cephes tanhf), 1 - 2 / (exp(2|x|) + 1) elsewhere, so that small logits keep their bits.
+TP_INLINE vf vtanh(vf x) {
+  const vf a = vabs(x);
+  const vf z = x * x;
+  vf p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * z + -5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z + -3.33332819422e-1f;
+  const vf small = p * z * x + x;
+  const vf big = 1.0f - 2.0f / (vexp(a + a) + 1.0f);
+  const vf signed_big = (vf)((vi)big | ((vi)x & (int32_t)0x80000000));
+  return a < 0.625f ? small : signed_big;
+}
+
+TP_INLINE float exp1(float x) { return vexp(set1(x))[0]; }
+
+// ---- storage types
+TP_INLINE vf half_to_float(vu16 h) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps((__m256i)h);
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps((__m128i)h);
+#else
+  const vu u = __builtin_convertvector(h, vu);
+  const vu magnitude = (u & 0x7fffu) << 13;
+  const vf scaled = (vf)magnitude * 5.192296858534828e33f;  // 2^112 moves the exponent bias from 15 to 127, subnormals too
+  const vu special = magnitude | 0x7f800000u;
+  const vu bits = (u & 0x7c00u) == 0x7c00u ? special : (vu)scaled;
+  return (vf)(bits | ((u & 0x8000u) << 16));
+#endif
+}
+
+template <DType S>
+TP_INLINE vf decode(const void* p) {
+  if constexpr (S == DType::f32) {
+    return load_bits<vf>(p);
+  } else if constexpr (S == DType::bf16) {
+    return (vf)(__builtin_convertvector(load_bits<vu16>(p), vu) << 16);
+  } else if constexpr (S == DType::f16) {
+    return half_to_float(load_bits<vu16>(p));
+  } else if constexpr (S == DType::i8) {
+    return __builtin_convertvector(__builtin_convertvector(load_bits<vi8>(p), vi), vf);
+  } else if constexpr (S == DType::e5m2) {
+    return half_to_float(__builtin_convertvector(load_bits<vu8>(p), vu16) << 8);
+  } else {
+    // e4m3fn placed in a half has its exponent bias off by 8; its one NaN pattern would read as 480.
+    const vu16 u = __builtin_convertvector(load_bits<vu8>(p), vu16);
+    const vf x = half_to_float(((u & 0x80) << 8) | ((u & 0x7f) << 7)) * 256.0f;
+    return vabs(x) == 480.0f ? set1(__builtin_nanf("")) : x;
+  }
+}
+
+template <DType S>
+TP_INLINE constexpr int size_of() {
+  return S == DType::f32 ? 4 : (S == DType::bf16 || S == DType::f16) ? 2 : 1;
+}
+
+// The first n < W elements, zeros behind them; reads no byte past them.
+template <DType S>
+TP_INLINE vf decode_partial(const void* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (S == DType::f32) return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+  if constexpr (size_of<S>() == 2) {
+    const __m256i raw = _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+    return decode<S>(&raw);
+  }
+#endif
+  alignas(64) char buffer[W * 4] = {0};
+  for (int i = 0; i < n * size_of<S>(); ++i) buffer[i] = ((const char*)p)[i];
+  return decode<S>(buffer);
+}
+
+TP_INLINE vu16 bf16_bits(vf x) {
+  const vu u = (vu)x;
+  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const vu quiet = (u >> 16) | 0x40u;
+  return __builtin_convertvector(x != x ? quiet : rounded, vu16);
+}
+
+TP_INLINE vu16 half_bits(vf x) {
+#if defined(__AVX512F__)
+  return (vu16)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (vu16)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vu u = (vu)x & 0x7fffffffu;
+  const vu normal = (u - (112u << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
+  // Adding 0.5 to a tiny magnitude leaves the rounded subnormal in the low bits of the sum.
+  const vu subnormal = (vu)((vf)u + 0.5f) - 0x3f000000u;
+  vu r = u < (113u << 23) ? subnormal : normal;
+  r = u >= 0x477ff000u ? vu{} + 0x7c00u : r;
+  r = u > 0x7f800000u ? vu{} + 0x7e00u : r;
+  return __builtin_convertvector(r | (((vu)x >> 16) & 0x8000u), vu16);
+#endif
+}
+
+template <DType S>
+TP_INLINE void encode(void* p, vf x) {
+  if constexpr (S == DType::f32) {
+    __builtin_memcpy(p, &x, sizeof(x));
+  } else {
+    const vu16 h = S == DType::bf16 ? bf16_bits(x) : half_bits(x);
+    __builtin_memcpy(p, &h, sizeof(h));
+  }
+}
+
+template <DType S>
+TP_INLINE void encode_partial(void* p, vf x, int n) {
+  alignas(64) char buffer[W * 4];
+  encode<S>(buffer, x);
+  for (int i = 0; i < n * size_of<S>(); ++i) ((char*)p)[i] = buffer[i];
+}
+
+// Sum the lanes of kReduce vectors: out[i] = sum of a[i].
+TP_INLINE void reduce_lanes(const vf* a, float* out) {
+#if defined(__AVX512F__)
+  __m512 b[8], c[4], d[2];
+  TP_UNROLL
+  for (int i = 0; i < 8; ++i)
+    b[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+  TP_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const __m512d x = _mm512_castps_pd(b[2 * i]), y = _mm512_castps_pd(b[2 * i + 1]);
+    c[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  TP_UNROLL
+  for (int i = 0; i < 2; ++i)
+    d[i] = _mm512_add_ps(_mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0x88),
+                         _mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0xdd));
+  const __m512 sums = _mm512_add_ps(_mm512_shuffle_f32x4(d[0], d[1], 0x88), _mm512_shuffle_f32x4(d[0], d[1], 0xdd));
+  _mm512_storeu_ps(out, sums);
+#elif defined(__AVX2__)
+  const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+  const __m256 y = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+  _mm256_storeu_ps(out, _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31)));
+#else
+  for (int i = 0; i < kReduce; ++i) out[i] = hsum(a[i]);
+#endif
+}
+
+// An ordinary prefetch builtin may be deleted with the loop around it; a volatile one is not.
+TP_INLINE void prefetch_l2(const char* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetcht1 %0" ::"m"(*p));
+#else
+  __builtin_prefetch(p, 0, 2);
+#endif
+}
+
+}  // namespace
+}  // namespace torch_paged
