@@ -1,9 +1,9 @@
-"""Build the C++ extension: one stable-ABI library for torch >= 2.9, and the op definitions for programs without Python."""
+"""Build the CPU kernels as one stable-ABI library, and the op definitions for programs without Python."""
 
-import importlib.util
 import json
 import os
 import platform
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -44,8 +44,8 @@ def torch_paths() -> tuple[Path, Path]:
         import torch
     except ImportError as error:
         raise SetupError(
-            f"torch_paged: torch cannot be imported by this build ({error}); install torch >= {MINIMUM_TORCH}, then build "
-            "with `pip install --no-build-isolation`, or set TORCH_PAGED_NO_EXT=1 for an install without CPU kernels."
+            f"torch_paged: torch cannot be imported by this build ({error}); install torch >= {MINIMUM_TORCH} and "
+            "build with `pip install --no-build-isolation`, or set TORCH_PAGED_NO_EXT=1 to leave out the CPU kernels."
         ) from None
     if Version(torch.__version__) < MINIMUM_TORCH:
         raise SetupError(
@@ -77,22 +77,19 @@ def check_compiler(compiler: list[str]) -> None:
                 subprocess.run(command, check=True, capture_output=True)
             except (OSError, subprocess.CalledProcessError):
                 raise SetupError(
-                    f"torch_paged: the build needs {missing}, and `{' '.join(command[:2])}` does not provide it; install "
-                    "it or set CXX, or set TORCH_PAGED_NO_EXT=1 for an install without CPU kernels."
+                    f"torch_paged: the build needs {missing}, and `{' '.join(command[:2])}` does not provide it; "
+                    "install it or set CXX, or set TORCH_PAGED_NO_EXT=1 for an install without CPU kernels."
                 ) from None
 
 
 def schema_source() -> str:
     """Return C++ that defines the ops of ``contract/schema.py``, so that a signature is written once."""
-    spec = importlib.util.spec_from_file_location("schema", ROOT / "torch_paged/contract/schema.py")
-    assert spec is not None and spec.loader is not None
-    schema = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(schema)
-    lines = [f"  m.def({json.dumps(name + signature)});" for name, signature in schema.SCHEMAS.items()]
+    schema = runpy.run_path(str(ROOT / "torch_paged/contract/schema.py"))
+    lines = [f"  m.def({json.dumps(name + signature)});" for name, signature in schema["SCHEMAS"].items()]
     return "\n".join(
         [
             "#include <torch/csrc/stable/library.h>",
-            f"STABLE_TORCH_LIBRARY({schema.NAMESPACE}, m) {{",
+            f"STABLE_TORCH_LIBRARY({schema['NAMESPACE']}, m) {{",
             *lines,
             "}",
             "",

@@ -28,7 +28,8 @@ class Explanation:
         op: the op's name.
         device_type: the device that it is explained for.
         backend: the backend that would run it, or None where none serves the device.
-        variant: ``"decode"``, ``"prefill"`` or ``"mixed"`` for attention, the op's name for the others, None when refused.
+        variant: ``"decode"``, ``"prefill"`` or ``"mixed"`` for attention, the op's name for the others, None when
+            refused.
         isa: the instruction set or chip, such as ``"avx512"``, None when refused.
         compiled: True for a compiled kernel, False for an interpreted one, None when refused.
         cache: the kind of cache, such as ``"bfloat16"``, ``"int8 per head"``, ``"latent float32"`` or ``"no cache"``.
@@ -58,8 +59,8 @@ def explain(
 ) -> Explanation:
     """Say which backend and kernel a call would run, or why it would be refused, without running it.
 
-    The arguments are those of the public function or of the op, by name; meta tensors do. Rules that need the data (block
-    ids, lengths) are not looked at.
+    The arguments are those of the public function or of the op, by name; meta tensors do. Rules that need the data
+    (block ids, lengths) are not looked at.
 
     Args:
         op: name of the op, such as ``"paged_attention"``.
@@ -71,8 +72,8 @@ def explain(
         An ``Explanation``; ``refusal`` holds the reason when the call would raise.
 
     Raises:
-        ValueError: the op, the backend or an argument name does not exist, a required argument is missing, or there is no
-            device to explain for.
+        ValueError: the op, the backend or an argument name does not exist, a required argument is missing, or there is
+            no device to explain for.
 
     Example:
         >>> import torch, torch_paged

@@ -21,8 +21,8 @@ def reshape_and_cache(
 ) -> None:
     """Write new keys and values into their slots of the cache, in place.
 
-    Each token's rows go to slot ``block_id * S + offset`` of a ``(2, N, KH, S, DS)`` cache; lanes from the rows' width up to
-    ``DS`` become zero. With ``kv_scales`` per tensor or per head the rows are quantised with these scales.
+    Each token's rows go to slot ``block_id * S + offset`` of a ``(2, N, KH, S, DS)`` cache; lanes from the rows' width
+    up to ``DS`` become zero. With ``kv_scales`` per tensor or per head the rows are quantised with these scales.
 
     Dimensions:
         T: tokens, KH: kv heads, D: key width, DV: value width (DV <= D <= DS), N: blocks, S: tokens in a block.
@@ -32,8 +32,8 @@ def reshape_and_cache(
         value: (T, KH, DV), the key's dtype. New values. None exactly for a latent cache.
         kv_cache: (2, N, KH, S, DS), the key's dtype, int8, float8_e4m3fn or float8_e5m2; (1, N, KH, S, DS) is a latent
             cache. Written in place.
-        slot_mapping: (T,) int64 or int32. The slot of each token; -1 skips the token. Slots should be distinct: the last
-            writer of a slot is unspecified.
+        slot_mapping: (T,) int64 or int32. The slot of each token; -1 skips the token. Slots should be distinct: the
+            last writer of a slot is unspecified.
         kv_scales: (2,) or (2, KH) float32, with a quantised cache only. ``x ~= q * scale``. None: not quantised.
 
     Returns:
@@ -75,7 +75,8 @@ def quantize_and_cache(
     Args:
         key: (T, KH, D) float32, bfloat16 or float16. New keys.
         value: (T, KH, DV), the key's dtype. New values. None exactly for a latent cache.
-        kv_cache: (2, N, KH, S, DS) int8, float8_e4m3fn or float8_e5m2; (1, N, KH, S, DS) is a latent cache. Written in place.
+        kv_cache: (2, N, KH, S, DS) int8, float8_e4m3fn or float8_e5m2; (1, N, KH, S, DS) is a latent cache. Written in
+            place.
         kv_scales: (2, N, KH, S) float32, leading size that of ``kv_cache``. Written in place at the tokens' slots.
         slot_mapping: (T,) int64 or int32. The slot of each token; -1 skips the token.
 
@@ -158,8 +159,9 @@ def paged_attention(
 ) -> Tensor | Stats:
     """Attend with one query per sequence to the sequence's tokens in the paged cache (decode).
 
-    The query sits at position ``context_len - 1``: its own key is already in the cache and counted. Softmax and accumulation
-    are float32; the cache is ``(2, N, KH, S, DS)`` and token ``j`` of a sequence lies in block ``block_tables[b, j // S]``.
+    The query sits at position ``context_len - 1``: its own key is already in the cache and counted. Softmax and
+    accumulation are float32; the cache is ``(2, N, KH, S, DS)`` and token ``j`` of a sequence lies in block
+    ``block_tables[b, j // S]``.
 
     Dimensions:
         B: sequences, H: query heads, KH: kv heads (H % KH == 0; head h reads kv head h // (H // KH)), D: head_dim,
@@ -167,8 +169,8 @@ def paged_attention(
 
     Args:
         query: (B, H, D) float32, bfloat16 or float16.
-        kv_cache: (2, N, KH, S, DS), the query's dtype, int8, float8_e4m3fn or float8_e5m2; (1, N, KH, S, DS) is a latent
-            cache, whose value is the first ``value_dim`` lanes of the key.
+        kv_cache: (2, N, KH, S, DS), the query's dtype, int8, float8_e4m3fn or float8_e5m2; (1, N, KH, S, DS) is a
+            latent cache, whose value is the first ``value_dim`` lanes of the key.
         block_tables: (B, M) int32. Block ids. Entries that no query can see may hold anything, -1 included.
         context_lens: (B,) int32. Tokens of each sequence in the cache. 0 is legal.
         kv_scales: (2,), (2, KH) or (2, N, KH, S) float32, with a quantised cache only. None: not quantised.
@@ -311,10 +313,11 @@ def flash_attn_varlen(
     value_dim: int | None = None,
     return_stats: bool = False,
 ) -> Tensor | Stats:
-    """Attend with packed ragged queries to new keys, to the paged cache, or to both in one softmax (prefill, mixed batches).
+    """Attend with packed ragged queries to new keys, to the paged cache, or to both in one softmax.
 
-    Sequence ``b`` owns query rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``. Its keys are the ``context_lens[b]`` tokens
-    in the cache, then its rows of ``key`` and ``value``; either part may be left out. Rows after the last sequence are padding.
+    Sequence ``b`` owns query rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``. Its keys are the ``context_lens[b]``
+    tokens in the cache, then its rows of ``key`` and ``value``; either part may be left out. Rows after the last
+    sequence are padding.
 
     Dimensions:
         T: query rows, B: sequences, Tk: rows of new keys, H: query heads, KH: kv heads (H % KH == 0), D: head_dim,
@@ -425,8 +428,8 @@ def merge_attention_states(outs: Tensor, lses: Tensor, *, sinks: Tensor | None =
         sinks: (H,) float32. Counted once here; leave it out of every part. None: no sink, or already in one part.
 
     Returns:
-        out (T, H, D) in the dtype of ``outs`` and lse (T, H) float32. Rows that saw no key in any part are 0 and -inf (or
-        their sink).
+        out (T, H, D) in the dtype of ``outs`` and lse (T, H) float32. Rows that saw no key in any part are 0 and -inf
+        (or their sink).
 
     Raises:
         ValueError: an argument breaks a rule.
@@ -451,8 +454,8 @@ def merge_attention_states(outs: Tensor, lses: Tensor, *, sinks: Tensor | None =
 def copy_blocks(kv_cache: Tensor, src_blocks: Tensor, dst_blocks: Tensor, *, kv_scales: Tensor | None = None) -> None:
     """Copy whole blocks inside the cache, in place (copy-on-write, forks, beam search).
 
-    All sources are read as they were before the call, so chains and swaps do what they say. Scales per token and head are
-    copied with their blocks.
+    All sources are read as they were before the call, so chains and swaps do what they say. Scales per token and head
+    are copied with their blocks.
 
     Dimensions:
         P: pairs, N: blocks, KH: kv heads, S: tokens in a block, DS: stored head_dim.
@@ -461,7 +464,8 @@ def copy_blocks(kv_cache: Tensor, src_blocks: Tensor, dst_blocks: Tensor, *, kv_
         kv_cache: (2, N, KH, S, DS) or (1, N, KH, S, DS), any dtype of the contract. Written in place.
         src_blocks: (P,) int64 or int32. Block ids to read; -1 skips the pair.
         dst_blocks: (P,) int64 or int32. Block ids to write, distinct; -1 skips the pair.
-        kv_scales: float32, with a quantised cache only. (2, N, KH, S) is written in place, (2,) and (2, KH) are not touched.
+        kv_scales: float32, with a quantised cache only. (2, N, KH, S) is written in place, (2,) and (2, KH) are not
+            touched.
 
     Returns:
         None.
@@ -511,8 +515,8 @@ def gather_cache(
         starts: (B,) int32. Column of each sequence's first token (left padding). None: 0.
 
     Returns:
-        key and value (B, KH, max_len, DS), fresh, float32 for a quantised cache and else its dtype. The value of a latent
-        cache has width 0.
+        key and value (B, KH, max_len, DS), fresh, float32 for a quantised cache and else its dtype. The value of a
+        latent cache has width 0.
 
     Raises:
         ValueError: an argument breaks a rule, or a sequence does not fit into ``max_len``.

@@ -1,4 +1,4 @@
-"""The contract's reference as a backend: plain PyTorch, slow, for checking. It is chosen by name, never fallen back to."""
+"""The contract's reference as a backend: plain PyTorch, slow. Chosen by name, never fallen back to."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +18,7 @@ def _kernel(qualified_name: str) -> Callable[..., Any]:
     names = [(a.name, a.default_value) for a in getattr(schema, overload or "default")._schema.arguments]
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        arguments = {name: default for name, default in names}
+        arguments = dict(names)
         arguments.update(zip(arguments, args, strict=False))
         arguments.update(kwargs)
         validate.validate(op, arguments)

@@ -1,0 +1,91 @@
+# Every target makes the environment that it needs. Wanted on the machine: Python 3.10 or newer with venv, git, g++, make.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+WHEEL_VENV := .venv-wheel
+TORCH29_VENV := .venv-torch29
+CROSS ?= aarch64-linux-gnu-g++
+QEMU ?= qemu-aarch64
+KERNELS := $(wildcard csrc_shims/*.cpp csrc_shims/*.h csrc_shims/cpu/*.cpp csrc_shims/cpu/*.h)
+LIBRARY := torch_paged/_C.abi3.so
+
+.PHONY: demo test lint bench wheel clean mutants test-wheel test-torch29 test-aarch64 help
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo           generate text with a small model through torch.ops.paged"
+	@echo "make test           run all tests"
+	@echo "make lint           ruff, mypy, clang-format"
+	@echo "make bench          measure the kernels"
+	@echo "make mutants        plant faults in the kernels and see the tests catch them"
+	@echo "make wheel          build dist/*.whl"
+	@echo "make test-wheel     install the wheel into a fresh environment and use it"
+	@echo "make test-torch29   the same with torch 2.9.0 (a download of several GB)"
+	@echo "make test-aarch64   cross-build the kernels and run their tests under qemu"
+	@echo "make clean          remove what these targets made"
+
+# Torch first: the build imports it. The package is linked without its kernels, which are built below, file by file.
+$(VENV)/.ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "torch==$(TORCH)" "setuptools>=77" packaging
+	TORCH_PAGED_NO_EXT=1 $(PIP) install --no-build-isolation -e ".[test,transformers]"
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.ready
+	$(PIP) install --no-build-isolation -e ".[lint]"
+	touch $@
+
+$(LIBRARY): $(VENV)/.ready setup.py torch_paged/contract/schema.py $(KERNELS)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+demo: $(LIBRARY)
+	$(BIN)/python examples/02_generate.py $(ARGS)
+
+test: $(LIBRARY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+
+bench: $(LIBRARY)
+	$(PIP) install --no-build-isolation -e ".[bench]"
+	$(BIN)/python -m benchmarks $(ARGS)
+
+mutants: $(LIBRARY)
+	$(BIN)/python tests/mutants.py $(ARGS)
+
+wheel: $(VENV)/.ready
+	rm -rf dist build/bdist.*
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist
+
+test-wheel: wheel
+	rm -rf $(WHEEL_VENV)
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip -q install "torch==$(TORCH)" dist/*.whl
+	cd $(WHEEL_VENV) && bin/python ../tests/smoke.py
+
+test-torch29: wheel
+	test -x $(TORCH29_VENV)/bin/python || $(PYTHON) -m venv $(TORCH29_VENV)
+	$(TORCH29_VENV)/bin/python -m pip -q install "torch==2.9.0" numpy
+	$(TORCH29_VENV)/bin/python -m pip -q install --force-reinstall --no-deps dist/*.whl
+	cd $(TORCH29_VENV) && bin/python ../tests/smoke.py
+
+test-aarch64:
+	@command -v $(CROSS) >/dev/null && command -v $(QEMU) >/dev/null || \
+	  { echo "test-aarch64 needs $(CROSS) and $(QEMU): apt install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
+	mkdir -p build
+	$(CROSS) -O2 -std=c++17 -fopenmp -fno-math-errno -Wall -static -Icsrc_shims/cpu -o build/kernels_test_aarch64 \
+	  csrc_shims/tests/kernels_test.cpp $(filter-out %_avx2.cpp %_avx512.cpp,$(wildcard csrc_shims/cpu/*.cpp))
+	$(QEMU) build/kernels_test_aarch64
+
+clean:
+	rm -rf $(VENV) $(WHEEL_VENV) $(TORCH29_VENV) build dist *.egg-info torch_paged/*.so
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
