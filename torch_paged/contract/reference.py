@@ -1,10 +1,12 @@
 """What every op computes, in plain PyTorch: the oracle of the tests, and the ``reference`` backend.
 
-One sequence at a time: gather its keys, build the mask of what each query sees, softmax, weigh the values. Runs on any device;
-arguments are taken as valid (``validate`` and ``bounds`` come first). ``compute_dtype`` is the dtype of the two matrix products;
-logits, softmax and statistics are at least float32. Unused table entries are never dereferenced, and what a row does
-not see is selected away, not multiplied by zero.
+One sequence at a time: gather its keys, build the mask of what each query sees, softmax, weigh the values. Runs on any
+device; arguments are taken as valid (``validate`` and ``bounds`` come first). ``compute_dtype`` is the dtype of the two
+matrix products; logits, softmax and statistics are at least float32. Unused table entries are never dereferenced, and
+what a row does not see is selected away, not multiplied by zero.
 """
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -207,7 +209,7 @@ def flash_attn_varlen_with_stats(
     bounds_q = cu_seqlens_q.tolist()
     bounds_k = [0] * len(bounds_q) if cu_seqlens_k is None else cu_seqlens_k.tolist()
     contexts = [0] * len(bounds_q) if context_lens is None else context_lens.tolist()
-    for seq, (first, last) in enumerate(zip(bounds_q, bounds_q[1:], strict=False)):
+    for seq, (first, last) in enumerate(pairwise(bounds_q)):
         rows = slice(first, last)
         new = slice(bounds_k[seq], bounds_k[seq + 1])
         context = contexts[seq]

@@ -1,7 +1,8 @@
 """What the cache ops compute, in plain PyTorch: write, quantise, copy, gather. Arguments are taken as valid.
 
-``q = cast(clamp(x / scale, -qmax, qmax))`` in float32, round to nearest even; ``x ~= q * scale``. int8 needs the explicit
-rounding because a cast truncates; the fp8 casts round by themselves but do not saturate, so the clamp comes first.
+``q = cast(clamp(x / scale, -qmax, qmax))`` in float32, round to nearest even; ``x ~= q * scale``. int8 needs the
+explicit rounding because a cast truncates; the fp8 casts round by themselves but do not saturate, so the clamp comes
+first.
 """
 
 import torch

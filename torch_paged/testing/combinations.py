@@ -46,6 +46,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 }
 """Options of the attention ops and the values that combine; the first value is the neutral one."""
 
+_Pair = tuple[tuple[str, Any], tuple[str, Any]]  # sorted by name
 _PLAIN_FIELDS = (
     "dtype",
     "head_dim",
@@ -85,8 +86,8 @@ def option_pairs() -> Iterator[AttentionCase]:
     """Yield cases that together contain every pair of values of every two factors that can occur together."""
     rng = random.Random(0)
     missing = {
-        frozenset({(a, x), (b, y)})
-        for a, b in combinations(FACTORS, 2)
+        ((a, x), (b, y))
+        for a, b in combinations(sorted(FACTORS), 2)
         for x in FACTORS[a]
         for y in FACTORS[b]
         if _valid(_neutral(FACTORS) | {"source": "both", a: x, b: y})
@@ -99,24 +100,23 @@ def option_pairs() -> Iterator[AttentionCase]:
         number += 1
 
 
-def _draw(rng: random.Random, missing: set[frozenset[tuple[str, Any]]]) -> dict[str, Any]:
+def _draw(rng: random.Random, missing: set[_Pair]) -> dict[str, Any]:
     """Return a valid choice that contains at least one missing pair and greedily more."""
     choice: dict[str, Any] = dict(rng.choice(sorted(missing, key=repr)))
     neutral = _neutral(FACTORS) | {"source": "both"}
     for name in rng.sample(sorted(FACTORS.keys() - choice), len(FACTORS) - len(choice)):
         options = [value for value in FACTORS[name] if _valid(neutral | choice | {name: value})]
-        choice[name] = max(
-            options,
-            key=lambda value: (
-                sum(frozenset({(name, value), other}) in missing for other in choice.items()),
-                rng.random(),
-            ),
-        )
+        gains = [len(missing & _pairs(choice | {name: value})) for value in options]
+        choice[name] = rng.choice([value for value, gain in zip(options, gains, strict=True) if gain == max(gains)])
     return choice
 
 
-def _pairs(choice: dict[str, Any]) -> set[frozenset[tuple[str, Any]]]:
-    return {frozenset(pair) for pair in combinations(choice.items(), 2)}
+def _pairs(choice: dict[str, Any]) -> set[_Pair]:
+    return set(combinations(sorted(choice.items(), key=_name), 2))
+
+
+def _name(item: tuple[str, Any]) -> str:
+    return item[0]
 
 
 def _neutral(names: Iterable[str]) -> dict[str, Any]:

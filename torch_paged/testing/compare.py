@@ -1,7 +1,8 @@
 """The tolerance rule, written once.
 
-Attention: ``max error <= 2 x max error of plain PyTorch in the same dtype + 1 ulp of the dtype x max |reference| + 1e-6``, both
-errors against the reference in float64. Plain PyTorch is the reference with its matrix products in the query dtype.
+Attention: ``max error <= 2 x max error of plain PyTorch in the same dtype + 1 ulp of the dtype x max |reference| +
+1e-6``, both errors against the reference in float64. Plain PyTorch is the reference with its matrix products in the
+query dtype.
 Statistics: ``1e-4 + 1e-5 x |reference|``, plus one ulp of the largest logit where the products are in a half precision.
 A quantised cache is read by the reference as it is stored. Whatever only moves or rounds bytes must be the same bits.
 """
@@ -70,13 +71,14 @@ def assert_merged(arguments: dict[str, Any], out: Tensor, lse: Tensor) -> None:
         arguments["outs"].double(), arguments["lses"], arguments["sinks"], compute_dtype=torch.float64
     )
     plain, _ = reference.merge_attention_states(**arguments)
-    assert out.dtype == arguments["outs"].dtype and lse.dtype == torch.float32
+    assert out.dtype == arguments["outs"].dtype, f"out is {out.dtype}"
+    assert lse.dtype == torch.float32, f"lse is {lse.dtype}"
     assert_close(out, expected, plain)
     assert_stats(lse, expected_lse)
 
 
 def assert_close(actual: Tensor, expected: Tensor, plain: Tensor) -> None:
-    """Assert the rule for any result: ``expected`` is the float64 reference, ``plain`` is plain PyTorch in ``actual.dtype``."""
+    """Assert the rule for any result: ``expected`` is in float64, ``plain`` is plain PyTorch in ``actual.dtype``."""
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert plain.dtype == actual.dtype, f"plain PyTorch ran in {plain.dtype}, the result is {actual.dtype}"
     if not actual.numel():
