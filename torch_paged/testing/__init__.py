@@ -1,5 +1,6 @@
 """What tests and benchmarks share: named cases with their tensors, and the tolerance rule."""
 
+from torch_paged.testing.batches import permute_blocks, take_sequences
 from torch_paged.testing.cache_cases import CopyCase, GatherCase, MergeCase, WriteCase
 from torch_paged.testing.cases import AttentionCase, build
 from torch_paged.testing.combinations import option_pairs, random_case
@@ -19,5 +20,7 @@ __all__ = [
     "build",
     "option_pairs",
     "oracle",
+    "permute_blocks",
     "random_case",
+    "take_sequences",
 ]
