@@ -1,0 +1,13 @@
+"""Run decoder-only transformers models on ``torch.ops.paged.*``.
+
+``patch_model(model)`` is all that ``model.generate`` needs. Without patching: load the model with
+``attn_implementation="torch_paged"`` and pass ``past_key_values=PagedCache(model.config)``.
+"""
+
+from torch_paged.integrations.transformers.attention import ATTENTION_NAME, register
+from torch_paged.integrations.transformers.paged_cache import PagedCache
+from torch_paged.integrations.transformers.patch import patch_model, unpatch_model
+
+__all__ = ["ATTENTION_NAME", "PagedCache", "patch_model", "unpatch_model"]
+
+register()
