@@ -75,3 +75,8 @@ def random_cache(
     keep = live[None, :, None, :, None] & lanes[:, None, None, None, :]
     cache = torch.where(keep, content.to(dtype), poison((1,), dtype))
     return cache, scales
+
+
+def storage_of(view: Tensor) -> Tensor:
+    """Return all bytes of the memory below a view, to see what was written beside it."""
+    return torch.empty(0, dtype=torch.uint8).set_(view.untyped_storage())

@@ -1,0 +1,73 @@
+"""Per-token-and-head quantisation: the same bytes and scales as the reference."""
+
+import pytest
+import torch
+
+from torch_paged.contract.reference_cache import QMAX
+from torch_paged.testing import WriteCase, assert_same, build
+from torch_paged.testing.backends import REFERENCE, Backend
+from torch_paged.testing.named import HALF_DTYPES, QUANTIZED_DTYPES, WRITE_CASES
+from torch_paged.testing.tensors import storage_of
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in WRITE_CASES if case.op == "quantize_and_cache"], ids=lambda case: case.name
+)
+def test_case(backend: Backend, case: WriteCase) -> None:
+    arguments, expected = build(case), build(case)
+    backend(case.op, arguments)
+    REFERENCE(case.op, expected)
+    for name in ("kv_cache", "kv_scales"):
+        assert_same(storage_of(arguments[name]), storage_of(expected[name]), name)
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_tokens(backend: Backend, dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
+    case = WriteCase("many", num_tokens=700, skipped_tokens=40, num_blocks=50, cache_dtype=dtype, scales_rank=4)
+    arguments, expected = build(case), build(case)
+    backend(case.op, arguments)
+    REFERENCE(case.op, expected)
+    assert_same(arguments["kv_cache"], expected["kv_cache"])
+    assert_same(arguments["kv_scales"], expected["kv_scales"])
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)
+@pytest.mark.parametrize("source", [torch.float32, *HALF_DTYPES])
+def test_zero_rows_get_scale_one(backend: Backend, dtype: torch.dtype, source: torch.dtype) -> None:
+    arguments = _arguments(torch.zeros((2, 1, 4), dtype=source), dtype)
+    backend("quantize_and_cache", arguments)
+    assert (arguments["kv_scales"] == 1).all()
+    assert (arguments["kv_cache"].float() == 0).all()
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)
+def test_the_largest_lane_reaches_qmax(backend: Backend, dtype: torch.dtype) -> None:
+    rows = torch.tensor([[[0.5, -2.0, 1.0, 0.0]], [[3.0, 0.0, 0.0, -1.5]]])
+    arguments = _arguments(rows, dtype)
+    backend("quantize_and_cache", arguments)
+    assert arguments["kv_scales"].flatten().tolist() == [float(torch.tensor(x) / QMAX[dtype]) for x in (2.0, 3.0)] * 2
+    assert arguments["kv_cache"][0].float().abs().amax(-1).flatten().tolist() == [QMAX[dtype]] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_nan_lane_spoils_only_itself(backend: Backend, dtype: torch.dtype) -> None:
+    arguments = _arguments(torch.tensor([[[0.5, float("nan"), -2.0, 0.0]]]), dtype)
+    backend("quantize_and_cache", arguments)
+    stored = arguments["kv_cache"][0].float().flatten()
+    assert stored.isnan().tolist() == [False, True, False, False]
+    assert stored[2] == -QMAX[dtype]
+
+
+def _arguments(rows: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    tokens = rows.size(0)
+    return {
+        "key": rows,
+        "value": rows,
+        "kv_cache": torch.zeros((2, tokens, 1, 1, rows.size(2))).to(dtype),
+        "kv_scales": torch.full((2, tokens, 1, 1), float("nan")),
+        "slot_mapping": torch.arange(tokens),
+    }

@@ -1,0 +1,109 @@
+"""Writes with given scales or none: the same bytes as the reference, and no byte besides."""
+
+import pytest
+import torch
+
+from torch_paged.testing import WriteCase, assert_same, build
+from torch_paged.testing.backends import REFERENCE, Backend
+from torch_paged.testing.named import HALF_DTYPES, QUANTIZED_DTYPES, WRITE_CASES
+from torch_paged.testing.tensors import storage_of
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in WRITE_CASES if case.op == "reshape_and_cache"], ids=lambda case: case.name
+)
+def test_case(backend: Backend, case: WriteCase) -> None:
+    arguments, expected = build(case), build(case)
+    backend(case.op, arguments)
+    REFERENCE(case.op, expected)
+    assert_same(storage_of(arguments["kv_cache"]), storage_of(expected["kv_cache"]), "kv_cache")
+    assert_same(arguments["key"], build(case)["key"], "key")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_tokens(backend: Backend, threads: int) -> None:
+    torch.set_num_threads(threads)
+    case = WriteCase("many", num_tokens=700, skipped_tokens=40, num_blocks=50, dtype=torch.bfloat16)
+    arguments, expected = build(case), build(case)
+    backend(case.op, arguments)
+    REFERENCE(case.op, expected)
+    assert_same(arguments["kv_cache"], expected["kv_cache"])
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)
+@pytest.mark.parametrize("source", [torch.float32, *HALF_DTYPES])
+def test_quantisation_saturates(backend: Backend, dtype: torch.dtype, source: torch.dtype) -> None:
+    qmax = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}[dtype]
+    rows = torch.tensor([[[65000.0, -65000.0, float("inf"), 0.0]]], dtype=source)
+    cache = torch.zeros((2, 1, 1, 1, 4), dtype=torch.float32).to(dtype)
+    scales = torch.tensor([0.5, 0.25])
+    backend(
+        "reshape_and_cache",
+        {"key": rows, "value": rows, "kv_cache": cache, "slot_mapping": torch.tensor([0]), "kv_scales": scales},
+    )
+    assert cache.float().flatten().tolist() == [qmax, -qmax, qmax, 0.0] * 2
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)
+def test_quantisation_rounds_half_to_even(backend: Backend, dtype: torch.dtype) -> None:
+    halfway, even = {
+        torch.int8: ([0.5, 1.5, 2.5, -3.5], [0.0, 2.0, 2.0, -4.0]),
+        torch.float8_e4m3fn: ([17.0, 19.0, 21.0, -23.0], [16.0, 20.0, 20.0, -24.0]),
+        torch.float8_e5m2: ([9.0, 11.0, 13.0, -15.0], [8.0, 12.0, 12.0, -16.0]),
+    }[dtype]
+    rows = torch.tensor([[halfway]]) * 0.5
+    cache = torch.zeros((2, 1, 1, 1, 4)).to(dtype)
+    backend(
+        "reshape_and_cache",
+        {
+            "key": rows,
+            "value": rows,
+            "kv_cache": cache,
+            "slot_mapping": torch.tensor([0]),
+            "kv_scales": torch.tensor([0.5, 0.5]),
+        },
+    )
+    assert cache.float().flatten().tolist() == even * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_nan_stays_nan_in_fp8(backend: Backend, dtype: torch.dtype) -> None:
+    rows = torch.tensor([[[1.0, float("nan")]]])
+    cache = torch.zeros((2, 1, 1, 1, 2)).to(dtype)
+    backend(
+        "reshape_and_cache",
+        {
+            "key": rows,
+            "value": rows,
+            "kv_cache": cache,
+            "slot_mapping": torch.tensor([0]),
+            "kv_scales": torch.tensor([1.0, 1.0]),
+        },
+    )
+    assert cache.float().isnan().flatten().tolist() == [False, True] * 2
+
+
+@pytest.mark.parametrize("source", [torch.float32, *HALF_DTYPES])
+@pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)
+def test_every_half_precision_value_quantises_like_torch(
+    backend: Backend, source: torch.dtype, dtype: torch.dtype
+) -> None:
+    """All finite bit patterns of the half formats, so that no rounding case is left to chance."""
+    pattern = torch.bfloat16 if source == torch.float32 else source
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(pattern)
+    values = values[values.isfinite()]
+    rows = values[: values.numel() // 64 * 64].reshape(-1, 1, 64).to(source)
+    cache = torch.zeros((2, rows.size(0), 1, 1, 64)).to(dtype)
+    arguments = {
+        "key": rows,
+        "value": rows,
+        "kv_cache": cache,
+        "slot_mapping": torch.arange(rows.size(0)),
+        "kv_scales": torch.tensor([0.037, 1.0]),
+    }
+    expected = dict(arguments, kv_cache=cache.clone())
+    backend("reshape_and_cache", arguments)
+    REFERENCE("reshape_and_cache", expected)
+    assert_same(cache, expected["kv_cache"])
