@@ -37,3 +37,18 @@ def read_texts(*, held_out: bool) -> list[str]:
         if is_held_out(name) == held_out:
             texts.append(path.read_text(encoding="utf-8", errors="replace"))
     return texts
+
+
+PROMPTS = (("copy.py", 3), ("sched.py", 8), ("shutil.py", 5), ("http/server.py", 14))
+
+
+def held_out_prompts() -> list[str]:
+    """Return prompts of different lengths: the lines from a function in the middle of four held-out files."""
+    paths = dict(stdlib_files())
+    prompts = []
+    for name, num_lines in PROMPTS:
+        lines = paths[name].read_text(encoding="utf-8").splitlines(keepends=True)
+        starts = [index for index, line in enumerate(lines) if line.lstrip().startswith("def ")]
+        start = starts[len(starts) // 2]
+        prompts.append("".join(lines[start : start + num_lines]))
+    return prompts
