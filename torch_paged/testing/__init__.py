@@ -4,7 +4,15 @@ from torch_paged.testing.batches import permute_blocks, take_sequences
 from torch_paged.testing.cache_cases import CopyCase, GatherCase, MergeCase, WriteCase
 from torch_paged.testing.cases import AttentionCase, build
 from torch_paged.testing.combinations import option_pairs, random_case
-from torch_paged.testing.compare import assert_attention, assert_close, assert_merged, assert_same, assert_stats, oracle
+from torch_paged.testing.compare import (
+    assert_attention,
+    assert_close,
+    assert_double_close,
+    assert_merged,
+    assert_same,
+    assert_stats,
+    oracle,
+)
 
 __all__ = [
     "AttentionCase",
@@ -14,6 +22,7 @@ __all__ = [
     "WriteCase",
     "assert_attention",
     "assert_close",
+    "assert_double_close",
     "assert_merged",
     "assert_same",
     "assert_stats",

@@ -4,7 +4,7 @@ Attention: ``max error <= 2 x max error of plain PyTorch in the same dtype + 1 u
 1e-6``, both errors against the reference in float64. Plain PyTorch is the reference with its matrix products in the
 query dtype.
 Statistics: ``1e-4 + 1e-5 x |reference|``, plus one ulp of the largest logit where the products are in a half precision.
-A quantised cache is read by the reference as it is stored. Whatever only moves or rounds bytes must be the same bits.
+Two float64 computations: 1e-12. A quantised cache is read by the reference as it is stored. Whatever only moves or rounds bytes must be the same bits.
 """
 
 from typing import Any
@@ -110,6 +110,12 @@ def assert_stats(
         f"{name}: {int(bad.sum())} values outside the rule, the first at {tuple(bad.nonzero()[0].tolist())}: "
         f"{actual[bad][0]:.6g}, expected {expected[bad][0]:.6g}"
     )
+
+
+def assert_double_close(actual: Tensor, expected: Tensor) -> None:
+    """Assert that two float64 computations agree but for the order of their sums."""
+    assert actual.dtype == expected.dtype == torch.float64, f"dtypes {actual.dtype} and {expected.dtype}"
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 def assert_same(actual: Tensor, expected: Tensor, name: str = "result") -> None:
