@@ -4,6 +4,7 @@ VENV ?= .venv
 TORCH ?= 2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+EDITABLE := TORCH_PAGED_NO_EXT=1 $(PIP) install --no-build-isolation -e
 WHEEL_VENV := .venv-wheel
 TORCH29_VENV := .venv-torch29
 CROSS ?= aarch64-linux-gnu-g++
@@ -30,11 +31,11 @@ help:
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install "torch==$(TORCH)" "setuptools>=77" packaging
-	TORCH_PAGED_NO_EXT=1 $(PIP) install --no-build-isolation -e ".[test,transformers]"
+	$(EDITABLE) ".[test,transformers]"
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.ready
-	$(PIP) install --no-build-isolation -e ".[lint]"
+	$(EDITABLE) ".[lint]"
 	touch $@
 
 $(LIBRARY): $(VENV)/.ready setup.py torch_paged/contract/schema.py $(KERNELS)
@@ -54,7 +55,7 @@ lint: $(VENV)/.lint
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 
 bench: $(LIBRARY)
-	$(PIP) install --no-build-isolation -e ".[bench]"
+	$(EDITABLE) ".[bench]"
 	$(BIN)/python -m benchmarks $(ARGS)
 
 mutants: $(LIBRARY)

@@ -29,6 +29,8 @@ ISA_FLAGS = {
     "kernels_avx512.cpp": [
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx512vnni"),
         *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
+        # GCC 12 warns of its own intrinsics headers.
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
     ],
 }
 OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n"
