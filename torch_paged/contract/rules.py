@@ -30,6 +30,11 @@ class Call:
         return self.arguments.get(name) is not None
 
     @property
+    def leader(self) -> str:
+        """The first tensor, whose device is that of the call."""
+        return next(name for name in ("query", "outs", "key", "kv_cache") if name in self.arguments)
+
+    @property
     def latent(self) -> bool:
         """Whether values are lanes of the keys."""
         return not self.has("value") if not self.has("kv_cache") else holds(self.sizes["2"] == 1)
@@ -91,18 +96,14 @@ def _tuple(shape: str) -> str:
     return f"({letters[0]},)" if len(letters) == 1 else f"({', '.join(letters)})"
 
 
-def tensor(name: str, dtypes: tuple[str, ...], *shapes: str, like: str | None = None) -> tuple[Rule, Rule, Rule]:
+def tensor(name: str, dtypes: tuple[str, ...], *shapes: str, like: str | None = None) -> tuple[Rule, ...]:
     """Return the device, dtype and shape rules of one tensor; the rank picks the shape where there are several."""
 
     def device(call: Call) -> Broken:
-        tensor = call[name]
-        if tensor is None:
+        found = call[name]
+        if found is None or found.device == call[call.leader].device:
             return None
-        call.sources.setdefault("device", name)
-        first = call.sources["device"]
-        if tensor.device == call[first].device:
-            return None
-        return name, f"be on {call[first].device} as {first} is", tensor.device
+        return name, f"be on {call[call.leader].device} as {call.leader} is", found.device
 
     def dtype(call: Call) -> Broken:
         tensor = call[name]

@@ -139,7 +139,7 @@ def _attention(rows: str, *, varlen: bool) -> Iterator[Rule]:
         yield together("block_tables", "kv_cache")
         yield together("context_lens", "kv_cache")
         yield only_with("kv_scales", "kv_cache")
-    yield from tensor("query", FLOATS, f"{rows} H D")
+    yield from tensor("query", FLOATS, f"{rows} H D")[1:]
     if varlen:
         yield from tensor("key", (), "Tk KH D", like="query")
         yield from tensor("value", (), "Tk KH DV", like="query")
@@ -172,7 +172,7 @@ def _attention(rows: str, *, varlen: bool) -> Iterator[Rule]:
 
 
 def _write(*, compute_scales: bool) -> Iterator[Rule]:
-    yield from tensor("key", FLOATS, "T KH D")
+    yield from tensor("key", FLOATS, "T KH D")[1:]
     yield from tensor("value", (), "T KH DV", like="key")
     yield from tensor("kv_cache", QUANTIZED, _CACHE, like=None if compute_scales else "key")
     yield from tensor("slot_mapping", ("int64", "int32"), "T")
@@ -194,12 +194,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "paged_attention": tuple(_attention("B", varlen=False)),
     "flash_attn_varlen": tuple(_attention("T", varlen=True)),
     "merge_attention_states": (
-        *tensor("outs", FLOATS, "P T H D"),
+        *tensor("outs", FLOATS, "P T H D")[1:],
         *tensor("lses", ("float32",), "P T H"),
         *tensor("sinks", ("float32",), "H"),
     ),
     "copy_blocks": (
-        *tensor("kv_cache", FLOATS + QUANTIZED, _CACHE),
+        *tensor("kv_cache", FLOATS + QUANTIZED, _CACHE)[1:],
         *tensor("src_blocks", ("int64", "int32"), "P*"),
         *tensor("dst_blocks", ("int64", "int32"), "P*"),
         *_SCALES,
@@ -209,7 +209,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         not_expanded("kv_scales", per_token_only=True),
     ),
     "gather_cache": (
-        *tensor("kv_cache", FLOATS + QUANTIZED, _CACHE),
+        *tensor("kv_cache", FLOATS + QUANTIZED, _CACHE)[1:],
         *tensor("block_tables", ("int32",), "B M"),
         *tensor("context_lens", ("int32",), "B"),
         *_SCALES,
