@@ -56,9 +56,9 @@ def allocate_kv_cache(
 ) -> KVCache:
     """Allocate the cache of one layer, filled with zeros, in the layout that every op takes.
 
-    The tensor is contiguous ``(2, N, KH, S, DS)``, ``DS`` being head_dim padded to what the backend wants. On the CPU, from
-    2 MiB on, it starts at a 2 MiB boundary and asks for huge pages (random 4 KiB reads miss the TLB otherwise); memory is
-    taken from the system only where it is written. A platform without huge pages gives ordinary memory.
+    The tensor is contiguous ``(2, N, KH, S, DS)``, ``DS`` being head_dim padded to what the backend wants. On the CPU,
+    from 2 MiB on, it starts at a 2 MiB boundary and asks for huge pages (random 4 KiB reads miss the TLB otherwise);
+    memory is taken from the system only where it is written. A platform without huge pages gives ordinary memory.
 
     Dimensions:
         N blocks, KH kv heads, S tokens in a block, DS stored head_dim, DS >= head_dim.

@@ -38,7 +38,8 @@ class BlockAllocator:
     """Hand out the blocks of a paged cache: allocate, append, fork with copy-on-write, free, reuse prefixes.
 
     One step of a model, in this order: ``append`` for each sequence, ``take_copies`` and ``copy_blocks`` in every
-    layer's cache, write the new tokens to their slots, attend, ``publish``. Fork, free and truncate between steps.
+    layer's cache, write the new tokens to their slots, attend, ``publish``. Fork and truncate between steps; a
+    sequence that is freed within a step takes its unwritten slots with it.
 
     Args:
         num_blocks: N of the cache, >= 1.
@@ -96,6 +97,20 @@ class BlockAllocator:
     def num_free_blocks(self) -> int:
         """Blocks that a sequence can get, those kept for prefix reuse included."""
         return self._pool.available
+
+    def grow(self, num_blocks: int) -> None:
+        """Add blocks to the pool, because the cache was made larger; ids and contents stay.
+
+        Args:
+            num_blocks: N of the larger cache.
+
+        Raises:
+            ValueError: fewer blocks than there are.
+        """
+        if num_blocks < self.num_blocks:
+            raise ValueError(f"grow: num_blocks must be at least {self.num_blocks}, got {num_blocks}")
+        self._pool.grow(num_blocks)
+        self.num_blocks = num_blocks
 
     def allocate(self, prompt: Sequence[int] = (), *, salt: bytes = b"") -> int:
         """Start a sequence; with prefix reuse, on the published blocks that already hold the start of its prompt.

@@ -39,6 +39,12 @@ class BlockPool:
         """Blocks that ``take`` can give: free and kept ones."""
         return len(self._free) + len(self._kept)
 
+    def grow(self, num_blocks: int) -> None:
+        """Add free blocks, up to ``num_blocks`` in all."""
+        self._free[:0] = range(num_blocks - 1, self.num_blocks - 1, -1)
+        self.references += [0] * (num_blocks - self.num_blocks)
+        self.num_blocks = num_blocks
+
     def take(self) -> int:
         """Return a block with one reference; a kept one is forgotten only when no free one is left."""
         if self._free:
