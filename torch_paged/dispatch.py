@@ -1,6 +1,5 @@
 """The only place where a dispatcher key meets a backend."""
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
@@ -9,6 +8,7 @@ import torch
 
 from torch_paged import backends
 from torch_paged.backends import BackendInfo
+from torch_paged.contract import autograd, fake
 from torch_paged.contract.schema import NAMESPACE, SCHEMAS, define_ops
 
 VARIABLE = "TORCH_PAGED_BACKEND"
@@ -32,9 +32,8 @@ def register() -> None:
         ) from error
     for name in SCHEMAS:
         library.impl(name, _no_backend_kernel(name), "CompositeExplicitAutograd")
-    for part in ("fake", "autograd"):
-        if importlib.util.find_spec(f"torch_paged.contract.{part}"):
-            importlib.import_module(f"torch_paged.contract.{part}").register(library)
+    fake.register(library)
+    autograd.register(library)
     _library = library
     for info in chosen:
         _bind(info, library)

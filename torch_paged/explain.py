@@ -11,6 +11,7 @@ import torch
 
 from torch_paged import backends, dispatch
 from torch_paged.contract.schema import NAMESPACE, SCHEMAS
+from torch_paged.contract.validate import validate
 
 LOG = os.environ.get("TORCH_PAGED_LOG", "0") == "1"
 
@@ -81,7 +82,7 @@ def explain(
         >>> query = torch.empty(4, 32, 128, dtype=torch.bfloat16, device="meta")
         >>> tables = torch.empty(4, 16, dtype=torch.int32, device="meta")
         >>> lengths = torch.empty(4, dtype=torch.int32, device="meta")
-        >>> choice = torch_paged.explain("paged_attention", device="cpu", query=query, kv_cache=cache,
+        >>> choice = torch_paged.explain("paged_attention", backend="cpu", query=query, kv_cache=cache,
         ...                              block_tables=tables, context_lens=lengths)
         >>> choice.backend, choice.variant, choice.compiled, choice.cache
         ('cpu', 'decode', True, 'bfloat16')
@@ -102,8 +103,6 @@ def explain(
     if reason is not None:
         return refused(f"{op}: backend '{name}' is off because {reason}", name)
     try:
-        from torch_paged.contract.validate import validate
-
         validate(op, full)
     except ValueError as error:
         return refused(str(error), name)

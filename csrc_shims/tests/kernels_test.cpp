@@ -364,14 +364,7 @@ void check_write_copy_gather(const Case& c) {
   int32_t& second = p.tables[4 * p.table_width];
   const int64_t source[3] = {first, second, -1}, target[3] = {second, first, 0};
   copy_blocks(p.args.cache, source, target, 3);
-  p.read();
-  const int64_t a = first, b = second;
   std::swap(first, second);
-  for (int64_t& slot : p.slots) {
-    const int64_t block = slot / c.block_size;
-    if (block == a) slot += (b - a) * c.block_size;
-    if (block == b) slot += (a - b) * c.block_size;
-  }
   GatherArgs g;
   g.cache = p.args.cache;
   g.block_tables = p.tables.data(), g.table_stride = p.table_width;

@@ -32,6 +32,7 @@ class BackendInfo:
     Attributes:
         name: the folder's name; also a value of ``TORCH_PAGED_BACKEND``.
         summary: one line for reports.
+        limits: feature -> what of it the backend does, for the README's table.
         device_types: ``torch.device.type`` of the tensors it serves.
         automatic: False for a backend that only ``TORCH_PAGED_BACKEND`` can choose.
         why_off: the reason why it cannot run here, with the remedy, or None.
@@ -43,6 +44,7 @@ class BackendInfo:
 
     name: str
     summary: str
+    limits: Mapping[str, str]
     device_types: tuple[str, ...]
     automatic: bool
     why_off: Callable[[], str | None]

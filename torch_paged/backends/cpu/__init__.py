@@ -2,15 +2,12 @@
 
 import platform
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from torch_paged.backends import BackendInfo
-from torch_paged.backends.cpu.support import isa, refusal, variant
-
-LIBRARY = Path(__file__).parents[2] / "_C.abi3.so"
+from torch_paged.backends.cpu.support import LIBRARY, LIMITS, isa, refusal, variant
 
 
 def why_off() -> str | None:
@@ -36,12 +33,13 @@ def load() -> Mapping[str, Callable[..., Any]]:
 
 def versions() -> Mapping[str, str]:
     """Return the machine and the instruction set in use."""
-    return {"machine": platform.machine(), "isa": isa() if why_off() is None else "none"}
+    return {"machine": platform.machine(), "isa": (isa() or "none") if why_off() is None else "none"}
 
 
 BACKEND = BackendInfo(
     name="cpu",
     summary="C++ kernels for Linux x86_64 and aarch64",
+    limits=LIMITS,
     device_types=("cpu",),
     automatic=True,
     why_off=why_off,

@@ -1,41 +1,67 @@
-"""What the CPU kernels do with a call: which variant on which instruction set. They do everything that is valid."""
+"""What the CPU kernels do, and which of them a call runs. They do everything that the contract calls valid."""
 
 import ctypes
+import os
 from functools import cache
 from pathlib import Path
 
 from torch_paged.backends import Arguments, Variant
 
-_ATTENTION = ("paged_attention", "flash_attn_varlen")
+LIBRARY = Path(__file__).parents[2] / "_C.abi3.so"
+
+LIMITS = {
+    "query dtypes": "float32, bfloat16, float16",
+    "cache dtypes": "the query's, int8, float8_e4m3fn, float8_e5m2",
+    "scales": "per tensor, per head, per token and head",
+    "head_dim, block size, H / KH": "any",
+    "cache strides": "any with a unit last stride",
+    "latent caches": "yes",
+    "windows, chunks, soft caps, sinks, ALiBi": "yes",
+    "masks, query positions, statistics": "yes",
+    "batch-invariant results": "yes",
+    "bad values": "raise before the first write",
+    "run on hardware": "x86_64 with AVX2 and AVX-512; aarch64 in an emulator only",
+}
+"""Feature -> what of it this backend does, for the table in the README."""
+
+MAX_DIRECT_ROWS = 16
+"""Query rows per kv head up to which a sequence is attended to in place (``kMaxDirectRows`` of csrc_shims/cpu/plan.h)."""
 
 
 @cache
-def isa() -> str:
-    """Return the instruction set that the kernels use: ``"avx512"``, ``"avx2"`` or ``"generic"``."""
-    library = ctypes.CDLL(str(Path(__file__).parents[2] / "_C.abi3.so"))
+def isa() -> str | None:
+    """Return the kernels in use, ``"avx512"``, ``"avx2"`` or ``"generic"``, or None where the wanted ones do not run here."""
+    library = ctypes.CDLL(str(LIBRARY))
     library.torch_paged_isa.restype = ctypes.c_char_p
-    return str(library.torch_paged_isa().decode())
+    name = library.torch_paged_isa()
+    return None if name is None else str(name.decode())
 
 
 def refusal(op: str, arguments: Arguments) -> str | None:
-    """Return None: every valid call is supported."""
+    """Return None for every valid call, unless the kernels that the environment asks for do not run here."""
+    if isa() is None:
+        asked = os.environ.get("TORCH_PAGED_CPU_ISA")
+        return f"torch_paged: TORCH_PAGED_CPU_ISA must name kernels that this machine runs, got {asked!r}"
     return None
 
 
 def variant(op: str, arguments: Arguments) -> Variant:
-    """Return the kernel that a valid call would run.
+    """Return the kernel that a valid call runs."""
+    name = _attention(op, arguments) if op in ("paged_attention", "flash_attn_varlen") else op
+    return Variant(name=name, isa=isa() or "none", compiled=True)
 
-    One query per sequence is ``"decode"``; more than one in every sequence that has a full share of the rows is
-    ``"prefill"``; a ragged batch is ``"mixed"``.
+
+def _attention(op: str, arguments: Arguments) -> str:
+    """Return the variant as the shapes tell it.
+
+    A sequence with few query rows per kv head is attended to in place (``"decode"``), any other in packed tiles
+    (``"prefill"``); a batch that may hold both is ``"mixed"``.
     """
-    name = attention_variant(op, arguments) if op in _ATTENTION else op
-    return Variant(name=name, isa=isa(), compiled=True)
-
-
-def attention_variant(op: str, arguments: Arguments) -> str:
-    """Return ``"decode"``, ``"prefill"`` or ``"mixed"`` from the shapes alone."""
-    if op == "paged_attention" or arguments["max_seqlen_q"] <= 1:
+    query, kv_cache, key = arguments["query"], arguments["kv_cache"], arguments.get("key")
+    if op == "paged_attention":
         return "decode"
-    sequences = arguments["cu_seqlens_q"].shape[0] - 1
-    full = arguments["query"].shape[0] >= sequences * arguments["max_seqlen_q"]
-    return "prefill" if full else "mixed"
+    kv_heads = kv_cache.shape[2] if kv_cache is not None else key.shape[1]
+    longest, sequences = arguments["max_seqlen_q"], arguments["cu_seqlens_q"].shape[0] - 1
+    if longest * (query.shape[1] // kv_heads) <= MAX_DIRECT_ROWS:
+        return "decode"
+    return "prefill" if query.shape[0] >= sequences * longest else "mixed"

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 
 from torch_paged.backends import Arguments, BackendInfo, Variant
+from torch_paged.contract import bounds, reference, validate
 from torch_paged.contract.schema import NAMESPACE, SCHEMAS
 
 
 def _kernel(qualified_name: str) -> Callable[..., Any]:
-    from torch_paged.contract import bounds, reference, validate
-
     op, _, overload = qualified_name.partition(".")
     function = getattr(reference, f"{op}_{overload}" if overload else op)
     schema = getattr(getattr(torch.ops, NAMESPACE), op)
@@ -40,7 +39,20 @@ def variant(op: str, arguments: Arguments) -> Variant:
 
 BACKEND = BackendInfo(
     name="reference",
-    summary="the contract in plain PyTorch, for checking (only by TORCH_PAGED_BACKEND=reference)",
+    summary="the contract in plain PyTorch, for checking",
+    limits={
+        "query dtypes": "float32, bfloat16, float16",
+        "cache dtypes": "the query's, int8, float8_e4m3fn, float8_e5m2",
+        "scales": "per tensor, per head, per token and head",
+        "head_dim, block size, H / KH": "any",
+        "cache strides": "any with a unit last stride",
+        "latent caches": "yes",
+        "windows, chunks, soft caps, sinks, ALiBi": "yes",
+        "masks, query positions, statistics": "yes",
+        "batch-invariant results": "no",
+        "bad values": "raise before the first write",
+        "run on hardware": "x86_64",
+    },
     device_types=("cpu",),
     automatic=False,
     why_off=lambda: None,
