@@ -4,7 +4,8 @@ Attention: ``max error <= 2 x max error of plain PyTorch in the same dtype + 1 u
 1e-6``, both errors against the reference in float64. Plain PyTorch is the reference with its matrix products in the
 query dtype.
 Statistics: ``1e-4 + 1e-5 x |reference|``, plus one ulp of the largest logit where the products are in a half precision.
-Two float64 computations: 1e-12. A quantised cache is read by the reference as it is stored. Whatever only moves or rounds bytes must be the same bits.
+Two float64 computations: 1e-12. A quantised cache is read by the reference as it is stored. Whatever only moves or
+rounds bytes must be the same bits.
 """
 
 from typing import Any
