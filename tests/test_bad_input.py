@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from broken_rules import BASE_OPS, BASES, STATIC, VALUES, Break
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -13,6 +12,7 @@ import torch_paged
 from torch_paged.contract.bounds import VALUE_RULES, check_values
 from torch_paged.contract.schema import SCHEMAS
 from torch_paged.contract.validate import RULES, validate
+from torch_paged.testing.bad_input import BASE_OPS, BASES, STATIC, VALUES, Break
 from torch_paged.testing.cases import AttentionCase, build
 
 
@@ -119,11 +119,13 @@ def test_positions_may_leave_gaps_between_used_entries() -> None:
     assert message(lambda: check_values("flash_attn_varlen", arguments)).endswith("got -1 at index (0, 1)")
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("broken", STATIC[6::30], ids=describe)
-def test_compile_rejects_what_eager_rejects(broken: Break) -> None:
+def test_compile_rejects_what_eager_rejects(broken: Break, dynamic: bool) -> None:
+    torch.compiler.reset()
     arguments = broken.arguments()
     said = message(lambda: raw(broken.op, arguments))
-    compiled = torch.compile(lambda **kwargs: raw(broken.op, kwargs), fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda **kwargs: raw(broken.op, kwargs), fullgraph=True, backend="eager", dynamic=dynamic)
     with pytest.raises(Exception, match="must") as caught:
         compiled(**arguments)
     assert said in str(caught.value)

@@ -81,14 +81,20 @@ def given(value: Tensor | None) -> str:
 
 def shape_text(tensor: Tensor) -> str:
     """Return ``(4, 8)``."""
-    return str(tuple(tensor.shape))
+    return str(tuple(map(plain, tensor.shape)))
+
+
+def plain(size: Any) -> Any:
+    """Return the number that a symbol stands for in this trace, where it stands for one: sentences show numbers."""
+    hint = size.node.hint if isinstance(size, torch.SymInt | torch.SymFloat) else size
+    return size if hint is None else hint
 
 
 def _letters(call: Call, shape: str) -> str:
     """Return ``(B, M)`` for ``"B M"``; the leading 2 of a cache is shown as what it is."""
     if shape.startswith("2") and "2" not in call.sizes:
         return f"{_tuple(shape)} or {_tuple('1' + shape[1:])}"
-    return _tuple(str(call.sizes["2"]) + shape[1:] if shape.startswith("2") else shape)
+    return _tuple(str(plain(call.sizes["2"])) + shape[1:] if shape.startswith("2") else shape)
 
 
 def _tuple(shape: str) -> str:
@@ -143,7 +149,7 @@ def _bind(call: Call, name: str, letter: str, size: Any) -> str | None:
             return f" with {letter} >= {smallest}"
         call.sizes[letter], call.sources[letter] = size, name
     elif not holds(size == call.sizes[letter]):
-        shown = f" with {letter.removesuffix('*')} = {call.sizes[letter]} as in {call.sources[letter]}"
+        shown = f" with {letter.removesuffix('*')} = {plain(call.sizes[letter])} as in {call.sources[letter]}"
         return "" if letter == "2" else shown
     return None
 
@@ -173,7 +179,7 @@ def not_expanded(name: str, *, per_token_only: bool = False) -> Rule:
             return None
         strides = tensor.stride()
         if any(isinstance(st, int) and st == 0 and holds(sz > 1) for st, sz in zip(strides, tensor.shape, strict=True)):
-            return name, "not be an expanded view, it is written", f"strides {tuple(strides)}"
+            return name, "not be an expanded view, it is written", f"strides {tuple(map(plain, strides))}"
         return None
 
     return Rule(f"{name}.not_expanded", broken)
@@ -183,7 +189,7 @@ def at_least(name: str, low: int) -> Rule:
     must = f"be >= {low}" if low == 0 else f"be None or >= {low}"
 
     def broken(call: Call) -> Broken:
-        return None if not call.has(name) or holds(call[name] >= low) else (name, must, call[name])
+        return None if not call.has(name) or holds(call[name] >= low) else (name, must, plain(call[name]))
 
     return Rule(f"{name}.range", broken)
 
@@ -193,6 +199,6 @@ def finite(name: str, low: float, must: str) -> Rule:
         value = call[name]
         if value is None or (holds(value >= low) and holds(abs(value) < float("inf"))):
             return None
-        return name, must, f"{float(value):g}"
+        return name, must, f"{plain(value):g}"
 
     return Rule(f"{name}.finite", broken)

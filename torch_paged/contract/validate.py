@@ -20,6 +20,7 @@ from torch_paged.contract.rules import (
     holds,
     not_expanded,
     only_with,
+    plain,
     shape_text,
     tensor,
     together,
@@ -57,7 +58,7 @@ def _mask(rows: str) -> tuple[Rule, ...]:
         if fits and holds(mask.size(-2) == call.sizes[rows]):
             return None
         shapes = f"({rows}, C), (KH, {rows}, C) or (H, {rows}, C)"
-        where = f"{rows} = {call.sizes[rows]}, KH = {call.sizes['KH']} and H = {call.sizes['H']}"
+        where = f"{rows} = {plain(call.sizes[rows])}, KH = {plain(call.sizes['KH'])} and H = {plain(call.sizes['H'])}"
         return "attn_mask", f"have shape {shapes} with {where}", shape_text(mask)
 
     return (*tensor("attn_mask", ("bool",), "")[:2], Rule("attn_mask.shape", shape))
@@ -67,20 +68,20 @@ def _heads(call: Call) -> Broken:
     num_heads, num_kv_heads = call.sizes["H"], call.sizes["KH"]
     if holds(num_heads % num_kv_heads == 0):
         return None
-    return "query", f"have H a multiple of KH = {num_kv_heads}", f"H = {num_heads}"
+    return "query", f"have H a multiple of KH = {plain(num_kv_heads)}", f"H = {plain(num_heads)}"
 
 
 def _stored_dim(call: Call) -> Broken:
     if not call.has("kv_cache") or holds(call.sizes["DS"] >= call.sizes["D"]):
         return None
-    return "kv_cache", f"have DS >= D = {call.sizes['D']}", f"DS = {call.sizes['DS']}"
+    return "kv_cache", f"have DS >= D = {plain(call.sizes['D'])}", f"DS = {plain(call.sizes['DS'])}"
 
 
 def _unit_stride(call: Call) -> Broken:
     cache = call["kv_cache"]
     if cache is None or holds(cache.stride(-1) == 1) or holds(cache.size(-1) <= 1):
         return None
-    return "kv_cache", "have a unit last stride", f"strides {tuple(cache.stride())}"
+    return "kv_cache", "have a unit last stride", f"strides {tuple(map(plain, cache.stride()))}"
 
 
 def _scales_given(call: Call) -> Broken:
@@ -109,7 +110,7 @@ def _value_given(without_key: str) -> Rule:
 def _value_width(call: Call) -> Broken:
     if not call.has("value") or holds(call.sizes["DV"] <= call.sizes["D"]):
         return None
-    return "value", f"have DV <= D = {call.sizes['D']}", f"DV = {call.sizes['DV']}"
+    return "value", f"have DV <= D = {plain(call.sizes['D'])}", f"DV = {plain(call.sizes['DV'])}"
 
 
 def _value_dim_given(call: Call) -> Broken:
@@ -124,7 +125,7 @@ def _value_dim_range(call: Call) -> Broken:
     letter = "DV" if call.has("value") else "D"
     if holds(call["value_dim"] >= 1) and holds(call["value_dim"] <= call.sizes[letter]):
         return None
-    return "value_dim", f"lie in [1, {letter} = {call.sizes[letter]}]", call["value_dim"]
+    return "value_dim", f"lie in [1, {letter} = {plain(call.sizes[letter])}]", plain(call["value_dim"])
 
 
 _SCALES = tensor("kv_scales", ("float32",), "2", "2 KH", "2 N KH S")
