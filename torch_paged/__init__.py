@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch_paged import cache, masks
 from torch_paged import dispatch as _dispatch
 from torch_paged.contract import reference
 from torch_paged.explain import Explanation, explain
@@ -22,10 +23,12 @@ _TRANSFORMERS = ("PagedCache", "patch_model", "unpatch_model")
 __all__ = [
     "Explanation",
     "PagedCache",
+    "cache",
     "copy_blocks",
     "explain",
     "flash_attn_varlen",
     "gather_cache",
+    "masks",
     "merge_attention_states",
     "paged_attention",
     "patch_model",

@@ -1,4 +1,4 @@
-"""Print what a bug report needs: versions, backends, and why a backend is off. Run ``python -m torch_paged.collect_env``."""
+"""Print what a bug report needs, by ``python -m torch_paged.collect_env``: versions, backends, why one is off."""
 
 import importlib.metadata
 import os

@@ -1,7 +1,7 @@
 """The only place where a dispatcher key meets a backend."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -80,12 +80,12 @@ def _no_backend_kernel(name: str) -> Callable[..., NoReturn]:
     op = name.partition(".")[0]
 
     def kernel(*args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(no_backend(op, _device_type([*args, *kwargs.values()])))
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        for tensor in tensors:
+            if tensor.device.type not in _served:
+                raise NotImplementedError(no_backend(op, tensor.device.type))
+        layouts = sorted({str(tensor.layout) for tensor in tensors if tensor.layout is not torch.strided})
+        kind = f"layout {layouts[0]}" if layouts else "a tensor of another kind"
+        raise ValueError(f"{op}: every tensor must be dense (torch.strided) and plain, got {kind}")
 
     return kernel
-
-
-def _device_type(values: Iterable[Any]) -> str:
-    """Return the device that no backend serves, or the first one."""
-    types = [value.device.type for value in values if isinstance(value, torch.Tensor)]
-    return next((type_ for type_ in types if type_ not in _served), types[0])

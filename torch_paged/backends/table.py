@@ -1,4 +1,4 @@
-"""The README's support table, made from what each backend's ``support.py`` says: ``python -m torch_paged.backends.table``."""
+"""The README's support table, made from each backend's limits: ``python -m torch_paged.backends.table``."""
 
 from torch_paged.backends import discover
 

@@ -25,12 +25,12 @@ LIMITS = {
 """Feature -> what of it this backend does, for the table in the README."""
 
 MAX_DIRECT_ROWS = 16
-"""Query rows per kv head up to which a sequence is attended to in place (``kMaxDirectRows`` of csrc_shims/cpu/plan.h)."""
+"""Query rows per kv head up to which keys are used in place (``kMaxDirectRows`` of csrc_shims/cpu/plan.h)."""
 
 
 @cache
 def isa() -> str | None:
-    """Return the kernels in use, ``"avx512"``, ``"avx2"`` or ``"generic"``, or None where the wanted ones do not run here."""
+    """Return the kernels in use (``"avx512"`` ...), or None where the wanted ones do not run here."""
     library = ctypes.CDLL(str(LIBRARY))
     library.torch_paged_isa.restype = ctypes.c_char_p
     name = library.torch_paged_isa()
@@ -62,6 +62,6 @@ def _attention(op: str, arguments: Arguments) -> str:
         return "decode"
     kv_heads = kv_cache.shape[2] if kv_cache is not None else key.shape[1]
     longest, sequences = arguments["max_seqlen_q"], arguments["cu_seqlens_q"].shape[0] - 1
-    if longest * (query.shape[1] // kv_heads) <= MAX_DIRECT_ROWS:
+    if longest <= 1 or longest * (query.shape[1] // kv_heads) <= MAX_DIRECT_ROWS:
         return "decode"
     return "prefill" if query.shape[0] >= sequences * longest else "mixed"
