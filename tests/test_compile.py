@@ -30,7 +30,13 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 def decode_step(
-    query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor, block_tables: Tensor, context_lens: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slots: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
 ) -> Tensor:
     torch_paged.reshape_and_cache(key * 2, value, kv_cache, slots)
     return torch_paged.paged_attention(query, kv_cache, block_tables, context_lens, sliding_window=9) + 1
@@ -106,7 +112,8 @@ def test_generated_code_writes_the_cache_in_place() -> None:
     allocations = re.findall(r"empty_strided_cpu\((\([^)]*\))", call)
     assert allocations, "the code allocates nothing: the pattern is out of date"
     assert str(tuple(kv_cache.shape)) not in allocations
-    assert "copy_" not in call and "clone" not in call
+    assert "copy_" not in call
+    assert "clone" not in call
     assert kv_cache.any()
 
 

@@ -85,7 +85,8 @@ Sequence make_sequence(const AttentionArgs& args, int64_t b) {
 Plan make_plan(const AttentionArgs& args, int max_threads) {
   Plan plan;
   const int64_t group = args.num_heads / args.num_kv_heads, heads = args.num_kv_heads;
-  const int64_t key_bytes = (args.head_dim + args.value_dim) * element_size(args.has_cache ? args.cache.dtype : args.dtype);
+  const int64_t key_bytes =
+      (args.head_dim + args.value_dim) * element_size(args.has_cache ? args.cache.dtype : args.dtype);
   plan.sequences.reserve(args.num_seqs);
   int64_t direct_splits = 0;
   for (int64_t b = 0; b < args.num_seqs; ++b) {
@@ -137,7 +138,8 @@ Plan make_plan(const AttentionArgs& args, int max_threads) {
   // Divide the kv heads of an item: tiles always, the others as far as the threads need. Heads are independent sums.
   const int threads = std::min<int64_t>(max_threads, threads_for(plan.work_bytes));
   const int64_t wanted = threads > 1 ? 4 * threads : 1;
-  const int64_t pieces = std::min(heads, std::max<int64_t>(1, (wanted + direct_splits - 1) / std::max<int64_t>(1, direct_splits)));
+  const int64_t pieces =
+      std::min(heads, std::max<int64_t>(1, (wanted + direct_splits - 1) / std::max<int64_t>(1, direct_splits)));
   std::vector<Item> divided;
   divided.reserve(plan.items.size() * heads);
   for (const Item& item : plan.items) {

@@ -1,6 +1,6 @@
-// One work item of attention: online softmax over key blocks of 64, for a few query rows (keys in place) or a tile of many (keys
-// packed). Everything a block needs to know about visibility is one 64-bit mask per query row.
-// Memory: a row's accumulator, running max and running sum live in scratch (L1 or L2); logits of one block are 64 floats a row.
+// One work item of attention: online softmax over key blocks of 64, for a few query rows (keys in place) or a tile of
+// many (keys packed). Everything a block needs to know about visibility is one 64-bit mask per query row. Memory: a
+// row's accumulator, running max and running sum live in scratch (L1 or L2); logits of one block are 64 floats a row.
 #pragma once
 
 #include "plan.h"
@@ -52,10 +52,13 @@ struct Scratch {
 TP_INLINE uint64_t low_bits(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0ull : (1ull << n) - 1; }
 
 // Keys of the interval in the block that begins at key0.
-TP_INLINE uint64_t interval_bits(Interval keys, int64_t key0) { return low_bits(keys.hi - key0) & ~low_bits(keys.lo - key0); }
+TP_INLINE uint64_t interval_bits(Interval keys, int64_t key0) {
+  return low_bits(keys.hi - key0) & ~low_bits(keys.lo - key0);
+}
 
 // The mask of keys [key0, key0 + 64) in one row of attn_mask; columns beyond C count as False.
-TP_INLINE uint64_t mask_bits(const AttentionArgs& args, int64_t row, int64_t query_head, int64_t kv_head, int64_t key0) {
+TP_INLINE uint64_t mask_bits(const AttentionArgs& args, int64_t row, int64_t query_head, int64_t kv_head,
+                             int64_t key0) {
   const int64_t head = args.mask_heads == 0 ? 0 : args.mask_heads == args.num_heads ? query_head : kv_head;
   const bool* m = args.attn_mask + head * args.mask_stride_head + row * args.mask_stride_row + key0;
   const int64_t n = args.mask_columns - key0;
@@ -121,7 +124,8 @@ TP_INLINE void point_dead_keys(uint64_t dead, const char* zeros, UnitRows& unit)
   }
 }
 
-TP_INLINE void locate_unit(const AttentionArgs& args, const KeyBlock& block, int64_t head, const char* zeros, UnitRows& unit) {
+TP_INLINE void locate_unit(const AttentionArgs& args, const KeyBlock& block, int64_t head, const char* zeros,
+                           UnitRows& unit) {
   unit.count = block.count;
   const int64_t in_cache = head * args.cache.stride_head * element_size(args.cache.dtype);
   const int64_t es = element_size(args.dtype);
@@ -144,12 +148,24 @@ TP_INLINE void convert_row(DType from, const char* source, int64_t dim, int64_t 
     const char* p = source + i * element_size(from);
     vf x;
     switch (from) {
-      case DType::f32: x = n == W ? decode<DType::f32>(p) : decode_partial<DType::f32>(p, n); break;
-      case DType::bf16: x = n == W ? decode<DType::bf16>(p) : decode_partial<DType::bf16>(p, n); break;
-      case DType::f16: x = n == W ? decode<DType::f16>(p) : decode_partial<DType::f16>(p, n); break;
-      case DType::i8: x = n == W ? decode<DType::i8>(p) : decode_partial<DType::i8>(p, n); break;
-      case DType::e4m3: x = n == W ? decode<DType::e4m3>(p) : decode_partial<DType::e4m3>(p, n); break;
-      default: x = n == W ? decode<DType::e5m2>(p) : decode_partial<DType::e5m2>(p, n); break;
+      case DType::f32:
+        x = n == W ? decode<DType::f32>(p) : decode_partial<DType::f32>(p, n);
+        break;
+      case DType::bf16:
+        x = n == W ? decode<DType::bf16>(p) : decode_partial<DType::bf16>(p, n);
+        break;
+      case DType::f16:
+        x = n == W ? decode<DType::f16>(p) : decode_partial<DType::f16>(p, n);
+        break;
+      case DType::i8:
+        x = n == W ? decode<DType::i8>(p) : decode_partial<DType::i8>(p, n);
+        break;
+      case DType::e4m3:
+        x = n == W ? decode<DType::e4m3>(p) : decode_partial<DType::e4m3>(p, n);
+        break;
+      default:
+        x = n == W ? decode<DType::e5m2>(p) : decode_partial<DType::e5m2>(p, n);
+        break;
     }
     encode<To>(out + i * size_of<To>(), x);
   }
@@ -157,8 +173,8 @@ TP_INLINE void convert_row(DType from, const char* source, int64_t dim, int64_t 
 
 // Bring `count` rows to the storage type To, padded with zeros; every type converts exactly.
 template <DType To>
-void stage_rows(const AttentionArgs& args, const KeyBlock& block, const char* zeros, int64_t dim, int64_t padded, char* staged,
-                const char** rows, int count) {
+void stage_rows(const AttentionArgs& args, const KeyBlock& block, const char* zeros, int64_t dim, int64_t padded,
+                char* staged, const char** rows, int count) {
   for (int i = 0; i < count; ++i) {
     if (rows[i] == zeros) continue;
     char* out = staged + i * padded * size_of<To>();
@@ -175,19 +191,20 @@ struct LogitRule {
 };
 
 // Logits of one row and block become probabilities, and the row's running max, sum and accumulator move to the new max.
-TP_INLINE void softmax_row(const LogitRule& rule, uint64_t bits, int count, float slope, int64_t distance, float* s, float* max,
-                           float* sum, float* acc, int64_t acc_lanes) {
+TP_INLINE void softmax_row(const LogitRule& rule, uint64_t bits, int count, float slope, int64_t distance, float* s,
+                           float* max, float* sum, float* acc, int64_t acc_lanes) {
   if (bits == 0) {
     for (int i = 0; i < count; i += W) storeu(s + i, vf{});
     return;
   }
   const bool all = bits == low_bits(count);
+  const vf lanes = __builtin_convertvector(lane_index(), vf);
   vf top = set1(kNegInf);
   for (int i = 0; i < count; i += W) {
     vf x = loadu(s + i) * rule.scale;
     if (rule.key_scale) x = x * loadu(rule.key_scale + i);
     if (rule.cap != 0.0f) x = rule.cap * vtanh(x / rule.cap);
-    if (slope != 0.0f) x = x - slope * vabs((float)(distance - i) - __builtin_convertvector(lane_index(), vf));
+    if (slope != 0.0f) x = x - slope * vabs((float)(distance - i) - lanes);
     if (!all) x = select_bits((uint32_t)(bits >> i), x, set1(kNegInf));
     storeu(s + i, x);
     top = vmax(top, x);
@@ -248,17 +265,23 @@ void write_row(const AttentionArgs& args, int64_t token, int64_t head, float max
     const int n = dim - i >= W ? W : (int)(dim - i);
     vf x = factor == 0.0f ? vf{} : Kernel::natural(acc, i) * factor;
     switch (args.dtype) {
-      case DType::f32: n == W ? encode<DType::f32>(out + 4 * i, x) : encode_partial<DType::f32>(out + 4 * i, x, n); break;
-      case DType::bf16: n == W ? encode<DType::bf16>(out + 2 * i, x) : encode_partial<DType::bf16>(out + 2 * i, x, n); break;
-      default: n == W ? encode<DType::f16>(out + 2 * i, x) : encode_partial<DType::f16>(out + 2 * i, x, n); break;
+      case DType::f32:
+        n == W ? encode<DType::f32>(out + 4 * i, x) : encode_partial<DType::f32>(out + 4 * i, x, n);
+        break;
+      case DType::bf16:
+        n == W ? encode<DType::bf16>(out + 2 * i, x) : encode_partial<DType::bf16>(out + 2 * i, x, n);
+        break;
+      default:
+        n == W ? encode<DType::f16>(out + 2 * i, x) : encode_partial<DType::f16>(out + 2 * i, x, n);
+        break;
     }
   }
 }
 
 // Rows of one kv head leave the item: to the output, or to the partial buffers.
 template <class Kernel>
-void write_rows(const AttentionArgs& args, const Sequence& seq, const Item& item, int64_t head, const Partials& partials,
-                const float* max, const float* sum, const float* acc) {
+void write_rows(const AttentionArgs& args, const Sequence& seq, const Item& item, int64_t head,
+                const Partials& partials, const float* max, const float* sum, const float* acc) {
   const int64_t group = args.num_heads / args.num_kv_heads, rows = item.num_tokens * group, lanes = acc_dim(args);
   if (item.partial < 0) {
     for (int64_t r = 0; r < rows; ++r)
@@ -304,8 +327,8 @@ struct Sight {
 };
 
 // The next block from `key0` with a live key; key0 == key_end when there is none.
-TP_INLINE void next_block(const AttentionArgs& args, const Sequence& seq, const Item& item, const Sight& sight, int64_t key0,
-                          KeyBlock& block) {
+TP_INLINE void next_block(const AttentionArgs& args, const Sequence& seq, const Item& item, const Sight& sight,
+                          int64_t key0, KeyBlock& block) {
   for (; key0 < item.key_end; key0 += kBlockKeys) {
     block.live = sight.live(key0);
     if (block.live) break;
@@ -315,8 +338,8 @@ TP_INLINE void next_block(const AttentionArgs& args, const Sequence& seq, const 
   locate_keys(args, seq, block);
 }
 
-TP_INLINE uint64_t row_bits(const AttentionArgs& args, const Sequence& seq, const Item& item, const Sight& sight, int64_t head,
-                            int64_t row, int64_t group, int64_t key0) {
+TP_INLINE uint64_t row_bits(const AttentionArgs& args, const Sequence& seq, const Item& item, const Sight& sight,
+                            int64_t head, int64_t row, int64_t group, int64_t key0) {
   const int64_t token = row / group;
   uint64_t bits = interval_bits(sight.keys[token], key0);
   if (args.attn_mask && bits)
@@ -326,18 +349,21 @@ TP_INLINE uint64_t row_bits(const AttentionArgs& args, const Sequence& seq, cons
 
 template <class Kernel, int RG>
 TP_INLINE void direct_rows(const AttentionArgs& args, const UnitRows& unit, const UnitRows& next, const LogitRule& rule,
-                           const typename Kernel::Query* query, int64_t query_ld, const uint64_t* bits, const float* slopes,
-                           const int64_t* distances, float* s, float* max, float* sum, float* acc) {
+                           const typename Kernel::Query* query, int64_t query_ld, const uint64_t* bits,
+                           const float* slopes, const int64_t* distances, float* s, float* max, float* sum,
+                           float* acc) {
   const int64_t lanes = acc_dim(args), es = element_size(args.has_cache ? args.cache.dtype : args.dtype);
   Kernel::template logits<RG>(query, query_ld, unit, args.head_dim, s, next, args.head_dim * es);
   for (int g = 0; g < RG; ++g)
-    softmax_row(rule, bits[g], unit.count, slopes[g], distances[g], s + g * 64, max + g, sum + g, acc + g * lanes, lanes);
+    softmax_row(rule, bits[g], unit.count, slopes[g], distances[g], s + g * 64, max + g, sum + g, acc + g * lanes,
+                lanes);
   Kernel::template accumulate<RG>(s, unit, args.value_dim, acc, lanes, next, args.value_dim * es);
 }
 
 // Few query rows: key blocks outside, kv heads inside, so that a page is read whole.
 template <class Kernel>
-void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& item, const Partials& partials, char* memory) {
+void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& item, const Partials& partials,
+                 char* memory) {
   const int64_t group = args.num_heads / args.num_kv_heads, rows = item.num_tokens * group;
   const int64_t heads = item.head_end - item.head_begin, lanes = acc_dim(args);
   const int64_t query_ld = round_up(args.head_dim, Kernel::kQueryPad), widest = round_up(args.head_dim, 64);
@@ -348,8 +374,8 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
   auto* query = (typename Kernel::Query*)s.query;
   for (int64_t i = 0; i < heads * rows; ++i) {
     const int64_t head = (item.head_begin + i / rows) * group + i % rows % group;
-    Kernel::load_query(args.dtype, query_row(args, seq.query_begin + item.token_begin + i % rows / group, head), args.head_dim,
-                       query + i * query_ld);
+    Kernel::load_query(args.dtype, query_row(args, seq.query_begin + item.token_begin + i % rows / group, head),
+                       args.head_dim, query + i * query_ld);
   }
 
   const Sight sight(args, seq, item);
@@ -391,20 +417,33 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
       if (staged) {
         scales.load(args, block, head);
         stage_rows<Kernel::kStorage>(args, block, s.zeros, args.head_dim, widest, s.staged_key, unit.key, unit.count);
-        stage_rows<Kernel::kStorage>(args, block, s.zeros, args.value_dim, lanes, s.staged_value, unit.value, unit.count);
+        stage_rows<Kernel::kStorage>(args, block, s.zeros, args.value_dim, lanes, s.staged_value, unit.value,
+                                     unit.count);
       }
       UnitRows none;
       for (int64_t r = 0; r < rows;) {
         const int64_t at = h * rows + r;
         const UnitRows& ahead = r == 0 ? next : none;
-#define TP_DIRECT_ROWS(RG)                                                                                                   \
-  direct_rows<Kernel, RG>(args, unit, ahead, rule, query + at * query_ld, query_ld, bits + r, slopes + r, distances + r, s.logits, \
-                          s.max + at, s.sum + at, s.acc + at * lanes)
+#define TP_DIRECT_ROWS(RG)                                                                                \
+  direct_rows<Kernel, RG>(args, unit, ahead, rule, query + at * query_ld, query_ld, bits + r, slopes + r, \
+                          distances + r, s.logits, s.max + at, s.sum + at, s.acc + at * lanes)
         switch (rows - r) {
-          case 1: TP_DIRECT_ROWS(1); r += 1; break;
-          case 2: TP_DIRECT_ROWS(2); r += 2; break;
-          case 3: TP_DIRECT_ROWS(3); r += 3; break;
-          default: TP_DIRECT_ROWS(4); r += 4; break;
+          case 1:
+            TP_DIRECT_ROWS(1);
+            r += 1;
+            break;
+          case 2:
+            TP_DIRECT_ROWS(2);
+            r += 2;
+            break;
+          case 3:
+            TP_DIRECT_ROWS(3);
+            r += 3;
+            break;
+          default:
+            TP_DIRECT_ROWS(4);
+            r += 4;
+            break;
         }
 #undef TP_DIRECT_ROWS
       }
@@ -412,12 +451,14 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
     which = 1 - which;
   }
   for (int64_t h = 0; h < heads; ++h)
-    write_rows<Kernel>(args, seq, item, item.head_begin + h, partials, s.max + h * rows, s.sum + h * rows, s.acc + h * rows * lanes);
+    write_rows<Kernel>(args, seq, item, item.head_begin + h, partials, s.max + h * rows, s.sum + h * rows,
+                       s.acc + h * rows * lanes);
 }
 
 // Many query rows of one kv head.
 template <class Kernel>
-void tile_item(const AttentionArgs& args, const Sequence& seq, const Item& item, const Partials& partials, char* memory) {
+void tile_item(const AttentionArgs& args, const Sequence& seq, const Item& item, const Partials& partials,
+               char* memory) {
   constexpr int MR = kTileRowsAtOnce;
   const int64_t group = args.num_heads / args.num_kv_heads, rows = item.num_tokens * group, padded = round_up(rows, MR);
   const int64_t head = item.head_begin, lanes = acc_dim(args), widest = round_up(args.head_dim, 64);
@@ -430,7 +471,8 @@ void tile_item(const AttentionArgs& args, const Sequence& seq, const Item& item,
   auto* query = (typename Kernel::Query*)s.query;
   for (int64_t r = 0; r < padded; ++r) {
     if (r < rows)
-      Kernel::load_query(args.dtype, query_row(args, seq.query_begin + item.token_begin + r / group, head * group + r % group),
+      Kernel::load_query(args.dtype,
+                         query_row(args, seq.query_begin + item.token_begin + r / group, head * group + r % group),
                          args.head_dim, query + r * query_ld);
     else
       __builtin_memset(query + r * query_ld, 0, query_ld * sizeof(*query));
@@ -476,8 +518,8 @@ void tile_item(const AttentionArgs& args, const Sequence& seq, const Item& item,
       for (int i = 0; i < MR; ++i) {
         const int64_t token = (r + i < rows ? r + i : rows - 1) / group;
         const float slope = args.alibi_slopes ? args.alibi_slopes[head * group + (r + i) % group] : 0.0f;
-        softmax_row(rule, s.bits[r + i], unit.count, slope, sight.positions[token] - block.key0, s.logits + i * 64, s.max + r + i,
-                    s.sum + r + i, s.acc + (r + i) * lanes, lanes);
+        softmax_row(rule, s.bits[r + i], unit.count, slope, sight.positions[token] - block.key0, s.logits + i * 64,
+                    s.max + r + i, s.sum + r + i, s.acc + (r + i) * lanes, lanes);
       }
       Kernel::accumulate(s.logits, s.packed_value, unit.count, lanes, s.acc + r * lanes);
     }
@@ -485,7 +527,8 @@ void tile_item(const AttentionArgs& args, const Sequence& seq, const Item& item,
   write_rows<Kernel>(args, seq, item, head, partials, s.max, s.sum, s.acc);
 }
 
-void attention_item(const AttentionArgs& args, const Sequence& seq, const Item& item, const Partials& partials, char* scratch) {
+void attention_item(const AttentionArgs& args, const Sequence& seq, const Item& item, const Partials& partials,
+                    char* scratch) {
 #if defined(__AVX512BF16__)
   if (args.dtype == DType::bf16)
     return item.tile ? tile_item<TileDot>(args, seq, item, partials, scratch)
@@ -494,9 +537,12 @@ void attention_item(const AttentionArgs& args, const Sequence& seq, const Item& 
   if (item.tile) return tile_item<TileF32>(args, seq, item, partials, scratch);
   const bool staged = args.has_cache && is_quantized(args.cache.dtype);
   switch (staged ? DType::f32 : args.dtype) {
-    case DType::f32: return direct_item<RowsF32<DType::f32>>(args, seq, item, partials, scratch);
-    case DType::bf16: return direct_item<RowsF32<DType::bf16>>(args, seq, item, partials, scratch);
-    default: return direct_item<RowsF32<DType::f16>>(args, seq, item, partials, scratch);
+    case DType::f32:
+      return direct_item<RowsF32<DType::f32>>(args, seq, item, partials, scratch);
+    case DType::bf16:
+      return direct_item<RowsF32<DType::bf16>>(args, seq, item, partials, scratch);
+    default:
+      return direct_item<RowsF32<DType::f16>>(args, seq, item, partials, scratch);
   }
 }
 

@@ -11,9 +11,9 @@ namespace torch_paged {
 namespace {
 
 char* cache_row(const Cache& cache, int64_t kv, int64_t block, int64_t head, int64_t offset) {
-  return static_cast<char*>(cache.data) + (kv * cache.stride_kv + block * cache.stride_block + head * cache.stride_head +
-                                           offset * cache.stride_token) *
-                                              element_size(cache.dtype);
+  return static_cast<char*>(cache.data) +
+         (kv * cache.stride_kv + block * cache.stride_block + head * cache.stride_head + offset * cache.stride_token) *
+             element_size(cache.dtype);
 }
 
 float* cache_scale(const Cache& cache, int64_t kv, int64_t block, int64_t head, int64_t offset) {
@@ -31,7 +31,8 @@ void write_token(const CacheWriteArgs& args, const KernelTable& isa, int64_t tok
     const Rows& rows = kv == 0 ? args.key : args.value;
     const int64_t dim = kv == 0 ? args.head_dim : args.value_dim;
     for (int64_t head = 0; head < cache.num_kv_heads; ++head) {
-      const char* source = static_cast<const char*>(rows.data) + (token * rows.stride_token + head * rows.stride_head) * es;
+      const char* source =
+          static_cast<const char*>(rows.data) + (token * rows.stride_token + head * rows.stride_head) * es;
       char* out = cache_row(cache, kv, block, head, offset);
       if (!is_quantized(cache.dtype)) {
         std::memcpy(out, source, dim * es);
@@ -115,7 +116,8 @@ void copy_blocks(const Cache& cache, const int64_t* src, const int64_t* dst, int
     for (int kv = 0; kv < parts; ++kv)
       for (int64_t head = 0; head < cache.num_kv_heads; ++head)
         for (int64_t offset = 0; offset < cache.block_size; ++offset) {
-          std::memcpy(cache_row(cache, kv, to_block, head, offset), cache_row(cache, kv, from_block, head, offset), row_bytes);
+          std::memcpy(cache_row(cache, kv, to_block, head, offset), cache_row(cache, kv, from_block, head, offset),
+                      row_bytes);
           if (token_scales)
             *cache_scale(cache, kv, to_block, head, offset) = *cache_scale(cache, kv, from_block, head, offset);
         }

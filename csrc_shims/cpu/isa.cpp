@@ -36,7 +36,9 @@ const KernelTable& choose() {
 #endif
   if (any || std::strcmp(asked, "generic") == 0) return generic_kernels();
   throw std::invalid_argument("torch_paged: TORCH_PAGED_CPU_ISA must name kernels that this machine runs (" +
-                              std::string(has_avx512() ? "avx512, avx2, " : has_avx2() ? "avx2, " : "") +
+                              std::string(has_avx512() ? "avx512, avx2, "
+                                          : has_avx2() ? "avx2, "
+                                                       : "") +
                               "generic), got '" + asked + "'");
 }
 

@@ -8,9 +8,7 @@ namespace torch_paged {
 // Storage types. The order is part of the kernel tables.
 enum class DType : int { f32, bf16, f16, i8, e4m3, e5m2 };
 
-inline int64_t element_size(DType t) {
-  return t == DType::f32 ? 4 : (t == DType::bf16 || t == DType::f16) ? 2 : 1;
-}
+inline int64_t element_size(DType t) { return t == DType::f32 ? 4 : (t == DType::bf16 || t == DType::f16) ? 2 : 1; }
 
 inline bool is_quantized(DType t) { return t >= DType::i8; }
 
@@ -49,12 +47,12 @@ struct AttentionArgs {
   int64_t table_stride = 0;
   const int32_t* context_lens = nullptr;  // (B,)
 
-  bool has_new = false;  // keys beside (or instead of) the cache
-  Rows key, value;       // (Tk, KH, D), (Tk, KH, value_dim); value == key in a latent call
+  bool has_new = false;                   // keys beside (or instead of) the cache
+  Rows key, value;                        // (Tk, KH, D), (Tk, KH, value_dim); value == key in a latent call
   const int32_t* cu_seqlens_k = nullptr;  // (B + 1,)
 
-  bool decode = false;                    // one query per sequence at position context_len - 1; cu_seqlens_q is null
-  const int32_t* cu_seqlens_q = nullptr;  // (B + 1,)
+  bool decode = false;                       // one query per sequence at position context_len - 1; cu_seqlens_q is null
+  const int32_t* cu_seqlens_q = nullptr;     // (B + 1,)
   const int32_t* query_positions = nullptr;  // (T,), or null
 
   const float* sinks = nullptr;         // (H,), or null
@@ -71,8 +69,9 @@ struct AttentionArgs {
 // The kernels. Every index has been checked by the caller; none of them throws.
 void attention(const AttentionArgs& args);
 
-// key (T, KH, D), value (T, KH, DV) in source_dtype go to the slots of the cache; -1 skips. value.data is null for a latent cache.
-// compute_scales: per-token-and-head scales are computed and written to cache.scales (quantize_and_cache), else they are read.
+// key (T, KH, D), value (T, KH, DV) in source_dtype go to the slots of the cache; -1 skips. value.data is null for a
+// latent cache. compute_scales: per-token-and-head scales are computed and written to cache.scales
+// (quantize_and_cache), else they are read.
 struct CacheWriteArgs {
   int64_t num_tokens = 0, head_dim = 0, value_dim = 0;
   DType dtype = DType::f32;
@@ -84,10 +83,12 @@ struct CacheWriteArgs {
 };
 void write_cache(const CacheWriteArgs& args);
 
-// Block pairs; -1 skips. Sources are read as they were before the call. Per-token scales (rank 4) travel with their blocks.
+// Block pairs; -1 skips. Sources are read as they were before the call. Per-token scales (rank 4) travel with their
+// blocks.
 void copy_blocks(const Cache& cache, const int64_t* src, const int64_t* dst, int64_t num_pairs);
 
-// Dense (B, KH, max_len, DS) contiguous keys and values: float32 when the cache is quantised, else its dtype. Zeros elsewhere.
+// Dense (B, KH, max_len, DS) contiguous keys and values: float32 when the cache is quantised, else its dtype. Zeros
+// elsewhere.
 struct GatherArgs {
   Cache cache;
   const int32_t* block_tables = nullptr;

@@ -1,5 +1,5 @@
-// How one attention call is cut into work items. The cut decides the order of every sum, so it depends on the sequence alone:
-// never on the batch around it or on the number of threads.
+// How one attention call is cut into work items. The cut decides the order of every sum, so it depends on the sequence
+// alone: never on the batch around it or on the number of threads.
 #pragma once
 
 #include "params.h"
@@ -25,7 +25,7 @@ struct Sequence {
 
 struct Item {
   int64_t seq = 0;
-  int64_t head_begin = 0, head_end = 0;    // kv heads
+  int64_t head_begin = 0, head_end = 0;  // kv heads
   int64_t token_begin = 0, num_tokens = 0;
   int64_t key_begin = 0, key_end = 0;
   int64_t partial = -1;  // row of the partial buffers for head 0 of this split, -1: write the output

@@ -42,21 +42,33 @@ TP_INLINE void quantize_lanes(vf x, float scale, uint8_t* out, int n) {
 TP_INLINE vf load_lanes(DType dtype, const void* source, int64_t i, int n) {
   const char* p = (const char*)source + i * element_size(dtype);
   switch (dtype) {
-    case DType::f32: return n == W ? decode<DType::f32>(p) : decode_partial<DType::f32>(p, n);
-    case DType::bf16: return n == W ? decode<DType::bf16>(p) : decode_partial<DType::bf16>(p, n);
-    case DType::f16: return n == W ? decode<DType::f16>(p) : decode_partial<DType::f16>(p, n);
-    case DType::i8: return n == W ? decode<DType::i8>(p) : decode_partial<DType::i8>(p, n);
-    case DType::e4m3: return n == W ? decode<DType::e4m3>(p) : decode_partial<DType::e4m3>(p, n);
-    default: return n == W ? decode<DType::e5m2>(p) : decode_partial<DType::e5m2>(p, n);
+    case DType::f32:
+      return n == W ? decode<DType::f32>(p) : decode_partial<DType::f32>(p, n);
+    case DType::bf16:
+      return n == W ? decode<DType::bf16>(p) : decode_partial<DType::bf16>(p, n);
+    case DType::f16:
+      return n == W ? decode<DType::f16>(p) : decode_partial<DType::f16>(p, n);
+    case DType::i8:
+      return n == W ? decode<DType::i8>(p) : decode_partial<DType::i8>(p, n);
+    case DType::e4m3:
+      return n == W ? decode<DType::e4m3>(p) : decode_partial<DType::e4m3>(p, n);
+    default:
+      return n == W ? decode<DType::e5m2>(p) : decode_partial<DType::e5m2>(p, n);
   }
 }
 
 TP_INLINE void store_lanes(DType dtype, void* out, int64_t i, vf x, int n) {
   char* p = (char*)out + i * element_size(dtype);
   switch (dtype) {
-    case DType::f32: n == W ? encode<DType::f32>(p, x) : encode_partial<DType::f32>(p, x, n); break;
-    case DType::bf16: n == W ? encode<DType::bf16>(p, x) : encode_partial<DType::bf16>(p, x, n); break;
-    default: n == W ? encode<DType::f16>(p, x) : encode_partial<DType::f16>(p, x, n); break;
+    case DType::f32:
+      n == W ? encode<DType::f32>(p, x) : encode_partial<DType::f32>(p, x, n);
+      break;
+    case DType::bf16:
+      n == W ? encode<DType::bf16>(p, x) : encode_partial<DType::bf16>(p, x, n);
+      break;
+    default:
+      n == W ? encode<DType::f16>(p, x) : encode_partial<DType::f16>(p, x, n);
+      break;
   }
 }
 
@@ -122,8 +134,9 @@ void merge_row(const MergeArgs& args, int64_t token, int64_t head) {
 }
 
 constexpr KernelTable make_table(const char* name) {
-  return KernelTable{name,       attention_scratch_bytes, attention_item, attention_merge,
-                     decode_row, quantize_row,            absolute_max,   merge_row};
+  return KernelTable{
+      name,     attention_scratch_bytes, attention_item, attention_merge, decode_row, quantize_row, absolute_max,
+      merge_row};
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// Products on a few query rows, keys and values used in place (decode, speculative tokens). A group of up to four rows times a few
-// keys is one register tile of dot products; the value product keeps 4 rows x kValueVectors vectors of the output in registers.
-// Prefetches of the next unit's rows are spread through both products.
+// Products on a few query rows, keys and values used in place (decode, speculative tokens). A group of up to four rows
+// times a few keys is one register tile of dot products; the value product keeps 4 rows x kValueVectors vectors of the
+// output in registers. Prefetches of the next unit's rows are spread through both products.
 #pragma once
 
 #include "simd.h"
@@ -54,19 +54,22 @@ struct RowsF32 {
       const int64_t n = dim - i;
       vf x;
       if (dtype == DType::f32)
-        x = n >= W ? decode<DType::f32>((const char*)source + 4 * i) : decode_partial<DType::f32>((const char*)source + 4 * i, n);
+        x = n >= W ? decode<DType::f32>((const char*)source + 4 * i)
+                   : decode_partial<DType::f32>((const char*)source + 4 * i, n);
       else if (dtype == DType::bf16)
-        x = n >= W ? decode<DType::bf16>((const char*)source + 2 * i) : decode_partial<DType::bf16>((const char*)source + 2 * i, n);
+        x = n >= W ? decode<DType::bf16>((const char*)source + 2 * i)
+                   : decode_partial<DType::bf16>((const char*)source + 2 * i, n);
       else
-        x = n >= W ? decode<DType::f16>((const char*)source + 2 * i) : decode_partial<DType::f16>((const char*)source + 2 * i, n);
+        x = n >= W ? decode<DType::f16>((const char*)source + 2 * i)
+                   : decode_partial<DType::f16>((const char*)source + 2 * i, n);
       storeu(out + i, x);
     }
   }
 
   // s[g][t] = query row g . key t; query (RG, ld) padded with zeros to a multiple of W.
   template <int RG>
-  static TP_INLINE void logits(const float* query, int64_t ld, const UnitRows& unit, int64_t dim, float* s, const UnitRows& next,
-                               int64_t next_bytes) {
+  static TP_INLINE void logits(const float* query, int64_t ld, const UnitRows& unit, int64_t dim, float* s,
+                               const UnitRows& next, int64_t next_bytes) {
     constexpr int NK = keys_per_tile<RG>();
     const int64_t whole = dim / W * W;
     for (int t = 0; t < unit.count; t += NK) {
@@ -121,8 +124,8 @@ struct RowsF32 {
 
   // acc[g] += sum over t of p[g][t] * value t
   template <int RG>
-  static TP_INLINE void accumulate(const float* p, const UnitRows& unit, int64_t dim, float* acc, int64_t ld, const UnitRows& next,
-                                   int64_t next_bytes) {
+  static TP_INLINE void accumulate(const float* p, const UnitRows& unit, int64_t dim, float* acc, int64_t ld,
+                                   const UnitRows& next, int64_t next_bytes) {
     constexpr int NV = kValueVectors;
     const int64_t groups = dim / (NV * W);
     const int64_t slice = groups ? round_up(next_bytes / groups, 64) : next_bytes;
@@ -148,8 +151,8 @@ struct RowsF32 {
 };
 
 #if defined(__AVX512BF16__)
-// Within 32 lanes, interleaving two rows by the 128-bit unpack instructions orders the sums 0-3 8-11 16-19 24-27 | 4-7 12-15 ...;
-// accumulators keep that order until the output is written.
+// Within 32 lanes, interleaving two rows by the 128-bit unpack instructions orders the sums 0-3 8-11 16-19 24-27 | 4-7
+// 12-15 ...; accumulators keep that order until the output is written.
 TP_INLINE vf natural_from_unpacked(const float* acc, int64_t i) {
   const vf lo = loadu(acc + i / 32 * 32), hi = loadu(acc + i / 32 * 32 + 16);
   const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
@@ -177,12 +180,14 @@ struct RowsDot {
   }
 
   template <int RG, bool kPartial>
-  static TP_INLINE void dot_step(const uint16_t* query, int64_t ld, const char* const* key, int64_t c, __mmask32 lanes, vf* acc) {
+  static TP_INLINE void dot_step(const uint16_t* query, int64_t ld, const char* const* key, int64_t c, __mmask32 lanes,
+                                 vf* acc) {
     constexpr int NK = keys_per_tile<RG>();
     __m512bh k[NK];
     TP_UNROLL
     for (int i = 0; i < NK; ++i)
-      k[i] = (__m512bh)(kPartial ? _mm512_maskz_loadu_epi16(lanes, key[i] + 2 * c) : _mm512_loadu_si512(key[i] + 2 * c));
+      k[i] =
+          (__m512bh)(kPartial ? _mm512_maskz_loadu_epi16(lanes, key[i] + 2 * c) : _mm512_loadu_si512(key[i] + 2 * c));
     TP_UNROLL
     for (int g = 0; g < RG; ++g) {
       const __m512bh q = (__m512bh)_mm512_loadu_si512(query + g * ld + c);
@@ -192,8 +197,8 @@ struct RowsDot {
   }
 
   template <int RG>
-  static TP_INLINE void logits(const uint16_t* query, int64_t ld, const UnitRows& unit, int64_t dim, float* s, const UnitRows& next,
-                               int64_t next_bytes) {
+  static TP_INLINE void logits(const uint16_t* query, int64_t ld, const UnitRows& unit, int64_t dim, float* s,
+                               const UnitRows& next, int64_t next_bytes) {
     constexpr int NK = keys_per_tile<RG>();
     const int64_t whole = dim / 32 * 32;
     for (int t = 0; t < unit.count; t += NK) {
@@ -209,8 +214,9 @@ struct RowsDot {
 
   // N = 1 or 2 chunks of 32 lanes
   template <int RG, int N, bool kPartial>
-  static TP_INLINE void accumulate_columns(const uint32_t (*pairs)[32], const UnitRows& unit, int64_t h, int64_t dim, float* acc,
-                                           int64_t ld, const UnitRows& next, int64_t next_begin, int64_t next_end) {
+  static TP_INLINE void accumulate_columns(const uint32_t (*pairs)[32], const UnitRows& unit, int64_t h, int64_t dim,
+                                           float* acc, int64_t ld, const UnitRows& next, int64_t next_begin,
+                                           int64_t next_end) {
     vf a[RG * 2 * N];
     TP_UNROLL
     for (int i = 0; i < RG * 2 * N; ++i) a[i] = loadu(acc + (i / (2 * N)) * ld + h + (i % (2 * N)) * W);
@@ -242,8 +248,8 @@ struct RowsDot {
   }
 
   template <int RG>
-  static TP_INLINE void accumulate(const float* p, const UnitRows& unit, int64_t dim, float* acc, int64_t ld, const UnitRows& next,
-                                   int64_t next_bytes) {
+  static TP_INLINE void accumulate(const float* p, const UnitRows& unit, int64_t dim, float* acc, int64_t ld,
+                                   const UnitRows& next, int64_t next_bytes) {
     alignas(64) uint32_t pairs[RG][32];
     TP_UNROLL
     for (int g = 0; g < RG; ++g) pack_pairs(p + g * 64, unit.count, pairs[g]);

@@ -1,7 +1,7 @@
 // The vector layer: W floats, their loads from and stores to every storage type, exp and tanh, reductions.
-// Included by the kernels_*.cpp files only, each compiled for one ISA; everything has internal linkage, so that no function
-// compiled for a wide ISA can be linked into the baseline path. GCC vector extensions do the arithmetic; intrinsics only
-// where the compiler does not find the instruction by itself.
+// Included by the kernels_*.cpp files only, each compiled for one ISA; everything has internal linkage, so that no
+// function compiled for a wide ISA can be linked into the baseline path. GCC vector extensions do the arithmetic;
+// intrinsics only where the compiler does not find the instruction by itself.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ namespace torch_paged {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int W = 16;       // floats in a vector
+constexpr int W = 16;        // floats in a vector
 constexpr int kReduce = 16;  // vectors reduced at once
 #elif defined(__AVX2__)
 constexpr int W = 8;
@@ -94,8 +94,8 @@ TP_INLINE float hmax(vf x) {
 #endif
 }
 
-// exp: 2^n by exponent arithmetic, the rest by a degree-6 polynomial on [-ln2/2, ln2/2] (Cephes expf coefficients, netlib).
-// Arguments below the smallest normal result give 0, NaN stays NaN.
+// exp: 2^n by exponent arithmetic, the rest by a degree-6 polynomial on [-ln2/2, ln2/2] (Cephes expf coefficients,
+// netlib). Arguments below the smallest normal result give 0, NaN stays NaN.
 TP_INLINE vf vexp(vf x) {
   const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   const vf clamped = x > 88.0f ? set1(88.0f) : x;
@@ -115,7 +115,8 @@ TP_INLINE vf vexp(vf x) {
   return x != x ? x : y;
 }
 
-// tanh: an odd polynomial near 0 (Cephes tanhf), 1 - 2 / (exp(2|x|) + 1) elsewhere, so that small logits keep their bits.
+// tanh: an odd polynomial near 0 (Cephes tanhf), 1 - 2 / (exp(2|x|) + 1) elsewhere, so that small logits keep their
+// bits.
 TP_INLINE vf vtanh(vf x) {
   const vf a = vabs(x);
   const vf z = x * x;
@@ -140,7 +141,8 @@ TP_INLINE vf half_to_float(vu16 h) {
 #else
   const vu u = __builtin_convertvector(h, vu);
   const vu magnitude = (u & 0x7fffu) << 13;
-  const vf scaled = (vf)magnitude * 5.192296858534828e33f;  // 2^112 moves the exponent bias from 15 to 127, subnormals too
+  const vf scaled =
+      (vf)magnitude * 5.192296858534828e33f;  // 2^112 moves the exponent bias from 15 to 127, subnormals too
   const vu special = magnitude | 0x7f800000u;
   const vu bits = (u & 0x7c00u) == 0x7c00u ? special : (vu)scaled;
   return (vf)(bits | ((u & 0x8000u) << 16));

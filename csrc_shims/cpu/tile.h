@@ -1,6 +1,6 @@
 // Products on a tile of many query rows (prefill): 64 keys and values are packed once and used by all rows of the tile.
-// Keys are transposed, so that a register tile of kTileRowsAtOnce rows x kTileVectors vectors of keys needs one broadcast per row
-// and step; values are laid out row by row (float32) or as interleaved pairs of rows (bf16).
+// Keys are transposed, so that a register tile of kTileRowsAtOnce rows x kTileVectors vectors of keys needs one
+// broadcast per row and step; values are laid out row by row (float32) or as interleaved pairs of rows (bf16).
 #pragma once
 
 #include "rows.h"
@@ -83,7 +83,8 @@ struct TileF32 {
   }
 
   // s (6, 64) = query (6, ld) . keys
-  static TP_INLINE void logits(const float* query, int64_t ld, const uint32_t* keys, int64_t words, int count, float* s) {
+  static TP_INLINE void logits(const float* query, int64_t ld, const uint32_t* keys, int64_t words, int count,
+                               float* s) {
     constexpr int MR = kTileRowsAtOnce, NV = kTileVectors;
     for (int col = 0; col < count; col += NV * W) {
       vf c[MR * NV];
