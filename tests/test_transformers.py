@@ -1,0 +1,280 @@
+"""Generation through the paged cache writes the tokens that the unpatched model writes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import COMMON, FAMILIES, PROMPT_COLUMNS, WINDOW_TOKENS, make_model, ragged_batch
+from torch import Tensor, nn
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DynamicCache,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from torch_paged.integrations.transformers import ATTENTION_NAME, PagedCache, patch_model, unpatch_model
+from torch_paged.integrations.transformers.block_group import BlockGroup
+from torch_paged.testing.compare import assert_close
+
+BLOCK_SIZE = 4
+NEW_TOKENS = 24
+LEAST_DISTINCT_TOKENS = 8
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return make_model(request.param)
+
+
+@pytest.fixture
+def llama() -> Iterator[PreTrainedModel]:
+    yield make_model("llama")
+
+
+def generate(model: PreTrainedModel, **options: Any) -> Tensor:
+    settings = {**ragged_batch(), "max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
+    return model.generate(**settings)[:, PROMPT_COLUMNS:]
+
+
+def patched(model: PreTrainedModel) -> PreTrainedModel:
+    return patch_model(model, block_size=BLOCK_SIZE)
+
+
+def last_cache(model: PreTrainedModel, **options: Any) -> PagedCache:
+    settings = {**ragged_batch(), "max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
+    return model.generate(**settings, return_dict_in_generate=True).past_key_values
+
+
+def test_greedy_tokens_are_equal(model: PreTrainedModel) -> None:
+    expected = generate(model)
+    assert min(len(set(row.tolist())) for row in expected) >= LEAST_DISTINCT_TOKENS
+    assert torch.equal(generate(patched(model)), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "top_k": 20},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"prefill_chunk_size": 6},
+    ],
+    ids=["sample", "beams", "beams returned", "samples returned", "chunked prefill"],
+)
+def test_other_ways_to_generate_are_equal(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    torch.manual_seed(7)
+    expected = generate(model, **options)
+    torch.manual_seed(7)
+    assert torch.equal(generate(patched(model), **options), expected)
+
+
+def test_logits_are_close(model: PreTrainedModel) -> None:
+    batch = ragged_batch()
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        plain = model(**batch).logits[real]
+        patched(model)
+        cached = model(**batch, past_key_values=PagedCache(model.config, block_size=BLOCK_SIZE)).logits[real]
+        dense = model(**batch, use_cache=False).logits[real]
+        unpatch_model(model).double().set_experts_implementation("eager")
+        rows = [ids[mask][None] for ids, mask in zip(batch["input_ids"], real, strict=True)]
+        expected = torch.cat([model(row, use_cache=False).logits[0] for row in rows])
+    assert_close(cached, expected, plain)
+    assert_close(dense, expected, plain)
+
+
+@pytest.mark.parametrize("layout", ["left", "right", "holes"])
+def test_hand_written_loop_over_a_padded_batch(model: PreTrainedModel, layout: str) -> None:
+    batch = ragged_batch()
+    mask = batch["attention_mask"]
+    if layout == "right":
+        mask = mask.flip(1)
+    elif layout == "holes":
+        mask = mask.clone()
+        mask[1, 4:9] = 0
+        mask[0, -2] = 0
+
+    def loop(ids: Tensor, seen: Tensor, cache: DynamicCache) -> Tensor:
+        out = []
+        for _ in range(10):
+            positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            logits = model(input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache).logits
+            last = seen[:, -ids.shape[1] :].cumsum(-1).argmax(-1)
+            ids = logits[torch.arange(len(ids)), last].argmax(-1, keepdim=True)
+            seen = torch.cat([seen, torch.ones_like(ids)], 1)
+            out.append(ids)
+        return torch.cat(out, 1)
+
+    with torch.no_grad():
+        alone = []  # transformers counts padding columns as part of a window; a row alone has none
+        for ids, real in zip(batch["input_ids"], mask.bool(), strict=True):
+            prompt = ids[real][None]
+            alone.append(loop(prompt, torch.ones_like(prompt), DynamicCache(config=model.config)))
+        patched(model)
+        actual = loop(batch["input_ids"], mask, PagedCache(model.config, block_size=BLOCK_SIZE))
+    assert torch.equal(actual, torch.cat(alone))
+
+
+def test_second_turn_continues_the_cache(model: PreTrainedModel) -> None:
+    def two_turns() -> Tensor:
+        first = model.generate(
+            **ragged_batch(), max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True
+        )
+        ids = torch.cat([first.sequences, torch.tensor([[9, 8, 7]] * 3)], 1)
+        mask = torch.ones_like(ids)
+        mask[:, :PROMPT_COLUMNS] = ragged_batch()["attention_mask"]
+        cache = first.past_key_values
+        return model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False
+        )
+
+    expected = two_turns()
+    patched(model)
+    assert torch.equal(two_turns(), expected)
+
+
+def test_prompt_lookup_rolls_the_cache_back(llama: PreTrainedModel) -> None:
+    prompt = ragged_batch()["input_ids"][1:2].repeat(1, 2)
+    options = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "prompt_lookup_num_tokens": 3}
+    assert torch.equal(generate(patched(llama), **options), generate(unpatch_model(llama), **options))
+
+
+def test_a_corrupt_block_id_is_caught(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = generate(model)
+    write_tables = BlockGroup._write_tables
+
+    def corrupt(group: BlockGroup) -> None:
+        write_tables(group)
+        last = len(group._tables[1]) - 1
+        if group.window is None or model.config.model_type == "mistral":
+            group.block_tables[1, last] = (group.block_tables[1, last] + 1) % group.num_blocks
+
+    monkeypatch.setattr(BlockGroup, "_write_tables", corrupt)
+    actual = generate(patched(model))
+    assert torch.equal(actual[[0, 2]], expected[[0, 2]])
+    assert not torch.equal(actual[1], expected[1])
+
+
+def test_blocks_behind_the_window_are_reused() -> None:
+    model = patched(make_model("mistral"))
+    prompt = ragged_batch()["input_ids"][1:2]
+    options = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "max_new_tokens": 60}
+    cache = last_cache(model, **options, prefill_chunk_size=BLOCK_SIZE)
+    visible_blocks = -(-WINDOW_TOKENS // BLOCK_SIZE)
+    assert cache.peak_blocks <= visible_blocks + 2
+    assert cache.blocks_in_use <= visible_blocks + 1
+    group = cache.groups[WINDOW_TOKENS]
+    assert group.num_blocks <= visible_blocks + 2
+
+
+def test_forks_share_blocks_until_they_write(llama: PreTrainedModel) -> None:
+    prompt_tokens, forks, new_tokens = 61, 4, 17
+    patched(llama)
+    cache = PagedCache(llama.config, block_size=BLOCK_SIZE)
+    generator = torch.Generator().manual_seed(3)
+    prompt = torch.randint(2, 256, (1, prompt_tokens), generator=generator)
+    tokens = torch.randint(2, 256, (forks, new_tokens), generator=generator)
+    with torch.no_grad():
+        llama(prompt, past_key_values=cache)
+        prompt_blocks = -(-prompt_tokens // BLOCK_SIZE)
+        assert cache.blocks_in_use == prompt_blocks
+        cache.batch_repeat_interleave(forks)
+        assert cache.blocks_in_use == prompt_blocks
+        for column in tokens.split(1, dim=1):
+            logits = llama(column, past_key_values=cache).logits
+        whole = torch.cat([prompt.expand(forks, -1), tokens], 1)
+        plain = llama(whole, use_cache=False).logits[:, -1:]
+        expected = unpatch_model(llama).double()(whole, use_cache=False).logits[:, -1:]
+    full_blocks = prompt_tokens // BLOCK_SIZE
+    own_blocks = -(-(prompt_tokens + new_tokens) // BLOCK_SIZE) - full_blocks
+    assert cache.blocks_in_use == full_blocks + forks * own_blocks
+    assert_close(logits, expected, plain)
+
+
+def test_padding_takes_no_blocks(llama: PreTrainedModel) -> None:
+    cache = last_cache(patched(llama))
+    lengths = (ragged_batch()["attention_mask"].sum(1) + NEW_TOKENS - 1).tolist()
+    assert cache.blocks_in_use == sum(-(-length // BLOCK_SIZE) for length in lengths)
+    assert cache.peak_bytes <= cache.pool_bytes
+
+
+def test_patching_is_reversible_and_touches_no_class() -> None:
+    model, other = make_model("llama"), make_model("llama")
+    before = dict(vars(model))
+    method = type(model)._prepare_cache_for_generation
+    assert patched(patched(model)) is model
+    assert model.config._attn_implementation == ATTENTION_NAME
+    assert isinstance(last_cache(model), PagedCache)
+    assert type(last_cache(other)) is DynamicCache
+    unpatch_model(unpatch_model(model))
+    assert model.config._attn_implementation == "eager"
+    assert type(last_cache(model)) is DynamicCache
+    assert type(model)._prepare_cache_for_generation is method
+    assert vars(model).keys() == before.keys()
+
+
+TINY = {**COMMON, "vocab_size": 32}
+UNSUPPORTED = {
+    "no attention interface": (
+        lambda: BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=32, n_layer=1, n_head=2)),
+        "does not use transformers' attention interface",
+    ),
+    "encoder-decoder": (
+        lambda: T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1)),
+        "encoder-decoder",
+    ),
+    "latent attention": (
+        lambda: DeepseekV3ForCausalLM(
+            DeepseekV3Config(
+                vocab_size=32,
+                hidden_size=32,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                first_k_dense_replace=1,
+            )
+        ),
+        "latent attention",
+    ),
+    "chunked attention": (
+        lambda: Llama4ForCausalLM(
+            Llama4TextConfig(
+                **{**TINY, "intermediate_size": 32}, intermediate_size_mlp=32, attention_chunk_size=8, num_local_experts=2
+            )
+        ),
+        "chunked attention",
+    ),
+    "no head": (lambda: LlamaModel(LlamaConfig(**TINY)), "cannot generate"),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_an_unsupported_model_gets_one_sentence(name: str) -> None:
+    make, reason = UNSUPPORTED[name]
+    with torch.device("meta"):
+        model = make()
+    implementation = model.config._attn_implementation
+    with pytest.raises(NotImplementedError, match=reason) as refusal:
+        patch_model(model)
+    assert "\n" not in str(refusal.value)
+    assert model.config._attn_implementation == implementation
+
+
+def test_what_is_no_transformers_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"patch_model: model must be a transformers PreTrainedModel, got Linear"):
+        patch_model(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"patch_model: block_size must be >= 1, got 0"):
+        patch_model(LlamaForCausalLM(LlamaConfig(**TINY)), block_size=0)
