@@ -1,0 +1,95 @@
+"""Every instruction set that this machine has, forced by name in a process of its own; the others are refused."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torch_paged import dispatch
+
+pytestmark = pytest.mark.skipif(
+    dispatch.served().get("cpu") != "cpu", reason="the CPU kernels are not what serves this process"
+)
+
+NEEDED_FLAGS = {
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma", "f16c"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "generic": set(),
+}
+CHECK = """
+import sys
+import torch
+from torch_paged.backends.cpu.support import isa
+from torch_paged.testing import assert_merged, assert_same, build, random_case
+from torch_paged.testing.backends import REFERENCE, backends_here
+from torch_paged.testing.named import ATTENTION_CASES, MERGE_CASES, WRITE_CASES
+
+torch.set_num_threads(1)
+assert isa() == sys.argv[1], isa()
+backend, = backends_here()
+for case in ATTENTION_CASES[::3]:
+    backend.check(case)
+for seed in range(1000, 1060):
+    backend.check(random_case(seed))
+for case in WRITE_CASES:
+    arguments, expected = build(case), build(case)
+    backend(case.op, arguments)
+    REFERENCE(case.op, expected)
+    assert_same(arguments["kv_cache"], expected["kv_cache"], case.name)
+for case in MERGE_CASES:
+    arguments = build(case)
+    assert_merged(arguments, *backend("merge_attention_states", arguments))
+print("checked", isa())
+"""
+ONE_CALL = """
+import torch, torch_paged
+cache = torch.zeros(2, 1, 1, 1, 8)
+ones = torch.ones(1, dtype=torch.int32)
+try:
+    torch_paged.paged_attention(torch.zeros(1, 1, 8), cache, torch.zeros(1, 1, dtype=torch.int32), ones)
+except ValueError as error:
+    print(error)
+"""
+
+
+def _available(isa: str) -> bool:
+    if isa == "generic":
+        return True
+    if platform.machine() != "x86_64":
+        return False
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    assert flags is not None
+    return NEEDED_FLAGS[isa] <= set(flags[1].split())
+
+
+def _run(code: str, isa: str) -> subprocess.CompletedProcess[str]:
+    environment = dict(os.environ, TORCH_PAGED_CPU_ISA=isa, OMP_NUM_THREADS="1")
+    return subprocess.run(
+        [sys.executable, "-c", code, isa], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.parametrize("isa", NEEDED_FLAGS)
+def test_forced(isa: str) -> None:
+    if _available(isa):
+        done = _run(CHECK, isa)
+        assert done.stdout.strip() == f"checked {isa}", done.stderr
+    else:
+        _assert_refused(isa)
+
+
+def test_unknown_name_is_refused() -> None:
+    _assert_refused("sse9")
+
+
+def _assert_refused(isa: str) -> None:
+    done = _run(ONE_CALL, isa)
+    assert done.returncode == 0, done.stderr
+    sentence = done.stdout.strip()
+    assert "TORCH_PAGED_CPU_ISA" in sentence
+    assert isa in sentence
+    assert "\n" not in sentence
