@@ -11,12 +11,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    Bundle,
     RuleBasedStateMachine,
-    consumes,
     initialize,
     invariant,
-    multiple,
     precondition,
     rule,
     run_state_machine_as_test,
@@ -27,21 +24,20 @@ from torch_paged.cache import BlockAllocator, OutOfBlocks
 Tokens = tuple[int, ...]
 Content = tuple[bytes, Tokens]
 
-token_ids = st.lists(st.integers(0, 1), max_size=9)
-tokens = st.one_of(st.integers(0, 7), token_ids)
-salts = st.sampled_from([b"", b"adapter"])
+prompts = st.lists(st.integers(0, 1), max_size=9)
+tokens = st.one_of(st.integers(0, 5), st.lists(st.integers(0, 1), min_size=1, max_size=5))
+salts = st.sampled_from([b"", b"", b"adapter"])
+some_exist = precondition(lambda self: bool(self.model))
 
 
 class AllocatorMachine(RuleBasedStateMachine):
     """Rules are what a scheduler does; ``step`` appends to several sequences before anything is copied or written."""
 
-    sequences = Bundle("sequences")
-
     @initialize(
-        num_blocks=st.integers(1, 10),
+        num_blocks=st.integers(2, 14),
         block_size=st.integers(1, 4),
-        window=st.none() | st.integers(1, 6),
-        chunk=st.none() | st.integers(1, 6),
+        window=st.sampled_from([None, None, 1, 2, 3, 5]),
+        chunk=st.sampled_from([None, None, None, 3, 4]),
         prefix_reuse=st.booleans(),
     )
     def start(
@@ -55,51 +51,53 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.appended_at: dict[int, int] = {}
         self.anonymous = 0
 
-    @rule(target=sequences, prompt=token_ids, salt=salts)
-    def allocate(self, prompt: list[int], salt: bytes) -> int:
+    @rule(prompt=prompts, salt=salts, whole=st.booleans())
+    def allocate(self, prompt: list[int], salt: bytes, whole: bool) -> None:
         seq = self.allocator.allocate(prompt, salt=salt)
         reused = self.allocator.context_len(seq)
         assert reused % self.allocator.block_size == 0
         assert reused < max(1, len(prompt))
         self.model[seq] = salt, tuple(prompt[:reused])
         self.appended_at[seq] = 0
-        return seq
+        if whole and (slots := self.append(seq, prompt[reused:])) is not None:
+            self.copy_and_write({seq: slots})
+            self.allocator.publish(seq)
 
-    @rule(data=st.data(), seqs=st.lists(sequences, min_size=1, max_size=4, unique=True))
-    def step(self, data: st.DataObject, seqs: list[int]) -> None:
+    @some_exist
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
         slots: dict[int, list[int]] = {}
-        for seq in seqs:
-            what = data.draw(tokens)
-            if seq in self.model and (new_slots := self.append(seq, what)) is not None:
+        for seq in data.draw(st.lists(self.live(), min_size=1, max_size=4, unique=True)):
+            if seq not in self.model:
+                continue
+            if (new_slots := self.append(seq, data.draw(tokens))) is not None:
                 slots[seq] = new_slots
-            elif seq in self.model and data.draw(st.booleans()):
-                self.free_now(seq)  # what a scheduler does to make room
-                slots.pop(seq, None)
+            elif data.draw(st.booleans()):
+                victim = data.draw(self.live())  # what a scheduler does to make room
+                self.free_now(victim)
+                slots.pop(victim, None)
         self.copy_and_write(slots)
+        for seq in slots:
+            if data.draw(st.booleans()):
+                self.allocator.publish(seq)
 
-    @rule(seq=consumes(sequences))
-    def free(self, seq: int) -> None:
-        if seq in self.model:
-            self.free_now(seq)
+    @some_exist
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        self.free_now(data.draw(self.live()))
 
-    @rule(target=sequences, seq=sequences)
-    def fork(self, seq: int) -> Any:
-        if seq not in self.model:
-            return multiple()
+    @some_exist
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        seq = data.draw(self.live())
         child = self.allocator.fork(seq)
         self.model[child] = self.model[seq]
         self.appended_at[child] = self.appended_at[seq]
-        return child
 
-    @rule(seq=sequences)
-    def publish(self, seq: int) -> None:
-        if seq in self.model:
-            self.allocator.publish(seq)
-
-    @rule(seq=sequences, data=st.data())
-    def truncate(self, seq: int, data: st.DataObject) -> None:
-        if seq not in self.model:
-            return
+    @some_exist
+    @rule(data=st.data())
+    def truncate(self, data: st.DataObject) -> None:
+        seq = data.draw(self.live())
         salt, content = self.model[seq]
         length = data.draw(st.integers(0, len(content)))
         before = self.state()
@@ -116,15 +114,16 @@ class AllocatorMachine(RuleBasedStateMachine):
     def grow(self, more: int) -> None:
         self.allocator.grow(self.allocator.num_blocks + more)
 
-    @rule(seq=sequences, call=st.sampled_from(["append", "truncate", "batch", "fork", "free", "publish"]))
-    def bad_call(self, seq: int, call: str) -> None:
+    @some_exist
+    @rule(data=st.data(), call=st.sampled_from(["append", "truncate", "batch", "fork", "free", "publish"]))
+    def bad_call(self, data: st.DataObject, call: str) -> None:
+        seq = data.draw(self.live())
         arguments: dict[str, Any] = {"append": (seq, -1), "truncate": (seq, 10**6), "batch": ([seq], [10**6])}
         before = self.state()
         with pytest.raises(ValueError, match=f"^{call}: "):
             getattr(self.allocator, call)(*arguments.get(call, (-1,)))
         assert self.state() == before
 
-    @precondition(lambda self: hasattr(self, "allocator"))
     @invariant()
     def references_are_right_and_nothing_leaks(self) -> None:
         uses = [0] * self.allocator.num_blocks
@@ -141,7 +140,6 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert set(pool._kept) <= set(pool._digest_of)
         assert {block: digest for digest, block in pool._block_of.items()} == pool._digest_of
 
-    @precondition(lambda self: hasattr(self, "allocator"))
     @invariant()
     def tables_lead_to_what_was_written(self) -> None:
         size = self.allocator.block_size
@@ -162,6 +160,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         last = self.allocator.allocate()
         capacity = self.allocator.num_blocks * self.allocator.block_size
         assert sorted(self.allocator.append(last, capacity)) == list(range(capacity))
+
+    def live(self) -> st.SearchStrategy[int]:
+        return st.sampled_from(sorted(self.model))
 
     def append(self, seq: int, what: int | list[int]) -> list[int] | None:
         salt, content = self.model[seq]
@@ -226,9 +227,9 @@ def test_any_sequence_of_operations() -> None:
     run_state_machine_as_test(
         AllocatorMachine,
         settings=settings(
-            max_examples=150,
-            stateful_step_count=40,
+            max_examples=200,
+            stateful_step_count=50,
             deadline=None,
-            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+            suppress_health_check=[HealthCheck.too_slow],
         ),
     )
