@@ -1,0 +1,101 @@
+"""Which backend serves a device, and what is said when none does."""
+
+import pytest
+import torch
+
+import torch_paged
+from torch_paged import backends, dispatch
+from torch_paged.contract.schema import NAMESPACE, SCHEMAS
+from torch_paged.testing.processes import run_python
+
+DECODE = """
+import torch, torch_paged
+kv_cache = torch.zeros(2, 4, 1, 2, 8)
+query, table = torch.ones(1, 1, 8), torch.tensor([[{block}]], dtype=torch.int32)
+out = torch_paged.paged_attention(query, kv_cache, table, torch.tensor([1], dtype=torch.int32))
+"""
+OTHER_DEVICE = """
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+import torch
+_setup_privateuseone_for_python_backend("abacus")
+import torch_paged
+x = torch._C._acc.create_empty_tensor((2, 4, 1, 2, 8), torch.float32)
+for op, arguments in (("copy_blocks", (torch.zeros(2, 4, 1, 2, 8), x, x)), ("merge_attention_states", (x, x))):
+    try:
+        getattr(torch_paged, op)(*arguments)
+    except NotImplementedError as error:
+        print(error)
+print(torch_paged.explain("copy_blocks", kv_cache=x, src_blocks=x, dst_blocks=x).refusal)
+"""
+
+
+def test_a_device_without_a_backend_gets_one_sentence() -> None:
+    lines = run_python(OTHER_DEVICE).stdout.splitlines()
+    rest = (
+        "no backend serves device 'abacus' (available backends: cpu); move the tensors to a served device, "
+        "or see `python -m torch_paged.collect_env`"
+    )
+    assert lines == [f"copy_blocks: {rest}", f"merge_attention_states: {rest}", f"copy_blocks: {rest}"]
+
+
+def test_a_sparse_tensor_gets_one_sentence() -> None:
+    sparse = torch.zeros(2, 4, 1, 2, 8).to_sparse()
+    with pytest.raises(ValueError, match=r"^copy_blocks: every tensor must be dense .*, got layout torch.sparse_coo$"):
+        torch_paged.copy_blocks(sparse, torch.tensor([0]), torch.tensor([1]))
+
+
+def test_every_op_has_a_kernel_for_every_served_device() -> None:
+    for device in dispatch.served():
+        key = torch._C._dispatch_key_for_device(device)
+        for name in SCHEMAS:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key), (name, key)
+
+
+def test_discovery_finds_the_folders() -> None:
+    assert list(backends.discover()) == ["cpu", "reference"]
+    assert backends.availability() == {"cpu": None, "reference": None}
+    for name, info in backends.discover().items():
+        assert info.name == name
+
+
+def test_the_reference_is_chosen_by_name() -> None:
+    code = DECODE.format(block=0) + "from torch_paged import dispatch; print(dispatch.served(), out.shape)"
+    assert run_python(code, TORCH_PAGED_BACKEND="reference").stdout.strip() == (
+        "{'cpu': 'reference'} torch.Size([1, 1, 8])"
+    )
+
+
+def test_the_reference_checks_values() -> None:
+    for backend in ("cpu", "reference"):
+        failed = run_python(DECODE.format(block=4), TORCH_PAGED_BACKEND=backend, check=False)
+        assert "ValueError: paged_attention: block_tables must" in failed.stderr
+
+
+@pytest.mark.parametrize("value", ["auto", "", "cpu"])
+def test_the_cpu_backend_is_the_default_and_has_a_name(value: str) -> None:
+    code = "from torch_paged import dispatch; print(dispatch.served())"
+    assert run_python(code, TORCH_PAGED_BACKEND=value).stdout.strip() == "{'cpu': 'cpu'}"
+
+
+def test_an_unknown_backend_is_refused_at_import() -> None:
+    failed = run_python("import torch_paged", TORCH_PAGED_BACKEND="gpu", check=False)
+    assert failed.stderr.splitlines()[-1] == (
+        "ImportError: torch_paged: TORCH_PAGED_BACKEND must be one of auto, cpu, reference, got 'gpu'"
+    )
+
+
+def test_an_unknown_instruction_set_is_refused_at_the_first_call() -> None:
+    failed = run_python(DECODE.format(block=0), TORCH_PAGED_CPU_ISA="sse9", check=False)
+    assert failed.stderr.splitlines()[-1].startswith("ValueError: torch_paged: TORCH_PAGED_CPU_ISA must name")
+    assert failed.stderr.splitlines()[-1].endswith("got 'sse9'")
+
+
+def test_ops_that_are_defined_already_are_reported_at_import() -> None:
+    code = """
+import torch
+library = torch.library.Library("paged", "DEF")
+library.define("copy_blocks(Tensor x) -> ()")
+import torch_paged
+"""
+    last = run_python(code, check=False).stderr.splitlines()[-1]
+    assert last.startswith("ImportError: torch_paged: the ops of torch.ops.paged are already defined in this process")
