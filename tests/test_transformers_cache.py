@@ -1,0 +1,253 @@
+"""The paged cache by itself: compiled decode, gradients, misuse that must raise, growth, rolling back."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import PROMPT_COLUMNS, VOCAB_SIZE, make_model, ragged_batch
+from torch import Tensor
+from transformers import CompileConfig, DynamicCache, PreTrainedModel
+
+from torch_paged.integrations.transformers import PagedCache, patch_model, unpatch_model
+from torch_paged.integrations.transformers.attention import attention_forward
+
+BLOCK_SIZE = 4
+PROMPT = torch.arange(5, 5 + PROMPT_COLUMNS)[None]
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return patch_model(make_model("llama"), block_size=BLOCK_SIZE)
+
+
+@pytest.fixture
+def cache(model: PreTrainedModel) -> PagedCache:
+    return PagedCache(model.config, block_size=BLOCK_SIZE)
+
+
+@pytest.fixture
+def no_recompile() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+
+
+def forward(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_generate_compiles_the_decode_step_once(family: str, no_recompile: None) -> None:
+    model = make_model(family)
+    settings = {**ragged_batch(), "max_new_tokens": 60, "do_sample": False}
+    expected = model.generate(**settings)
+    config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None, dynamic=False)
+    config._compile_all_devices = True
+    patch_model(model, block_size=BLOCK_SIZE)
+    for _ in range(2):
+        assert torch.equal(model.generate(**settings, compile_config=config), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_hand_compiled_forward(model: PreTrainedModel, no_recompile: None) -> None:
+    steps = 40
+    compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
+
+    def loop(step: Any) -> Tensor:
+        cache = PagedCache(model.config, max_cache_length=PROMPT_COLUMNS + steps, block_size=BLOCK_SIZE)
+        ids = forward(model, PROMPT, past_key_values=cache)[:, -1:].argmax(-1)
+        out = [ids]
+        with torch.no_grad():
+            for _ in range(steps):
+                cache.prepare(1, 1)
+                out.append(step(input_ids=out[-1], past_key_values=cache).logits.argmax(-1))
+        return torch.cat(out, 1)
+
+    assert torch.equal(loop(compiled), loop(model.forward))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_an_unprepared_compiled_forward_raises(model: PreTrainedModel, cache: PagedCache) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="eager")
+    ids = forward(model, PROMPT, past_key_values=cache)[:, -1:].argmax(-1)
+    cache.prepare(1, 1)
+    with torch.no_grad():
+        compiled(input_ids=ids, past_key_values=cache)
+        with pytest.raises(Exception, match=r"call prepare\(\) before each compiled forward"):
+            compiled(input_ids=ids, past_key_values=cache)
+
+
+def test_preparing_twice_changes_nothing(model: PreTrainedModel, cache: PagedCache) -> None:
+    expected = forward(model, PROMPT, past_key_values=PagedCache(model.config, block_size=BLOCK_SIZE))
+    cache.prepare(1, PROMPT_COLUMNS)
+    cache.prepare(1, PROMPT_COLUMNS)
+    assert cache.get_seq_length() == 0
+    assert torch.equal(forward(model, PROMPT, past_key_values=cache), expected)
+    assert cache.get_seq_length() == PROMPT_COLUMNS
+    assert cache.blocks_in_use == -(-PROMPT_COLUMNS // BLOCK_SIZE)
+
+
+def test_preparing_again_with_another_mask_starts_the_step_anew(model: PreTrainedModel, cache: PagedCache) -> None:
+    mask = torch.ones_like(PROMPT)
+    mask[:, :6] = 0
+    cache.prepare(1, PROMPT_COLUMNS)
+    cache.prepare(1, PROMPT_COLUMNS, mask)
+    assert cache.blocks_in_use == -(-(PROMPT_COLUMNS - 6) // BLOCK_SIZE)
+
+
+def test_the_pool_grows(model: PreTrainedModel) -> None:
+    sized = PagedCache(model.config, block_size=BLOCK_SIZE, max_cache_length=80)
+    growing = PagedCache(model.config, block_size=BLOCK_SIZE)
+    generator = torch.Generator().manual_seed(2)
+    sizes = set()
+    for _ in range(12):
+        ids = torch.randint(2, VOCAB_SIZE, (2, 5), generator=generator)
+        expected = forward(model, ids, past_key_values=sized)
+        assert torch.equal(forward(model, ids, past_key_values=growing), expected)
+        sizes.add((growing.groups[None].num_blocks, sized.groups[None].num_blocks))
+    assert len({grown for grown, _ in sizes}) > 1
+    assert {fixed for _, fixed in sizes} == {2 * 80 // BLOCK_SIZE}
+
+
+def test_crop_forgets_the_last_columns(model: PreTrainedModel, cache: PagedCache) -> None:
+    kept = PROMPT_COLUMNS - 5
+    forward(model, PROMPT, past_key_values=cache)
+    cache.crop(-5)
+    assert (cache.get_seq_length(), cache.blocks_in_use) == (kept, -(-kept // BLOCK_SIZE))
+    again = forward(model, PROMPT[:, kept:], past_key_values=cache)
+    fresh = PagedCache(model.config, block_size=BLOCK_SIZE)
+    forward(model, PROMPT[:, :kept], past_key_values=fresh)
+    assert torch.equal(again, forward(model, PROMPT[:, kept:], past_key_values=fresh))
+
+
+@pytest.mark.parametrize("tokens_to_remove", [1, -PROMPT_COLUMNS - 1])
+def test_crop_refuses_a_wrong_number(model: PreTrainedModel, cache: PagedCache, tokens_to_remove: int) -> None:
+    forward(model, PROMPT, past_key_values=cache)
+    with pytest.raises(ValueError, match=rf"PagedCache: tokens_to_remove must be in \[-17, 0\], got {tokens_to_remove}"):
+        cache.crop(tokens_to_remove)
+
+
+def test_crop_refuses_padding(model: PreTrainedModel, cache: PagedCache) -> None:
+    mask = torch.ones_like(PROMPT)
+    mask[:, :3] = 0
+    forward(model, PROMPT, attention_mask=mask, past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="behind column 17, where padding lies, got 16"):
+        cache.crop(-1)
+
+
+def test_reset_frees_everything(model: PreTrainedModel, cache: PagedCache) -> None:
+    first = forward(model, PROMPT, past_key_values=cache)
+    cache.reset()
+    assert (cache.get_seq_length(), cache.blocks_in_use, cache.batch_size) == (0, 0, -1)
+    assert torch.equal(forward(model, PROMPT, past_key_values=cache), first)
+
+
+def test_rows_can_be_selected(model: PreTrainedModel, cache: PagedCache) -> None:
+    ids = torch.cat([PROMPT, PROMPT + 40, PROMPT + 90])
+    forward(model, ids, past_key_values=cache)
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    fresh = PagedCache(model.config, block_size=BLOCK_SIZE)
+    forward(model, ids[[2, 0]], past_key_values=fresh)
+    step = torch.tensor([[7], [8]])
+    assert torch.equal(forward(model, step, past_key_values=cache), forward(model, step, past_key_values=fresh))
+
+
+def test_a_copied_handle_raises(model: PreTrainedModel, cache: PagedCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = PagedCache.update
+
+    def lose(self: PagedCache, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        return tuple(handle.clone() for handle in update(self, *args, **kwargs))
+
+    monkeypatch.setattr(PagedCache, "update", lose)
+    with pytest.raises(RuntimeError, match=r"key must be the handle that PagedCache.update\(\) returned"):
+        forward(model, PROMPT, past_key_values=cache)
+
+
+def test_a_handle_that_never_arrives_raises(cache: PagedCache) -> None:
+    key = torch.randn(1, 2, 3, 16)
+    cache.prepare(1, 3)
+    cache.update(key, key, 0)
+    with pytest.raises(RuntimeError, match=r"keys that update\(\) returned must reach .* got lost"):
+        cache.update(key, key, 1)
+    with pytest.raises(RuntimeError, match="got lost"):
+        cache.prepare(1, 1)
+
+
+def test_a_forward_that_stops_half_way_raises(model: PreTrainedModel, cache: PagedCache) -> None:
+    query, key = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
+    handle, _ = cache.update(key, key, 0)
+    attention_forward(model.model.layers[0].self_attn, query, handle, handle, None)
+    with pytest.raises(RuntimeError, match="wrote 1 of 4 layers"):
+        cache.prepare(1, 1)
+
+
+def test_another_implementation_cannot_read_the_cache(model: PreTrainedModel, cache: PagedCache) -> None:
+    unpatch_model(model)
+    with pytest.raises(ValueError, match="attention implementation must be 'torch_paged', got 'eager'"):
+        forward(model, PROMPT, past_key_values=cache)
+
+
+def test_another_batch_size_is_refused(model: PreTrainedModel, cache: PagedCache) -> None:
+    forward(model, PROMPT, past_key_values=cache)
+    with pytest.raises(ValueError, match="batch size must be 1 as cached, got 2"):
+        forward(model, torch.tensor([[3], [4]]), past_key_values=cache)
+
+
+def test_custom_masks_are_refused(model: PreTrainedModel, cache: PagedCache) -> None:
+    mask = torch.ones(1, 1, PROMPT_COLUMNS, PROMPT_COLUMNS, dtype=torch.bool)
+    with pytest.raises(NotImplementedError, match="does not support 4-D or custom masks"):
+        forward(model, PROMPT, attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"dropout": 0.1}, "dropout"), ({"is_causal": False}, "bidirectional"), ({"cu_seq_lens_q": PROMPT}, "cu_seq_lens_q")],
+)
+def test_options_without_a_paged_form_are_refused(
+    model: PreTrainedModel, cache: PagedCache, options: dict[str, Any], reason: str
+) -> None:
+    query, key = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
+    handle, _ = cache.update(key, key, 0)
+    with pytest.raises(NotImplementedError, match=reason):
+        attention_forward(model.model.layers[0].self_attn, query, handle, handle, None, **options)
+
+
+@pytest.mark.parametrize("name", ["max_cache_length", "block_size"])
+def test_sizes_below_one_are_refused(model: PreTrainedModel, name: str) -> None:
+    with pytest.raises(ValueError, match=f"PagedCache: {name} must be >= 1, got 0"):
+        PagedCache(model.config, **{name: 0})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_training_without_a_cache_has_the_gradient_of_the_unpatched_model(family: str) -> None:
+    model = make_model(family)
+    gradients = []
+    for switch in (unpatch_model, patch_model):
+        switch(model)
+        model.zero_grad()
+        model(PROMPT, labels=PROMPT, use_cache=False).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    plain, patched = gradients
+    torch.testing.assert_close(patched, plain, rtol=1.3e-6 * 100, atol=float(plain.abs().max()) * 1e-5)
+
+
+def test_backward_through_the_cache_raises(model: PreTrainedModel, cache: PagedCache) -> None:
+    loss = model(PROMPT, labels=PROMPT, past_key_values=cache).loss
+    with pytest.raises(NotImplementedError, match="backward"):
+        loss.backward()
+
+
+def test_dense_keys_are_not_kept(cache: PagedCache) -> None:
+    with pytest.raises(NotImplementedError, match="torch_paged.gather_cache"):
+        list(cache)
+
+
+def test_a_paged_cache_is_a_dynamic_cache(cache: PagedCache) -> None:
+    assert isinstance(cache, DynamicCache)
+    assert cache.is_compileable
+    assert cache.get_max_length() == -1
