@@ -63,7 +63,7 @@ def test_fork_at_a_block_boundary_copies_nothing() -> None:
     assert allocator.block_table(parent)[2] != allocator.block_table(child)[2]
 
 
-def test_copies_of_copies_come_from_the_written_block() -> None:
+def test_each_fork_gets_a_copy_of_its_own() -> None:
     allocator = BlockAllocator(6, 4)
     first = allocator.allocate()
     allocator.append(first, 2)
@@ -82,10 +82,21 @@ def test_copy_for_a_freed_sequence_is_dropped() -> None:
     child = allocator.fork(parent)
     allocator.append(child, 1)
     allocator.free(child)
-    other = allocator.fork(parent)
-    allocator.append(other, 1)
-    src, dst = allocator.take_copies()
-    assert (src.tolist(), dst.tolist()) == ([0], list(allocator.block_table(other)))
+    assert allocator.take_copies()[0].numel() == 0
+
+
+def test_fork_before_the_copy_is_refused() -> None:
+    allocator = BlockAllocator(4, 4)
+    parent = allocator.allocate()
+    allocator.append(parent, 2)
+    child = allocator.fork(parent)
+    allocator.append(child, 1)
+    before = state(allocator)
+    with pytest.raises(ValueError, match=r"^fork: seq must have its block copied and its slots written .*, got 1$"):
+        allocator.fork(child)
+    assert state(allocator) == before
+    allocator.take_copies()
+    allocator.fork(child)
 
 
 def test_out_of_blocks_says_how_many_and_changes_nothing() -> None:

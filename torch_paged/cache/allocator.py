@@ -177,7 +177,7 @@ class BlockAllocator:
         if plan.copy_tail:
             source, sequence.blocks[-1] = sequence.blocks[-1], self._pool.take()
             self._pool.release(source)
-            self._copies[sequence.blocks[-1]] = self._copies.get(source, source)
+            self._copies[sequence.blocks[-1]] = source
         elif start % self.block_size:
             self._pool.unpublish(sequence.blocks[-1])
         while len(sequence.blocks) * self.block_size < stop:
@@ -220,9 +220,11 @@ class BlockAllocator:
             The new sequence's number.
 
         Raises:
-            ValueError: an unknown sequence.
+            ValueError: an unknown sequence, or one whose last append waits for its copy.
         """
         parent = self._get("fork", seq)
+        if parent.blocks and parent.blocks[-1] in self._copies:
+            raise ValueError(f"fork: seq must have its block copied and its slots written (take_copies), got {seq}")
         for block in parent.blocks[parent.first_live :]:
             self._pool.share(block)
         child, self._next_seq = self._next_seq, self._next_seq + 1
@@ -366,7 +368,7 @@ class BlockAllocator:
 
     def _release(self, block: int) -> None:
         if self._pool.release(block):
-            self._copies.pop(block, None)  # nobody reads the copy; the block may be a destination again
+            self._copies.pop(block, None)  # nobody will read it
 
     def _digest(self, sequence: _Sequence, ids: array) -> bytes:  # type: ignore[type-arg]
         parent = sequence.digests[-1] if sequence.digests else sequence.root
