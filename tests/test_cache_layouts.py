@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_paged import reference
 from torch_paged.cache import LAYOUTS, from_layout, to_layout
-from torch_paged.testing import assert_same
+from torch_paged.testing import assert_attention, assert_same
+from torch_paged.testing.backends import Backend
 
 N, KH, S, D = 3, 2, 4, 6
 PAIRS = ("jax", "nhd_pair", "hnd_pair")
@@ -167,23 +167,34 @@ def test_latent_cache() -> None:
     assert_same(again, cache)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", PAIRS + SINGLE)
-def test_attention_reads_a_foreign_cache(layout: str) -> None:
+def test_ops_write_and_read_a_foreign_cache(layout: str, dtype: torch.dtype, implementation: Backend) -> None:
     generator = torch.Generator().manual_seed(0)
-    kv_cache = torch.randn((2, N, KH, S, D), generator=generator)
-    query = torch.randn((2, 2 * KH, D), generator=generator)
-    table = torch.tensor([[2, 0, -1], [1, -1, -1]], dtype=torch.int32)
-    lengths = torch.tensor([7, 3], dtype=torch.int32)
-    key, value = torch.randn((2, 2, KH, D), generator=generator)
-    slots = torch.tensor([0 * S + 2, 1 * S + 2])
-    foreign, _ = to_layout(kv_cache.clone(), layout, contiguous=True)
+    foreign, _ = to_layout(torch.randn((2, N, KH, S, D), generator=generator).to(dtype), layout, contiguous=True)
     view, _ = from_layout(foreign, layout)
-    for cache in (kv_cache, view):
-        reference.reshape_and_cache(key, value, cache, slots)
-    expected = reference.paged_attention(query, kv_cache, table, lengths)
-    assert_same(reference.paged_attention(query, view[..., :D], table, lengths), expected)
-    if layout not in PAIRS:
-        assert_same(element(foreign, layout, 0, 0, 1, 2), key[0, 1])
+    key, value = torch.randn((2, 2, KH, D), generator=generator).to(dtype)
+    slots = torch.tensor([0 * S + 2, 1 * S + 2])
+    write = {"key": key, "value": value, "kv_cache": view, "slot_mapping": slots, "kv_scales": None}
+    implementation("reshape_and_cache", write)
+    for side, rows in enumerate((key, value)):
+        for token, block in enumerate((0, 1)):
+            for head in range(KH):
+                row = view[side, block, head, 2, :D]
+                assert_same(row, rows[token, head])
+                if layout not in PAIRS:
+                    assert_same(element(foreign, layout, side, block, head, 2), row)
+
+    arguments: dict[str, Any] = {
+        "query": torch.randn((2, 2 * KH, D), generator=generator).to(dtype),
+        "kv_cache": view,
+        "block_tables": torch.tensor([[2, 0, -1], [1, -1, -1]], dtype=torch.int32),
+        "context_lens": torch.tensor([7, 3], dtype=torch.int32),
+    }
+    out = implementation("paged_attention", arguments)
+    assert_attention("paged_attention", arguments, out)
+    own = {**arguments, "kv_cache": view[..., :D].contiguous()}
+    assert_same(out, implementation("paged_attention", own))
 
 
 @pytest.mark.parametrize(
