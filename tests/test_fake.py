@@ -36,7 +36,7 @@ def results(value: Any) -> tuple[Tensor, ...]:
 
 def facts(value: Any, device: bool = True) -> list[tuple[Any, ...]]:
     """Return shape, dtype, strides and device of each result."""
-    found = [(tuple(t.shape), t.dtype, t.stride(), t.storage_offset()) for t in results(value)]
+    found = [(tuple(t.shape), t.dtype, t.stride()) for t in results(value)]
     return [(*fact, t.device) for fact, t in zip(found, results(value), strict=True)] if device else found
 
 
