@@ -289,7 +289,7 @@ def test_batch() -> None:
     ("call", "message"),
     [
         (lambda a, s: BlockAllocator(0, 1), "BlockAllocator: num_blocks must be an int >= 1, got 0"),
-        (lambda a, s: BlockAllocator(1, 2.0), "BlockAllocator: block_size must be an int >= 1, got 2.0"),
+        (lambda a, s: BlockAllocator(1, False), "BlockAllocator: block_size must be an int >= 1, got False"),
         (
             lambda a, s: BlockAllocator(1, 1, sliding_window=0),
             "BlockAllocator: sliding_window must be an int >= 1, got 0",
@@ -360,7 +360,7 @@ def test_forked_sequences_attend_to_their_own_tokens(ops: Any) -> None:
             history[seq] = torch.cat([history.get(seq, new[:, :0]), new], 1)
 
         query = torch.randn((len(slots), heads, head_dim), generator=generator)
-        sizes = {"max_seqlen_q": batch.max_seqlen_q, "max_seqlen_k": batch.max_seqlen_k}
+        sizes: dict[str, Any] = {"max_seqlen_q": batch.max_seqlen_q, "max_seqlen_k": batch.max_seqlen_k}
         out = ops.flash_attn_varlen(
             query,
             None,
