@@ -1,5 +1,7 @@
 """Block copies: the same bytes as the reference, sources read before the first write."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,5 +42,5 @@ def test_any_pairs(
 ) -> None:
     torch.set_num_threads(threads)
     pairs = tuple(zip(sources, destinations, strict=False))
-    storage = {"cache_dtype": torch.int8, "scales_rank": 4} if quantised else {}
-    _check(backend, CopyCase("any", pairs=pairs, num_blocks=9, **storage))
+    case = CopyCase("any", pairs=pairs, num_blocks=9)
+    _check(backend, replace(case, cache_dtype=torch.int8, scales_rank=4) if quantised else case)

@@ -62,6 +62,15 @@ def test_a_nan_lane_spoils_only_itself(backend: Backend, dtype: torch.dtype) -> 
     assert stored[2] == -QMAX[dtype]
 
 
+@pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)
+@pytest.mark.parametrize("lane", [float("nan"), float("inf"), 1e-44, 3.4e38])
+def test_scales_are_finite_and_positive(backend: Backend, dtype: torch.dtype, lane: float) -> None:
+    arguments = _arguments(torch.tensor([[[lane, 0.0, -0.0, lane]]]), dtype)
+    backend("quantize_and_cache", arguments)
+    assert arguments["kv_scales"].isfinite().all()
+    assert (arguments["kv_scales"] > 0).all()
+
+
 def _arguments(rows: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     tokens = rows.size(0)
     return {

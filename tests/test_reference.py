@@ -194,8 +194,10 @@ def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **optio
 def _sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **options: Any
 ) -> torch.Tensor:
-    heads_first = (rows.transpose(0, 1)[None] for rows in (query, key, value))
-    return scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True, **options)[0].transpose(0, 1)
+    query, key, value = (rows.transpose(0, 1)[None] for rows in (query, key, value))
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True, **options)[0].transpose(
+        0, 1
+    )
 
 
 def _scalar_loop(case: AttentionCase, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:

@@ -8,6 +8,7 @@ Two float64 computations: 1e-12. A quantised cache is read by the reference as i
 rounds bytes must be the same bits.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from torch_paged.contract import reference
 
-_ATTENTION = {
+_ATTENTION: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
     "paged_attention": reference.paged_attention_with_stats,
     "flash_attn_varlen": reference.flash_attn_varlen_with_stats,
 }
