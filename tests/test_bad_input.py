@@ -1,6 +1,7 @@
 """Every rule of the contract, broken once: the public function, the raw op and the fake say the same sentence."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch_paged.contract.schema import SCHEMAS
 from torch_paged.contract.validate import RULES, validate
 from torch_paged.testing.bad_input import BASE_OPS, BASES, STATIC, VALUES, Break
 from torch_paged.testing.cases import AttentionCase, build
+from torch_paged.testing.combinations import random_case
 
 
 def message(call: Callable[[], Any]) -> str:
@@ -21,6 +23,15 @@ def message(call: Callable[[], Any]) -> str:
     with pytest.raises(ValueError) as caught:
         call()
     return str(caught.value)
+
+
+def said_or_none(call: Callable[[], Any]) -> str | None:
+    """Return what a call says when it raises ValueError, or None."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def raw(op: str, arguments: dict[str, Any]) -> Any:
@@ -105,6 +116,66 @@ def test_entries_that_no_query_needs_may_hold_anything() -> None:
             arguments["block_tables"][entry] = wild
             assert torch.equal(raw(op, arguments), expected)
             check_values(op, arguments)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_op_and_bounds_agree_on_used_entries(seed: int) -> None:
+    case = random_case(seed)
+    arguments = build(case, seed)
+    if case.context_lens is None:
+        return
+    tables = arguments["block_tables"]
+    for entry in product(range(tables.size(0)), range(tables.size(1))):
+        kept = int(tables[entry])
+        tables[entry] = arguments["kv_cache"].size(1)
+        assert said_or_none(lambda: raw(case.op, arguments)) == said_or_none(lambda: check_values(case.op, arguments))
+        tables[entry] = kept
+
+
+EMPTY = {
+    "decode": {"query": 0, "block_tables": 0, "context_lens": 0, "attn_mask": 0},
+    "varlen": {"query": 0, "key": 0, "value": 0, "attn_mask": 1, "query_positions": 0},
+    "write": {"key": 0, "value": 0, "slot_mapping": 0},
+    "quantize": {"key": 0, "value": 0, "slot_mapping": 0},
+    "merge": {"outs": 1, "lses": 1},
+    "copy": {"src_blocks": 0, "dst_blocks": 0},
+    "gather": {"block_tables": 0, "context_lens": 0, "starts": 0},
+}
+
+
+@pytest.mark.parametrize("num_blocks", [0, 2])
+@pytest.mark.parametrize("base", EMPTY)
+def test_empty_calls_are_legal(base: str, num_blocks: int) -> None:
+    arguments = build(BASES[base], 0)
+    arguments |= {name: arguments[name].narrow(axis, 0, 0) for name, axis in EMPTY[base].items()}
+    for name in ("kv_cache", "kv_scales"):
+        if arguments.get(name) is not None and (name == "kv_cache" or arguments[name].dim() == 4):
+            arguments[name] = arguments[name][:, :num_blocks]
+    if base == "varlen":
+        arguments |= {name: torch.zeros(1, dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+        arguments |= {name: arguments[name][:0] for name in ("block_tables", "context_lens")}
+    results = raw(BASE_OPS[base], arguments)
+    check_values(BASE_OPS[base], arguments)
+    for result in results if isinstance(results, tuple) else [results] if results is not None else []:
+        assert result.numel() == 0
+
+
+@pytest.mark.parametrize(
+    "base", ["decode", "decode, int8", "varlen", "varlen, new", "write", "quantize", "gather", "merge"]
+)
+def test_strides_of_what_is_only_read_change_nothing(base: str) -> None:
+    written = {"write": ("kv_cache",), "quantize": ("kv_cache", "kv_scales")}.get(base, ())
+    arguments, strided = build(BASES[base], 0), build(BASES[base], 0)
+    for name, value in strided.items():
+        if isinstance(value, Tensor) and name not in ("kv_cache", *written):
+            strided[name] = torch.stack([value, value], -1)[..., 0]
+    results, expected = raw(BASE_OPS[base], strided), raw(BASE_OPS[base], arguments)
+    for name in written:
+        assert torch.equal(strided[name].view(torch.uint8), arguments[name].view(torch.uint8))
+    if isinstance(expected, Tensor):
+        results, expected = (results,), (expected,)
+    for result, one in zip(results or (), expected or (), strict=True):
+        assert torch.equal(result.nan_to_num(), one.nan_to_num())
 
 
 def test_positions_may_leave_gaps_between_used_entries() -> None:
