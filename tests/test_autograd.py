@@ -101,6 +101,18 @@ def test_forward_mode_is_refused(base: str, name: str) -> None:
             call(base, arguments)
 
 
+@pytest.mark.parametrize(("base", "name"), [("decode", "query"), ("varlen", "key"), ("write", "key")])
+def test_function_transforms_are_refused(base: str, name: str) -> None:
+    arguments = build(BASES[base], 0)
+
+    def loss(value: Tensor) -> Tensor:
+        results = call(base, {**arguments, name: value})
+        return results[0].sum() if results else value.sum()
+
+    with pytest.raises(NotImplementedError, match=f"^{BASE_OPS[base]}: the op has no backward"):
+        torch.func.grad(loss)(arguments[name])
+
+
 @pytest.mark.parametrize("base", WRITING)
 def test_autograd_sees_that_a_saved_cache_was_overwritten(base: str) -> None:
     arguments = build(BASES[base], 0)

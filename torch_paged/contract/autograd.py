@@ -32,6 +32,8 @@ def register(library: torch.library.Library) -> None:
 
 
 def _computing(op: str, overloaded: torch._ops.OpOverload) -> Callable[..., Any]:
+    refusal = f"{op}: the op has no backward; run it under torch.no_grad() or detach its inputs, and train densely"
+
     def run(keyset: Any, *args: Any) -> Any:
         with _below_autograd():
             return overloaded.redispatch(keyset & _AFTER_AUTOGRAD, *args)
@@ -43,15 +45,14 @@ def _computing(op: str, overloaded: torch._ops.OpOverload) -> Callable[..., Any]
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-            raise NotImplementedError(
-                f"{op}: the op has no backward; run it under torch.no_grad() or detach its inputs, "
-                "and train with dense attention"
-            )
+            raise NotImplementedError(refusal)
 
     def kernel(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, args)
         if _any_requires_grad(*args) and torch.is_grad_enabled():
+            if torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(refusal)
             return WithoutBackward.apply(keyset, *args)
         return run(keyset, *args)
 
