@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from torch_paged.backends import discover
 from torch_paged.cache import KVCache, allocate_kv_cache, blocks_that_fit, cache_bytes
-from torch_paged.cache.allocation import HUGE_PAGE_BYTES
+from torch_paged.cache.allocation import HEAD_DIM_MULTIPLES, HUGE_PAGE_BYTES
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -170,3 +171,7 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
 def test_bad_number_of_layers() -> None:
     with pytest.raises(ValueError, match=r"^blocks_that_fit: num_layers must be an int >= 1, got 0$"):
         blocks_that_fit(100, 1, 1, 1, dtype=torch.float32, num_layers=0)
+
+
+def test_every_backend_has_its_padding() -> None:
+    assert set(discover()) <= set(HEAD_DIM_MULTIPLES)
