@@ -1,6 +1,6 @@
 """One decode step with the bare ops: allocate a cache, write keys and values into it, attend, compare with SDPA.
 
-    python examples/01_decode_step.py
+Run ``python examples/01_decode_step.py``.
 """
 
 import torch
@@ -53,7 +53,11 @@ def main() -> int:
         )
         worst = max(worst, float((out[seq] - expected[:, 0]).abs().max()))
     print(f"largest difference to scaled_dot_product_attention: {worst:.1e}")
-    print(torch_paged.explain("paged_attention", query=query, kv_cache=kv_cache, block_tables=block_tables, context_lens=context_lens))
+    print(
+        torch_paged.explain(
+            "paged_attention", query=query, kv_cache=kv_cache, block_tables=block_tables, context_lens=context_lens
+        )
+    )
     return 0 if worst < 1e-5 else 1
 
 

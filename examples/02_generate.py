@@ -126,7 +126,7 @@ def generate(name: str, model: Any, inputs: Any, new_tokens: int, *, compiled: b
     config = None
     if compiled:
         config = CompileConfig(fullgraph=True, mode="default", dynamic=False)
-        config._compile_all_devices = True  # without it transformers compiles on accelerators only
+        vars(config)["_compile_all_devices"] = True  # without it transformers compiles on accelerators only
     for label in ("warm-up", "measured"):
         streamer = ProgressStreamer(progress, f"{name}, {label}", new_tokens)
         started = time.perf_counter()
@@ -249,7 +249,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--max-new-tokens must be >= 1, got {args.max_new_tokens}")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch._dynamo.config.error_on_recompile = True
+    if args.compile:
+        torch._dynamo.config.error_on_recompile = True
     try:
         return demonstrate(args)
     except UnusableModel as error:

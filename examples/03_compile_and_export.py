@@ -1,7 +1,6 @@
 """Compile, export and package a decode step that writes into the cache and attends; compare all of them with eager.
 
-    python examples/03_compile_and_export.py              # the AOTInductor package goes to a temporary folder
-    python examples/03_compile_and_export.py --out step.pt2
+Run ``python examples/03_compile_and_export.py``; with ``--out step.pt2`` the AOTInductor package is kept.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Train the demo's checkpoint: a Llama with grouped-query attention that writes Python.
 
-The data is the Python standard library's own source (``stdlib_source.py``), so nothing has to be downloaded. The weights
-are trained in float32 and stored in bfloat16; model and byte-level BPE tokenizer load with ``from_pretrained``, offline.
+The data is the Python standard library's own source (``stdlib_source.py``), so nothing has to be downloaded. The
+weights are trained in float32 and stored in bfloat16; model and tokenizer load with ``from_pretrained``, offline.
 
     python examples/04_train_tiny_model.py                      # the full run: about 40 minutes on one core
     python examples/04_train_tiny_model.py --steps 3 --out DIR  # a quick look that everything works
@@ -118,7 +118,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path,
     """Write a bfloat16 copy of the weights, the tokenizer and the README to a folder."""
     stored = LlamaForCausalLM(model.config)
     stored.load_state_dict(model.state_dict())
-    stored.to(torch.bfloat16).save_pretrained(out)
+    stored.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "README.md").write_text(readme, encoding="utf-8")
 
@@ -127,8 +127,8 @@ def describe(args: argparse.Namespace, step: int, parameters: int, seen: int, tr
     """Write the checkpoint's README."""
     return (
         f"# stdlib-llama-2m\n\n"
-        f"A Llama-architecture model with grouped-query attention (6 query heads, 2 kv heads, head_dim 32) that continues "
-        f"Python source.\n\n"
+        f"A Llama-architecture model with grouped-query attention (6 query heads, 2 kv heads, head_dim 32) that "
+        f"continues Python source.\n\n"
         f"| | |\n|---|---|\n"
         f"| made by | `python examples/04_train_tiny_model.py --steps {args.steps} --seed {args.seed} "
         f"--batch-rows {args.batch_rows} --learning-rate {args.learning_rate}` |\n"

@@ -1,6 +1,5 @@
 """Generation through the paged cache writes the tokens that the unpatched model writes."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
-    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -33,30 +31,30 @@ LEAST_DISTINCT_TOKENS = 8
 
 
 @pytest.fixture(params=FAMILIES)
-def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+def model(request: pytest.FixtureRequest) -> Any:
     return make_model(request.param)
 
 
 @pytest.fixture
-def llama() -> Iterator[PreTrainedModel]:
-    yield make_model("llama")
+def llama() -> Any:
+    return make_model("llama")
 
 
-def generate(model: PreTrainedModel, **options: Any) -> Tensor:
-    settings = {**ragged_batch(), "max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
+def generate(model: Any, **options: Any) -> Tensor:
+    settings: dict[str, Any] = {**ragged_batch(), "max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
     return model.generate(**settings)[:, PROMPT_COLUMNS:]
 
 
-def patched(model: PreTrainedModel) -> PreTrainedModel:
+def patched(model: Any) -> Any:
     return patch_model(model, block_size=BLOCK_SIZE)
 
 
-def last_cache(model: PreTrainedModel, **options: Any) -> PagedCache:
-    settings = {**ragged_batch(), "max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
+def last_cache(model: Any, **options: Any) -> PagedCache:
+    settings: dict[str, Any] = {**ragged_batch(), "max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
     return model.generate(**settings, return_dict_in_generate=True).past_key_values
 
 
-def test_greedy_tokens_are_equal(model: PreTrainedModel) -> None:
+def test_greedy_tokens_are_equal(model: Any) -> None:
     expected = generate(model)
     assert min(len(set(row.tolist())) for row in expected) >= LEAST_DISTINCT_TOKENS
     assert torch.equal(generate(patched(model)), expected)
@@ -73,14 +71,14 @@ def test_greedy_tokens_are_equal(model: PreTrainedModel) -> None:
     ],
     ids=["sample", "beams", "beams returned", "samples returned", "chunked prefill"],
 )
-def test_other_ways_to_generate_are_equal(model: PreTrainedModel, options: dict[str, Any]) -> None:
+def test_other_ways_to_generate_are_equal(model: Any, options: dict[str, Any]) -> None:
     torch.manual_seed(7)
     expected = generate(model, **options)
     torch.manual_seed(7)
     assert torch.equal(generate(patched(model), **options), expected)
 
 
-def test_logits_are_close(model: PreTrainedModel) -> None:
+def test_logits_are_close(model: Any) -> None:
     batch = ragged_batch()
     real = batch["attention_mask"].bool()
     with torch.no_grad():
@@ -96,7 +94,7 @@ def test_logits_are_close(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("layout", ["left", "right", "holes"])
-def test_hand_written_loop_over_a_padded_batch(model: PreTrainedModel, layout: str) -> None:
+def test_hand_written_loop_over_a_padded_batch(model: Any, layout: str) -> None:
     batch = ragged_batch()
     mask = batch["attention_mask"]
     if layout == "right":
@@ -127,7 +125,7 @@ def test_hand_written_loop_over_a_padded_batch(model: PreTrainedModel, layout: s
     assert torch.equal(actual, torch.cat(alone))
 
 
-def test_second_turn_continues_the_cache(model: PreTrainedModel) -> None:
+def test_second_turn_continues_the_cache(model: Any) -> None:
     def two_turns() -> Tensor:
         first = model.generate(
             **ragged_batch(), max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True
@@ -145,13 +143,13 @@ def test_second_turn_continues_the_cache(model: PreTrainedModel) -> None:
     assert torch.equal(two_turns(), expected)
 
 
-def test_prompt_lookup_rolls_the_cache_back(llama: PreTrainedModel) -> None:
+def test_prompt_lookup_rolls_the_cache_back(llama: Any) -> None:
     prompt = ragged_batch()["input_ids"][1:2].repeat(1, 2)
     options = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "prompt_lookup_num_tokens": 3}
     assert torch.equal(generate(patched(llama), **options), generate(unpatch_model(llama), **options))
 
 
-def test_a_corrupt_block_id_is_caught(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corrupt_block_id_is_caught(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = generate(model)
     write_tables = BlockGroup._write_tables
 
@@ -179,7 +177,7 @@ def test_blocks_behind_the_window_are_reused() -> None:
     assert group.num_blocks <= visible_blocks + 2
 
 
-def test_forks_share_blocks_until_they_write(llama: PreTrainedModel) -> None:
+def test_forks_share_blocks_until_they_write(llama: Any) -> None:
     prompt_tokens, forks, new_tokens = 61, 4, 17
     patched(llama)
     cache = PagedCache(llama.config, block_size=BLOCK_SIZE)
@@ -203,7 +201,7 @@ def test_forks_share_blocks_until_they_write(llama: PreTrainedModel) -> None:
     assert_close(logits, expected, plain)
 
 
-def test_padding_takes_no_blocks(llama: PreTrainedModel) -> None:
+def test_padding_takes_no_blocks(llama: Any) -> None:
     cache = last_cache(patched(llama))
     lengths = (ragged_batch()["attention_mask"].sum(1) + NEW_TOKENS - 1).tolist()
     assert cache.blocks_in_use == sum(-(-length // BLOCK_SIZE) for length in lengths)
@@ -252,7 +250,10 @@ UNSUPPORTED = {
     "chunked attention": (
         lambda: Llama4ForCausalLM(
             Llama4TextConfig(
-                **{**TINY, "intermediate_size": 32}, intermediate_size_mlp=32, attention_chunk_size=8, num_local_experts=2
+                **{**TINY, "intermediate_size": 32},
+                intermediate_size_mlp=32,
+                attention_chunk_size=8,
+                num_local_experts=2,
             )
         ),
         "chunked attention",

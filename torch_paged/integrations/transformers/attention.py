@@ -1,8 +1,8 @@
 """The attention function and the mask function that transformers finds under the name ``torch_paged``.
 
-A cache layer returns its packed ``kv_cache`` as key and as value: a handle, known by the Python attribute that points back
-at the layer. Everything else (training, ``use_cache=False``) takes the dense way, written here in plain PyTorch because
-transformers has no single dense function that knows soft caps and sinks.
+A cache layer returns its packed ``kv_cache`` as key and as value: a handle, known by the Python attribute that points
+back at the layer. Everything else (training, ``use_cache=False``) takes the dense way, written here in plain PyTorch
+because transformers has no single dense function that knows soft caps and sinks.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from torch_paged.functional import flash_attn_varlen, paged_attention
 
 if TYPE_CHECKING:
-    from torch_paged.integrations.transformers.paged_cache import PagedCache, PagedLayer
+    from torch_paged.integrations.transformers.paged_cache import PagedCache
+    from torch_paged.integrations.transformers.paged_layer import PagedLayer
 
 ATTENTION_NAME = "torch_paged"
 HANDLE_ATTRIBUTE = "_torch_paged_layer"
@@ -96,7 +97,9 @@ def _check_paged_call(module: nn.Module, mask: Tensor | None, dropout: float, kw
             raise NotImplementedError(f"attention: PagedCache does not support {keyword} ({name}); leave it out")
 
 
-def _paged(layer: "PagedLayer", query: Tensor, kv_cache: Tensor, scale: float, cap: float, s_aux: Tensor | None) -> Tensor:
+def _paged(
+    layer: "PagedLayer", query: Tensor, kv_cache: Tensor, scale: float, cap: float, s_aux: Tensor | None
+) -> Tensor:
     group, cache = layer.group, layer.cache
     batch, heads, new_tokens, head_dim = query.shape
     sinks = None if s_aux is None else s_aux.float()

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch_paged.cache import BlockAllocator, OutOfBlocks
 
 if TYPE_CHECKING:
-    from torch_paged.integrations.transformers.paged_cache import PagedLayer
+    from torch_paged.integrations.transformers.paged_layer import PagedLayer
 
 UNUSED_ENTRY = -1
 

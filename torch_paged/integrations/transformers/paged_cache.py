@@ -1,4 +1,4 @@
-"""A transformers cache whose layers write into paged tensors and hand their packed cache on."""
+"""A transformers cache that keeps keys and values in blocks, and prepares every forward on the host."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,117 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache
 
-from torch_paged import functional
-from torch_paged.cache import allocate_kv_cache
-from torch_paged.integrations.transformers.attention import ATTENTION_NAME, HANDLE_ATTRIBUTE, MaskOffset
+from torch_paged.integrations.transformers.attention import ATTENTION_NAME
 from torch_paged.integrations.transformers.block_group import BlockGroup
-
-
-class PagedLayer(CacheLayerMixin):
-    """The cache of one attention layer: a packed ``(2, N, KH, S, D)`` tensor, and the group that says where tokens lie."""
-
-    is_compileable = True
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, cache: "PagedCache", group: BlockGroup) -> None:
-        self.cache = cache
-        self.group = group
-        self.is_sliding = group.window is not None
-        self.is_initialized = False
-        self.written = False
-        self.value_dim: int | None = None
-        group.layers.append(self)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the packed cache for the heads and the dtype of the first keys."""
-        if torch.compiler.is_compiling():
-            raise RuntimeError("PagedCache: the first forward must run eagerly, got a compiled one; run the prefill first")
-        _, num_kv_heads, _, head_dim = key_states.shape
-        allocated = allocate_kv_cache(
-            self.group.num_blocks,
-            num_kv_heads,
-            self.group.block_size,
-            head_dim,
-            dtype=key_states.dtype,
-            device=key_states.device,
-        )
-        self.value_dim = None if value_states.shape[3] == head_dim else value_states.shape[3]
-        self._hold(allocated.kv_cache)
-        self.is_initialized = True
-
-    def _hold(self, kv_cache: Tensor) -> None:
-        setattr(kv_cache, HANDLE_ATTRIBUTE, self)
-        self.kv_cache = kv_cache
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values ``(B, KH, Q, D)`` into their slots.
-
-        Returns:
-            The handle, as key and as value. Only ``attention_forward`` can read it.
-
-        Raises:
-            RuntimeError: the handle of the layer before was never used.
-        """
-        batch, num_kv_heads, new_tokens, head_dim = key_states.shape
-        self.cache.check_no_pending_handle()
-        if not torch.compiler.is_compiling():
-            self.cache.ensure_prepared(self, batch, new_tokens)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        functional.reshape_and_cache(
-            key_states.detach().transpose(1, 2).reshape(batch * new_tokens, num_kv_heads, head_dim),
-            value_states.detach().transpose(1, 2).reshape(batch * new_tokens, num_kv_heads, value_states.shape[3]),
-            self.kv_cache,
-            self.group.slot_mapping,
-        )
-        self.written = True
-        self.cache.pending_layer = self
-        return self.kv_cache, self.kv_cache
-
-    def copy_blocks(self, source: Tensor, destination: Tensor) -> None:
-        """Copy whole blocks, where this layer has a cache already."""
-        if self.is_initialized:
-            functional.copy_blocks(self.kv_cache, source, destination)
-
-    def grow(self, num_blocks: int) -> None:
-        """Move to a larger pool, where this layer has a cache already."""
-        if self.is_initialized:
-            _, old_blocks, num_kv_heads, block_size, head_dim = self.kv_cache.shape
-            larger = allocate_kv_cache(
-                num_blocks, num_kv_heads, block_size, head_dim, dtype=self.kv_cache.dtype, device=self.kv_cache.device
-            ).kv_cache
-            larger[:, :old_blocks] = self.kv_cache
-            self._hold(larger)
-
-    def get_seq_length(self) -> int:
-        """Return the columns that transformers counts: padding included, this forward's too once it is written."""
-        if torch.compiler.is_compiling():
-            return self.cache.columns_tensor  # type: ignore[return-value]  # an int here would recompile at each step
-        return self.cache.columns + (self.cache.new_tokens if self.written else 0)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the dense length, and the cache itself in the place of the offset: the mask function needs it."""
-        self.cache.check_implementation()
-        return self.get_seq_length() + query_length, MaskOffset(self.cache)  # type: ignore[return-value]
-
-    def get_max_length(self) -> int:
-        """Return -1: the layer grows."""
-        return -1
+from torch_paged.integrations.transformers.paged_layer import PagedLayer, layer_windows
 
 
 class PagedCache(DynamicCache):
     """Keep the keys and values of a decoder-only model in blocks instead of one padded rectangle.
 
-    Only real tokens take slots: the padding of a ragged batch costs nothing, beams share blocks until they are written, and
-    blocks behind a sliding window are reused. The layers' tensors are ``(2, N, KH, S, D)``.
+    Only real tokens take slots: the padding of a ragged batch costs nothing, beams share blocks until they are written,
+    and blocks behind a sliding window are reused. The layers' tensors are ``(2, N, KH, S, D)``.
 
     Args:
         config: the model's config; its attention implementation must be ``"torch_paged"``.
-        max_cache_length: columns that the cache will reach (prompt and new tokens). Pool and tables are then sized once,
-            which is what a compiled forward needs. None: they grow as needed.
+        max_cache_length: columns that the cache will reach (prompt and new tokens). Pool and tables are then sized
+            once, which is what a compiled forward needs. None: they grow as needed.
         block_size: tokens in a block.
         device: where block tables and slots live: the model's device.
 
@@ -136,6 +42,8 @@ class PagedCache(DynamicCache):
         (19, 2)
     """
 
+    layers: list[PagedLayer]  # type: ignore[assignment]  # transformers has layers of several kinds
+
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -151,12 +59,12 @@ class PagedCache(DynamicCache):
         self.max_cache_length = max_cache_length
         self.device = torch.device(device)
         self.groups: dict[int | None, BlockGroup] = {}
-        layers: list[CacheLayerMixin] = []
+        layers: list[PagedLayer] = []
         for window in layer_windows(self.config):
             group = self.groups.setdefault(window, BlockGroup(window, block_size, self.device))
             layers.append(PagedLayer(self, group))
         self._forget()
-        Cache.__init__(self, layers=layers)
+        Cache.__init__(self, layers=list(layers))
 
     def _forget(self) -> None:
         self.lengths: list[int] = []
@@ -177,7 +85,8 @@ class PagedCache(DynamicCache):
         Args:
             batch_size: B, rows of the forward.
             new_tokens: columns of the forward, padding included.
-            mask: (B, at least new_tokens) True at real tokens; the last columns count. None: all real, or as told before.
+            mask: (B, at least new_tokens) True at real tokens; the last columns count. None: all real, or as told
+                before.
 
         Raises:
             ValueError: another batch size than the cache holds.
@@ -226,7 +135,8 @@ class PagedCache(DynamicCache):
             return
         if not all(written):
             raise RuntimeError(
-                f"PagedCache: the forward before wrote {sum(written)} of {len(written)} layers; call reset() and start again"
+                f"PagedCache: the forward before wrote {sum(written)} of {len(written)} layers; "
+                "call reset() and start again"
             )
         self.lengths = self._new_lengths
         self.columns += self.new_tokens
@@ -337,7 +247,8 @@ class PagedCache(DynamicCache):
             return
         if columns < self._padded_columns:
             raise NotImplementedError(
-                f"PagedCache: crop is not supported behind column {self._padded_columns}, where padding lies, got {columns}"
+                f"PagedCache: crop is not supported behind column {self._padded_columns}, where padding lies, "
+                f"got {columns}"
             )
         lengths = [length + tokens_to_remove for length in self.lengths]
         for group in self.groups.values():
@@ -348,30 +259,9 @@ class PagedCache(DynamicCache):
         """Do nothing: a step frees only blocks that the steps after it cannot see."""
 
     def __iter__(self) -> Iterator[Any]:
-        raise NotImplementedError("PagedCache: dense keys and values are not kept; read them with torch_paged.gather_cache")
-
-
-def layer_windows(config: PreTrainedConfig) -> list[int | None]:
-    """Return each layer's window, None for full attention.
-
-    Raises:
-        NotImplementedError: a layer of another kind.
-    """
-    name = config.model_type
-    if getattr(config, "kv_lora_rank", None) is not None:
-        raise NotImplementedError(f"PagedCache: latent attention ({name}) is not supported; use the model unpatched")
-    if getattr(config, "attention_chunk_size", None) is not None:
-        raise NotImplementedError(f"PagedCache: chunked attention ({name}) is not supported; use the model unpatched")
-    windows: list[int | None] = []
-    for layer in DynamicCache(config=config).layers:
-        if type(layer) is DynamicLayer:
-            windows.append(None)
-        elif type(layer) is DynamicSlidingWindowLayer:
-            windows.append(layer.sliding_window)
-        else:
-            kind = type(layer).__name__
-            raise NotImplementedError(f"PagedCache: cache layer {kind} ({name}) is not supported; use the model unpatched")
-    return windows
+        raise NotImplementedError(
+            "PagedCache: dense keys and values are not kept; read them with torch_paged.gather_cache"
+        )
 
 
 def _real_columns(mask: Tensor | None, new_tokens: int) -> list[list[bool]] | None:

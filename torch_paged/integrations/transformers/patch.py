@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from torch_paged.integrations.transformers.attention import ATTENTION_NAME
-from torch_paged.integrations.transformers.paged_cache import PagedCache, layer_windows
+from torch_paged.integrations.transformers.paged_cache import PagedCache
+from torch_paged.integrations.transformers.paged_layer import layer_windows
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -19,12 +20,13 @@ _ORIGINAL = "_torch_paged_original_attention"
 def patch_model(model: Model, *, block_size: int = 16) -> Model:
     """Make a decoder-only transformers model generate through ``torch.ops.paged.*``.
 
-    Its attention implementation becomes ``"torch_paged"``, and ``generate`` makes a ``PagedCache`` where it would make a
-    ``DynamicCache``. Only this instance changes; patching it again changes nothing, and ``unpatch_model`` takes all back.
+    Its attention implementation becomes ``"torch_paged"``, and ``generate`` makes a ``PagedCache`` where it would make
+    a ``DynamicCache``. Only this instance changes; patching it again changes only the block size, and
+    ``unpatch_model`` takes all back.
 
     Args:
-        model: a decoder-only model whose layers use transformers' attention interface: full or sliding-window attention,
-            with or without soft caps and sinks.
+        model: a decoder-only model whose layers use transformers' attention interface: full or sliding-window
+            attention, with or without soft caps and sinks.
         block_size: tokens in a block of the cache.
 
     Returns:
@@ -50,7 +52,7 @@ def patch_model(model: Model, *, block_size: int = 16) -> Model:
         raise ValueError(f"patch_model: block_size must be >= 1, got {block_size}")
     name = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise NotImplementedError(f"patch_model: encoder-decoder models ({name}) are not supported; use the model unpatched")
+        raise NotImplementedError(f"patch_model: encoder-decoder models ({name}) are not supported; use it unpatched")
     if not model.can_generate():
         raise NotImplementedError(f"patch_model: {name} cannot generate; load it with AutoModelForCausalLM")
     layer_windows(model.config.get_text_config(decoder=True))
@@ -102,9 +104,7 @@ def _paged_prepare(original: Any, block_size: int) -> Any:
         wants_cache = generation_config.use_cache is not False and generation_config.cache_implementation is None
         if given or not wants_cache:
             return original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        cache = PagedCache(
-            model.config, max_cache_length=max_cache_length, block_size=block_size, device=model.device
-        )
+        cache = PagedCache(model.config, max_cache_length=max_cache_length, block_size=block_size, device=model.device)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
