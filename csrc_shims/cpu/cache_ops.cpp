@@ -1,6 +1,8 @@
 // Cache writes, copies and gathers, and the merge of attention states: plans around the row kernels.
 #include <algorithm>
 #include <cstring>
+#include <limits>
+#include <utility>
 #include <vector>
 
 #include "parallel.h"
@@ -23,6 +25,12 @@ float* cache_scale(const Cache& cache, int64_t kv, int64_t block, int64_t head, 
 
 float largest(DType t) { return t == DType::i8 ? 127.0f : t == DType::e4m3 ? 448.0f : 57344.0f; }
 
+// Finite and > 0, also for rows that hold infinities or are too small to divide.
+float scale_of(float amax, DType dtype) {
+  const float scale = std::min(amax, std::numeric_limits<float>::max()) / largest(dtype);
+  return scale > 0.0f ? scale : 1.0f;
+}
+
 void write_token(const CacheWriteArgs& args, const KernelTable& isa, int64_t token, int64_t slot) {
   const Cache& cache = args.cache;
   const int64_t block = slot / cache.block_size, offset = slot % cache.block_size, es = element_size(args.dtype);
@@ -39,8 +47,7 @@ void write_token(const CacheWriteArgs& args, const KernelTable& isa, int64_t tok
       } else {
         float* scale = cache_scale(cache, kv, block, head, offset);
         if (args.compute_scales) {
-          const float amax = isa.absolute_max(args.dtype, source, dim);
-          *scale = amax == 0.0f ? 1.0f : amax / largest(cache.dtype);
+          *scale = scale_of(isa.absolute_max(args.dtype, source, dim), cache.dtype);
         }
         isa.quantize_row(args.dtype, source, *scale, cache.dtype, out, dim);
       }
