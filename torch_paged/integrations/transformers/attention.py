@@ -163,7 +163,7 @@ def _dense(
     return (weights @ value).transpose(1, 2).contiguous()
 
 
-def attention_mask(
+def paged_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -214,4 +214,4 @@ def attention_mask(
 def register() -> None:
     """Tell transformers the attention and the mask function, both under ``ATTENTION_NAME``."""
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, paged_mask)

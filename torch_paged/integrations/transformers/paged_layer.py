@@ -110,6 +110,8 @@ class PagedLayer(CacheLayerMixin):
         """Return -1: the layer grows."""
         return -1
 
+    get_max_cache_shape = get_max_length  # its name in older versions of transformers
+
 
 def layer_windows(config: PreTrainedConfig) -> list[int | None]:
     """Return each layer's window, None for full attention.

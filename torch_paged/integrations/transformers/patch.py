@@ -43,7 +43,8 @@ def patch_model(model: Model, *, block_size: int = 16) -> Model:
         >>> config = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
         ...                      num_attention_heads=2, num_key_value_heads=1)
         >>> model = patch_model(LlamaForCausalLM(config).eval())
-        >>> model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, pad_token_id=0).shape
+        >>> prompt = torch.tensor([[5, 6, 7]])
+        >>> model.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0).shape
         torch.Size([1, 7])
     """
     if not isinstance(model, PreTrainedModel):
