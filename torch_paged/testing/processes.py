@@ -16,7 +16,7 @@ def run_python(
     Args:
         code: the program.
         arguments: its ``sys.argv[1:]``.
-        path: folder to import from first; None for what is installed.
+        path: folder to run in and to import from first; None for the current one.
         check: fail, showing its output, when the process fails.
         environment: variables that it gets beside those of this process, less all ``TORCH_PAGED_*``.
 
@@ -29,6 +29,7 @@ def run_python(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
+        cwd=path,  # the interpreter looks there before PYTHONPATH
         env={**kept, "OMP_NUM_THREADS": "1", **search, **environment},
     )
     if check and result.returncode != 0:
