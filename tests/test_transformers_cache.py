@@ -211,6 +211,7 @@ def test_custom_masks_are_refused(model: Any, cache: PagedCache) -> None:
     [
         ({"dropout": 0.1}, "dropout"),
         ({"is_causal": False}, "bidirectional"),
+        ({"sliding_window": 5}, "a window of 5"),
         ({"cu_seq_lens_q": PROMPT}, "cu_seq_lens_q"),
     ],
 )

@@ -58,7 +58,7 @@ def attention_forward(
         scaling: factor of the logits. None: ``1 / sqrt(D)``.
         softcap: cap of the logits. None or 0.0: none.
         s_aux: (H,) one logit per head without a value (sinks). None: none.
-        kwargs: what else the model passes. The window is not among what is read: it belongs to the cache layer.
+        kwargs: what else the model passes. The window is the cache layer's; another one is refused.
 
     Returns:
         ``(B, Q, H, DV)`` in the query's dtype, zeros in padding rows, and None for the weights.
@@ -71,7 +71,7 @@ def attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     cap = float(softcap or 0.0)
     if layer is not None and value is key:
-        _check_paged_call(module, attention_mask, dropout, kwargs)
+        _check_paged_call(module, layer.group.window, attention_mask, dropout, kwargs)
         return _paged(layer, query, key, scale, cap, s_aux), None
     if key.ndim != 4 or value.ndim != 4 or layer is not None:
         raise RuntimeError(
@@ -81,7 +81,9 @@ def attention_forward(
     return _dense(query, key, value, attention_mask, dropout, scale, cap, s_aux), None
 
 
-def _check_paged_call(module: nn.Module, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+def _check_paged_call(
+    module: nn.Module, window: int | None, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
+) -> None:
     name = type(module).__name__
     if mask is not None:
         raise NotImplementedError(
@@ -92,6 +94,12 @@ def _check_paged_call(module: nn.Module, mask: Tensor | None, dropout: float, kw
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotImplementedError(f"attention: PagedCache does not support bidirectional attention ({name})")
+    given_window = kwargs.get("sliding_window")
+    if given_window is not None and given_window != window:
+        raise NotImplementedError(
+            f"attention: PagedCache does not support a window of {given_window} ({name}) "
+            f"in a layer whose cache has {window}"
+        )
     for keyword in _UNSUPPORTED_KEYWORDS:
         if kwargs.get(keyword) is not None:
             raise NotImplementedError(f"attention: PagedCache does not support {keyword} ({name}); leave it out")
