@@ -55,7 +55,6 @@ lint: $(VENV)/.lint
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 
 bench: $(LIBRARY)
-	$(EDITABLE) ".[bench]"
 	$(BIN)/python -m benchmarks $(ARGS)
 
 mutants: $(LIBRARY)

@@ -12,7 +12,7 @@ from torch_paged.backends.cpu.support import LIBRARY, LIMITS, isa, refusal, vari
 
 def why_off() -> str | None:
     """Return why the kernels cannot run here, with the remedy, or None."""
-    if torch.__version__ < (2, 9):
+    if torch.__version__ < (2, 9):  # type: ignore[operator]
         return f"it needs torch >= 2.9, got {torch.__version__}: upgrade torch"
     if not LIBRARY.exists():
         return (

@@ -57,9 +57,9 @@ def _attention(op: str, arguments: Arguments) -> str:
     A sequence with few query rows per kv head is attended to in place (``"decode"``), any other in packed tiles
     (``"prefill"``); a batch that may hold both is ``"mixed"``.
     """
-    query, kv_cache, key = arguments["query"], arguments["kv_cache"], arguments.get("key")
     if op == "paged_attention":
         return "decode"
+    query, kv_cache, key = arguments["query"], arguments["kv_cache"], arguments["key"]
     kv_heads = kv_cache.shape[2] if kv_cache is not None else key.shape[1]
     longest, sequences = arguments["max_seqlen_q"], arguments["cu_seqlens_q"].shape[0] - 1
     if longest <= 1 or longest * (query.shape[1] // kv_heads) <= MAX_DIRECT_ROWS:
