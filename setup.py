@@ -163,15 +163,15 @@ class BuildExtension(build_ext):
 
     def compile(self, source: str, ext: Extension) -> str:
         """Return the object file of a source, compiled unless it is newer than everything it was made from."""
-        output = Path(self.build_temp)
-        [built] = self.compiler.object_filenames([source], output_dir=str(output))
+        output = "" if Path(source).is_relative_to(self.build_temp) else self.build_temp
+        [built] = self.compiler.object_filenames([source], output_dir=output)
         newest = max(os.path.getmtime(path) for path in [source, *ext.depends])
         if not self.force and os.path.exists(built) and os.path.getmtime(built) > newest:
             return str(built)
         flags = [*COMMON_FLAGS, "-fopenmp", *ISA_FLAGS.get(Path(source).name, [])]
         [built] = self.compiler.compile(
             [source],
-            output_dir=str(output),
+            output_dir=output,
             macros=ext.define_macros,
             extra_postargs=flags,
         )
