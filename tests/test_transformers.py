@@ -93,8 +93,9 @@ def test_logits_are_close(model: Any) -> None:
     assert_close(dense, expected, plain)
 
 
+@pytest.mark.parametrize("chunk", [PROMPT_COLUMNS, 5])
 @pytest.mark.parametrize("layout", ["left", "right", "holes"])
-def test_hand_written_loop_over_a_padded_batch(model: Any, layout: str) -> None:
+def test_hand_written_loop_over_a_padded_batch(model: Any, layout: str, chunk: int) -> None:
     batch = ragged_batch()
     mask = batch["attention_mask"]
     if layout == "right":
@@ -104,24 +105,27 @@ def test_hand_written_loop_over_a_padded_batch(model: Any, layout: str) -> None:
         mask[1, 4:9] = 0
         mask[0, -2] = 0
 
-    def loop(ids: Tensor, seen: Tensor, cache: DynamicCache) -> Tensor:
-        out = []
+    def forward(ids: Tensor, seen: Tensor, cache: DynamicCache) -> Tensor:
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return model(input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache).logits
+
+    def loop(ids: Tensor, seen: Tensor, cache: DynamicCache, chunk: int) -> Tensor:
+        columns = range(0, ids.shape[1], chunk)
+        parts = [forward(ids[:, c : c + chunk], seen[:, : c + chunk], cache) for c in columns]
+        last = seen.cumsum(-1).argmax(-1)
+        out = [torch.cat(parts, 1)[torch.arange(len(ids)), last].argmax(-1, keepdim=True)]
         for _ in range(10):
-            positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            logits = model(input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache).logits
-            last = seen[:, -ids.shape[1] :].cumsum(-1).argmax(-1)
-            ids = logits[torch.arange(len(ids)), last].argmax(-1, keepdim=True)
-            seen = torch.cat([seen, torch.ones_like(ids)], 1)
-            out.append(ids)
+            seen = torch.cat([seen, torch.ones_like(out[-1])], 1)
+            out.append(forward(out[-1], seen, cache)[:, -1:].argmax(-1))
         return torch.cat(out, 1)
 
     with torch.no_grad():
         alone = []  # transformers counts padding columns as part of a window; a row alone has none
         for ids, real in zip(batch["input_ids"], mask.bool(), strict=True):
             prompt = ids[real][None]
-            alone.append(loop(prompt, torch.ones_like(prompt), DynamicCache(config=model.config)))
+            alone.append(loop(prompt, torch.ones_like(prompt), DynamicCache(config=model.config), PROMPT_COLUMNS))
         patched(model)
-        actual = loop(batch["input_ids"], mask, PagedCache(model.config, block_size=BLOCK_SIZE))
+        actual = loop(batch["input_ids"], mask, PagedCache(model.config, block_size=BLOCK_SIZE), chunk)
     assert torch.equal(actual, torch.cat(alone))
 
 
@@ -143,10 +147,21 @@ def test_second_turn_continues_the_cache(model: Any) -> None:
     assert torch.equal(two_turns(), expected)
 
 
-def test_prompt_lookup_rolls_the_cache_back(llama: Any) -> None:
-    prompt = ragged_batch()["input_ids"][1:2].repeat(1, 2)
-    options = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "prompt_lookup_num_tokens": 3}
-    assert torch.equal(generate(patched(llama), **options), generate(unpatch_model(llama), **options))
+@pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
+def test_rejected_tokens_are_rolled_back(model: Any, way: str) -> None:
+    prompt = ragged_batch()["input_ids"][1:2]
+    options: dict[str, Any] = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    expected = generate(model, **options)
+    if way == "assistant":
+        assistant = make_model(model.config.model_type)
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for parameter in assistant.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
+        options["assistant_model"] = patched(assistant)
+    else:
+        options["prompt_lookup_num_tokens"] = 3
+    assert torch.equal(generate(patched(model), **options), expected)
 
 
 def test_a_corrupt_block_id_is_caught(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,12 +134,16 @@ def test_crop_refuses_a_wrong_number(model: Any, cache: PagedCache, tokens_to_re
         cache.crop(tokens_to_remove)
 
 
-def test_crop_refuses_padding(model: Any, cache: PagedCache) -> None:
-    mask = torch.ones_like(PROMPT)
-    mask[:, :3] = 0
-    forward(model, PROMPT, attention_mask=mask, past_key_values=cache)
-    with pytest.raises(NotImplementedError, match="behind column 17, where padding lies, got 16"):
-        cache.crop(-1)
+def test_crop_counts_the_padding(model: Any, cache: PagedCache) -> None:
+    ids, mask = ragged_batch()["input_ids"], ragged_batch()["attention_mask"].clone()
+    mask[0, -2] = 0
+    forward(model, ids, attention_mask=mask, past_key_values=cache)
+    cache.crop(-3)
+    assert cache.lengths == mask[:, :-3].sum(1).tolist()
+    fresh = PagedCache(model.config, block_size=BLOCK_SIZE)
+    forward(model, ids[:, :-3], attention_mask=mask[:, :-3], past_key_values=fresh)
+    step = torch.tensor([[7], [8], [9]])
+    assert torch.equal(forward(model, step, past_key_values=cache), forward(model, step, past_key_values=fresh))
 
 
 def test_reset_frees_everything(model: Any, cache: PagedCache) -> None:

@@ -72,7 +72,7 @@ class PagedCache(DynamicCache):
         self.new_tokens = 0
         self.prepared = False
         self._real: list[list[bool]] | None = None
-        self._padded_columns = 0
+        self._history: list[bytearray] = []  # of each row, 1 for a column with a real token
         self.pending_layer: PagedLayer | None = None
         self.query_positions: Tensor | None = None
         self.columns_tensor = torch.zeros((), dtype=torch.long, device=self.device)
@@ -101,6 +101,7 @@ class PagedCache(DynamicCache):
             return
         if not self.lengths:
             self.lengths = [0] * batch_size
+            self._history = [bytearray() for _ in range(batch_size)]
         if batch_size != len(self.lengths):
             raise ValueError(f"PagedCache: batch size must be {len(self.lengths)} as cached, got {batch_size}")
         real = _real_columns(mask, new_tokens)
@@ -120,7 +121,7 @@ class PagedCache(DynamicCache):
         ends = range(0, (batch_size + 1) * new_tokens, new_tokens)
         self.cu_seqlens_q = torch.tensor(ends, dtype=torch.int32, device=self.device)
         self.query_positions = None
-        if real is not None and not _left_padded(real):
+        if real is not None and not _padded_before_all_tokens(self.lengths, real):
             positions = _positions(self.lengths, real)
             self.query_positions = torch.tensor(positions, dtype=torch.int32, device=self.device)
         self.columns_tensor.fill_(self.columns)
@@ -140,8 +141,8 @@ class PagedCache(DynamicCache):
             )
         self.lengths = self._new_lengths
         self.columns += self.new_tokens
-        if self._real is not None:
-            self._padded_columns = self.columns
+        for seq, row in enumerate(self._history):
+            row += bytes([1]) * self.new_tokens if self._real is None else bytes(self._real[seq])
         self.prepared = False
         for layer in self.layers:
             layer.written = False
@@ -230,13 +231,13 @@ class PagedCache(DynamicCache):
         for group in self.groups.values():
             group.select(rows)
         self.lengths = [self.lengths[row] for row in rows]
+        self._history = [bytearray(self._history[row]) for row in rows]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` columns; 0 forgets nothing.
 
         Raises:
             ValueError: a positive number, more columns than are cached, or columns whose window is gone.
-            NotImplementedError: padding lies in the columns.
         """
         self._finish_step()
         self._forget_preparation()
@@ -245,15 +246,12 @@ class PagedCache(DynamicCache):
             raise ValueError(f"PagedCache: tokens_to_remove must be in [{-self.columns}, 0], got {tokens_to_remove}")
         if tokens_to_remove == 0:
             return
-        if columns < self._padded_columns:
-            raise NotImplementedError(
-                f"PagedCache: crop is not supported behind column {self._padded_columns}, where padding lies, "
-                f"got {columns}"
-            )
-        lengths = [length + tokens_to_remove for length in self.lengths]
+        lengths = [length - sum(row[columns:]) for length, row in zip(self.lengths, self._history, strict=True)]
         for group in self.groups.values():
             group.truncate(lengths)
         self.lengths, self.columns = lengths, columns
+        for row in self._history:
+            del row[columns:]
 
     def activate_past_recording(self) -> None:
         """Do nothing: a step frees only blocks that the steps after it cannot see."""
@@ -271,8 +269,9 @@ def _real_columns(mask: Tensor | None, new_tokens: int) -> list[list[bool]] | No
     return None if bool(real.all()) else real.tolist()
 
 
-def _left_padded(real: list[list[bool]]) -> bool:
-    return all(row == sorted(row) for row in real)
+def _padded_before_all_tokens(lengths: list[int], real: list[list[bool]]) -> bool:
+    """Say whether counting back from a row's last token gives every padding column a position below 0."""
+    return all(all(row) or (length == 0 and row == sorted(row)) for length, row in zip(lengths, real, strict=True))
 
 
 def _positions(lengths: list[int], real: list[list[bool]]) -> list[int]:
