@@ -94,24 +94,21 @@ TP_INLINE void locate_keys(const AttentionArgs& args, const Sequence& seq, KeyBl
     for (int i = 0; i < block.split; offset = 0, ++page) {
       const int64_t room = cache.block_size - offset;
       const int run = (int)(room < block.split - i ? room : block.split - i);
-      if (block.live >> i & low_bits(run)) {
-        const int64_t id = seq.table[page];
-        const char* key = (const char*)cache.data + (id * cache.stride_block + offset * cache.stride_token) * es;
-        const char* value = cache.latent ? key : key + cache.stride_kv * es;
-        for (int r = 0; r < run; ++r) {
-          block.key[i + r] = key + r * step;
-          block.value[i + r] = value + r * step;
-        }
-        if (cache.scales)
-          for (int r = 0; r < run; ++r)
-            block.scale[i + r] = id * cache.scale_stride_block + (offset + r) * cache.scale_stride_token;
+      // The entry of a page without a live key is not read: its keys get an address that nobody follows.
+      const int64_t id = block.live >> i & low_bits(run) ? seq.table[page] : 0;
+      const char* key = (const char*)cache.data + (id * cache.stride_block + offset * cache.stride_token) * es;
+      const char* value = cache.latent ? key : key + cache.stride_kv * es;
+      for (int r = 0; r < run; ++r) {
+        block.key[i + r] = key + r * step;
+        block.value[i + r] = value + r * step;
+        block.scale[i + r] = id * cache.scale_stride_block + (offset + r) * cache.scale_stride_token;
       }
       i += run;
     }
   }
   const int64_t new_es = element_size(args.dtype);
   for (int i = block.split; i < block.count; ++i) {
-    const int64_t row = seq.new_begin + block.key0 + i - seq.context_len;
+    const int64_t row = block.live >> i & 1 ? seq.new_begin + block.key0 + i - seq.context_len : 0;
     block.key[i] = (const char*)args.key.data + row * args.key.stride_token * new_es;
     block.value[i] = (const char*)args.value.data + row * args.value.stride_token * new_es;
   }
@@ -141,33 +138,32 @@ TP_INLINE void locate_unit(const AttentionArgs& args, const KeyBlock& block, int
   point_dead_keys(~block.live, zeros, unit);
 }
 
+template <DType To, DType From>
+TP_INLINE void convert_lanes(const char* source, int64_t dim, int64_t padded, char* out) {
+  int64_t i = 0;
+  for (; i + W <= dim; i += W) encode_exact<To>(out + i * size_of<To>(), decode<From>(source + i * size_of<From>()));
+  if (i < dim) {
+    encode_exact<To>(out + i * size_of<To>(), decode_partial<From>(source + i * size_of<From>(), (int)(dim - i)));
+    i += W;
+  }
+  for (; i < padded; i += W) encode_exact<To>(out + i * size_of<To>(), vf{});
+}
+
 template <DType To>
 TP_INLINE void convert_row(DType from, const char* source, int64_t dim, int64_t padded, char* out) {
-  for (int64_t i = 0; i < padded; i += W) {
-    const int n = dim - i >= W ? W : dim > i ? (int)(dim - i) : 0;
-    const char* p = source + i * element_size(from);
-    vf x;
-    switch (from) {
-      case DType::f32:
-        x = n == W ? decode<DType::f32>(p) : decode_partial<DType::f32>(p, n);
-        break;
-      case DType::bf16:
-        x = n == W ? decode<DType::bf16>(p) : decode_partial<DType::bf16>(p, n);
-        break;
-      case DType::f16:
-        x = n == W ? decode<DType::f16>(p) : decode_partial<DType::f16>(p, n);
-        break;
-      case DType::i8:
-        x = n == W ? decode<DType::i8>(p) : decode_partial<DType::i8>(p, n);
-        break;
-      case DType::e4m3:
-        x = n == W ? decode<DType::e4m3>(p) : decode_partial<DType::e4m3>(p, n);
-        break;
-      default:
-        x = n == W ? decode<DType::e5m2>(p) : decode_partial<DType::e5m2>(p, n);
-        break;
-    }
-    encode<To>(out + i * size_of<To>(), x);
+  switch (from) {
+    case DType::f32:
+      return convert_lanes<To, DType::f32>(source, dim, padded, out);
+    case DType::bf16:
+      return convert_lanes<To, DType::bf16>(source, dim, padded, out);
+    case DType::f16:
+      return convert_lanes<To, DType::f16>(source, dim, padded, out);
+    case DType::i8:
+      return convert_lanes<To, DType::i8>(source, dim, padded, out);
+    case DType::e4m3:
+      return convert_lanes<To, DType::e4m3>(source, dim, padded, out);
+    default:
+      return convert_lanes<To, DType::e5m2>(source, dim, padded, out);
   }
 }
 

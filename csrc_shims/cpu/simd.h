@@ -133,6 +133,14 @@ TP_INLINE vf vtanh(vf x) {
 TP_INLINE float exp1(float x) { return vexp(set1(x))[0]; }
 
 // ---- storage types
+TP_INLINE vu16 bytes_to_words(const void* p) {
+#if defined(__AVX512F__)
+  return (vu16)_mm256_cvtepu8_epi16(load_bits<__m128i>(p));
+#else
+  return __builtin_convertvector(load_bits<vu8>(p), vu16);
+#endif
+}
+
 TP_INLINE vf half_to_float(vu16 h) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps((__m256i)h);
@@ -158,12 +166,16 @@ TP_INLINE vf decode(const void* p) {
   } else if constexpr (S == DType::f16) {
     return half_to_float(load_bits<vu16>(p));
   } else if constexpr (S == DType::i8) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_bits<__m128i>(p)));
+#else
     return __builtin_convertvector(__builtin_convertvector(load_bits<vi8>(p), vi), vf);
+#endif
   } else if constexpr (S == DType::e5m2) {
-    return half_to_float(__builtin_convertvector(load_bits<vu8>(p), vu16) << 8);
+    return half_to_float(bytes_to_words(p) << 8);
   } else {
     // e4m3fn placed in a half has its exponent bias off by 8; its one NaN pattern would read as 480.
-    const vu16 u = __builtin_convertvector(load_bits<vu8>(p), vu16);
+    const vu16 u = bytes_to_words(p);
     const vf x = half_to_float(((u & 0x80) << 8) | ((u & 0x7f) << 7)) * 256.0f;
     return vabs(x) == 480.0f ? set1(__builtin_nanf("")) : x;
   }
@@ -220,6 +232,21 @@ TP_INLINE void encode(void* p, vf x) {
   } else {
     const vu16 h = S == DType::bf16 ? bf16_bits(x) : half_bits(x);
     __builtin_memcpy(p, &h, sizeof(h));
+  }
+}
+
+// For values that the type holds exactly: nothing is rounded.
+template <DType S>
+TP_INLINE void encode_exact(void* p, vf x) {
+  if constexpr (S == DType::bf16) {
+#if defined(__AVX512F__)
+    const vu16 h = (vu16)_mm512_cvtepi32_epi16((__m512i)((vu)x >> 16));
+#else
+    const vu16 h = __builtin_convertvector((vu)x >> 16, vu16);
+#endif
+    __builtin_memcpy(p, &h, sizeof(h));
+  } else {
+    encode<S>(p, x);
   }
 }
 
