@@ -17,6 +17,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -272,6 +274,10 @@ UNSUPPORTED = {
             )
         ),
         "chunked attention",
+    ),
+    "linear attention": (
+        lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**TINY, num_experts=2, num_experts_per_tok=1)),
+        "cache layer LinearAttentionLayer",
     ),
     "no head": (lambda: LlamaModel(LlamaConfig(**TINY)), "cannot generate"),
 }
