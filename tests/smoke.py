@@ -7,6 +7,7 @@ import torch
 
 import torch_paged
 from torch_paged import collect_env
+from torch_paged.testing.compare import assert_attention, assert_same
 
 
 def main() -> None:
@@ -23,12 +24,12 @@ def main() -> None:
         torch_paged.reshape_and_cache(rows, rows.flip(0), kv_cache, slots)
         query = torch.randn(1, 8, 64, generator=generator).to(dtype)
         tables, lengths = torch.tensor([[5, 1, 7]], dtype=torch.int32), torch.tensor([9], dtype=torch.int32)
-        out = torch_paged.paged_attention(query, kv_cache, tables, lengths)
-        expected = torch_paged.reference.paged_attention(query, kv_cache, tables, lengths)
-        torch.testing.assert_close(out, expected)
-        torch.library.opcheck(torch.ops.paged.paged_attention.default, (query, kv_cache, tables, lengths))
+        arguments = {"query": query, "kv_cache": kv_cache, "block_tables": tables, "context_lens": lengths}
+        out = torch_paged.paged_attention(**arguments)
+        assert_attention("paged_attention", arguments, out)
+        torch.library.opcheck(torch.ops.paged.paged_attention.default, tuple(arguments.values()))
         compiled = torch.compile(torch_paged.paged_attention, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(query, kv_cache, tables, lengths), out, rtol=0, atol=0)
+        assert_same(compiled(**arguments), out)
     try:
         torch_paged.reshape_and_cache(rows, rows, kv_cache, slots + 100)
     except ValueError as error:
