@@ -68,7 +68,7 @@ wheel: $(VENV)/.ready
 test-wheel: wheel
 	rm -rf $(WHEEL_VENV)
 	$(PYTHON) -m venv $(WHEEL_VENV)
-	$(WHEEL_VENV)/bin/python -m pip -q install "torch==$(TORCH)" dist/*.whl
+	$(WHEEL_VENV)/bin/python -m pip -q install "torch==$(TORCH)" numpy dist/*.whl
 	cd $(WHEEL_VENV) && bin/python ../tests/smoke.py
 
 test-torch29: wheel
