@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,12 @@ def main() -> None:
         torch_paged.reshape_and_cache(rows, rows.flip(0), kv_cache, slots)
         query = torch.randn(1, 8, 64, generator=generator).to(dtype)
         tables, lengths = torch.tensor([[5, 1, 7]], dtype=torch.int32), torch.tensor([9], dtype=torch.int32)
-        arguments = {"query": query, "kv_cache": kv_cache, "block_tables": tables, "context_lens": lengths}
+        arguments: dict[str, Any] = {
+            "query": query,
+            "kv_cache": kv_cache,
+            "block_tables": tables,
+            "context_lens": lengths,
+        }
         out = torch_paged.paged_attention(**arguments)
         assert_attention("paged_attention", arguments, out)
         torch.library.opcheck(torch.ops.paged.paged_attention.default, tuple(arguments.values()))
