@@ -1,7 +1,7 @@
-"""The signatures of every op, written once: Python registers them, the Python-free C++ library is generated from them.
+"""The signatures of every op, written once: Python registers them, the Python-free library is generated from them.
 
-Required tensors come first, then required sizes, then optional tensors, then scalars with defaults. Schemas only ever grow at
-the end. There are no ``str`` and no ``int[]`` arguments, so that one stable-ABI binary loads from torch 2.9 on.
+Required tensors come first, then required sizes, then optional tensors, then scalars with defaults. Schemas only ever
+grow at the end. There are no ``str`` and no ``int[]`` arguments, so that one stable-ABI binary loads from torch 2.9 on.
 """
 
 import torch
