@@ -29,8 +29,8 @@ from transformers.generation.streamers import BaseStreamer
 from torch_paged.integrations.transformers import PagedCache, patch_model, unpatch_model
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "stdlib-llama-2m"
-CHECKPOINT_PERPLEXITY_BELOW = 25.0
-PERPLEXITY_WINDOWS, WINDOW_TOKENS = 48, 256
+CHECKPOINT_PERPLEXITY_BELOW = 16.0
+PERPLEXITY_WINDOWS, WINDOW_TOKENS = 64, 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 console = Console(highlight=False)
@@ -105,15 +105,13 @@ def patch(model: Any) -> None:
 
 @torch.no_grad()
 def perplexity(model: Any, tokenizer: Any) -> float:
-    """Return the perplexity per token over the start of the held-out files."""
+    """Return the perplexity per token over windows that lie evenly over the held-out files."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     token_ids: list[int] = []
     for text in read_texts(held_out=True):
-        token_ids += ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []) + tokenizer.encode(
-            text, add_special_tokens=False
-        )
-        if len(token_ids) > PERPLEXITY_WINDOWS * WINDOW_TOKENS:
-            break
-    windows = torch.tensor(token_ids).unfold(0, WINDOW_TOKENS + 1, WINDOW_TOKENS)[:PERPLEXITY_WINDOWS]
+        token_ids += start + tokenizer.encode(text, add_special_tokens=False)
+    windows = torch.tensor(token_ids).unfold(0, WINDOW_TOKENS + 1, WINDOW_TOKENS)
+    windows = windows[:: max(1, len(windows) // PERPLEXITY_WINDOWS)][:PERPLEXITY_WINDOWS]
     total = 0.0
     for chunk in windows.split(8):
         logits = model(input_ids=chunk[:, :-1], use_cache=False).logits.float()

@@ -138,7 +138,7 @@ def describe(args: argparse.Namespace, step: int, parameters: int, seen: int, tr
         f"| parameters | {parameters} (stored in bfloat16) |\n"
         f"| steps | {step} of {args.steps}, {seen} tokens seen |\n"
         f"| held-out perplexity per token | {value:.2f} |\n\n"
-        f"Weights and tokenizer were made from scratch by that script and are under this repository's licence.\n"
+        f"Weights and tokenizer were made from scratch by that script; the data itself is not in this folder.\n"
     )
 
 
