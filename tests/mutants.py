@@ -23,7 +23,12 @@ from torch_paged.backends.cpu.support import isa
 
 ROOT = Path(__file__).parents[1]
 KERNEL = "attention_kernel.h"
-ATTENTION = ("tests/test_paged_attention.py", "tests/test_flash_attn_varlen.py")
+ATTENTION = (
+    "tests/test_paged_attention.py",
+    "tests/test_flash_attn_varlen.py",
+    "tests/test_semantics.py",
+    "tests/test_combinations.py",
+)
 CACHE = (
     "tests/test_reshape_and_cache.py",
     "tests/test_quantize_and_cache.py",

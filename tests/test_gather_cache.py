@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from torch_paged.testing import GatherCase, assert_same, build
 from torch_paged.testing.backends import REFERENCE, Backend, backends_here
-from torch_paged.testing.named import GATHER_CASES
+from torch_paged.testing.named import GATHER_CASES, QUANTIZED_DTYPES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -22,6 +22,20 @@ def test_case(backend: Backend, case: GatherCase) -> None:
     for dense in (key, value):
         assert dense.is_contiguous()
         assert dense.untyped_storage().data_ptr() != arguments["kv_cache"].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED_DTYPES, ids=str)
+def test_every_stored_byte_is_read_as_torch_reads_it(backend: Backend, dtype: torch.dtype) -> None:
+    """NaN and infinities included."""
+    stored = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(dtype)
+    cache = stored.reshape(2, 1, 1, 4, 32).clone()
+    scales = torch.tensor([0.5, 3.0])
+    lens = torch.tensor([4], dtype=torch.int32)
+    arguments = {"kv_cache": cache, "block_tables": lens[:, None] - 4, "context_lens": lens, "max_len": 4}
+    dense = backend("gather_cache", {**arguments, "kv_scales": scales, "starts": None})
+    for side, read in enumerate(dense):
+        expected = cache[side].float() * scales[side]
+        torch.testing.assert_close(read, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", backends_here(), ids=lambda backend: backend.name)
