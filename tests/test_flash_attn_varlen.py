@@ -12,6 +12,14 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 CONTEXTS = (700, 0, 5, 63)
 QUERIES = (130, 33, 1, 0)
 INVARIANT = [
+    AttentionCase("invariant_split_tiles", context_lens=(4200, 2049, 30, 2500), query_lens=(40, 20, 33, 17)),
+    AttentionCase(
+        "invariant_split_few_rows",
+        context_lens=(1300, 513, 2, 700),
+        query_lens=(3, 4, 2, 1),
+        dtype=torch.bfloat16,
+        sliding_window=600,
+    ),
     AttentionCase("invariant_cache", context_lens=CONTEXTS, query_lens=QUERIES, sinks=True),
     AttentionCase("invariant_both", context_lens=CONTEXTS, query_lens=QUERIES, new_lens=QUERIES, dtype=torch.bfloat16),
     AttentionCase("invariant_new", context_lens=None, query_lens=QUERIES, new_lens=(130, 600, 1, 4), group=3),
