@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torch_paged.testing import AttentionCase, assert_attention, assert_same, build, take_sequences
+from torch_paged.testing import AttentionCase, assert_attention, assert_same, build
 from torch_paged.testing.backends import REFERENCE, Backend
 from torch_paged.testing.named import ATTENTION_CASES
 
@@ -29,18 +29,7 @@ def test_case(backend: Backend, case: AttentionCase) -> None:
 
 @pytest.mark.parametrize("case", INVARIANT, ids=lambda case: case.name)
 def test_same_bits_alone_reordered_and_on_two_threads(backend: Backend, case: AttentionCase) -> None:
-    arguments = build(case)
-    results = backend(case.op, arguments, stats=True)
-    assert_attention(case.op, arguments, *results)
-    everything = list(range(case.num_seqs))
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        for order in (everything, everything[::-1], everything[2:4], *([seq] for seq in everything)):
-            taken, rows = take_sequences(arguments, order)
-            for name, actual, expected in zip(
-                ("out", "lse", "max_logits"), backend(case.op, taken, stats=True), results, strict=True
-            ):
-                assert_same(actual, expected[rows], f"{name} of sequences {order} on {threads} threads")
+    backend.check_batch_invariance(case)
 
 
 def test_inputs_are_not_written(backend: Backend) -> None:

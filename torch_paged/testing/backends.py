@@ -8,6 +8,7 @@ import torch
 from torch_paged import dispatch
 from torch_paged.contract import reference
 from torch_paged.contract.schema import NAMESPACE
+from torch_paged.testing.batches import take_sequences
 from torch_paged.testing.cases import AttentionCase, build
 from torch_paged.testing.compare import assert_attention, assert_same
 
@@ -37,6 +38,20 @@ class Backend:
         out, lse, max_logits = self(case.op, arguments, stats=True)
         assert_attention(case.op, arguments, out, lse, max_logits)
         assert_same(self(case.op, arguments), out, "out without statistics")
+
+    def check_batch_invariance(self, case: AttentionCase) -> None:
+        """Assert that each sequence gives equal bits alone, in any batch and order, on one thread and on two."""
+        arguments = build(case)
+        results = self(case.op, arguments, stats=True)
+        assert_attention(case.op, arguments, *results)
+        everything = list(range(case.num_seqs))
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for order in (everything, everything[::-1], everything[1:3], *([seq] for seq in everything)):
+                taken, rows = take_sequences(arguments, order)
+                again = self(case.op, taken, stats=True)
+                for name, actual, expected in zip(("out", "lse", "max_logits"), again, results, strict=True):
+                    assert_same(actual, expected[rows], f"{name} of sequences {order} on {threads} threads")
 
 
 REFERENCE = Backend("direct", torch.device("cpu"), direct=True)

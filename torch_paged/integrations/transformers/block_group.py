@@ -13,17 +13,6 @@ if TYPE_CHECKING:
 UNUSED_ENTRY = -1
 
 
-class GrowingAllocator(BlockAllocator):
-    """A ``BlockAllocator`` whose pool can grow: transformers never says how long a hand-written loop will run."""
-
-    def grow(self, num_blocks: int) -> None:
-        """Add free blocks, up to ``num_blocks`` in all."""
-        added = range(num_blocks - 1, self.num_blocks - 1, -1)
-        self._pool.references += [0] * len(added)
-        self._pool._free[:0] = added
-        self._pool.num_blocks = self.num_blocks = num_blocks
-
-
 class BlockGroup:
     """One block table for the layers of one kind, and the pool of block ids that these layers share.
 
@@ -52,7 +41,7 @@ class BlockGroup:
 
     def clear(self) -> None:
         """Forget all rows; the pool keeps its size."""
-        self.allocator = GrowingAllocator(self.num_blocks, self.block_size, sliding_window=self.window)
+        self.allocator = BlockAllocator(self.num_blocks, self.block_size, sliding_window=self.window)
         self.peak_blocks = 0
         self._seqs: list[int] = []
         self._tables: list[tuple[int, ...]] = []
