@@ -27,6 +27,14 @@ TP_INLINE void prefetch_bytes(const char* row, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += 64) prefetch_l2(row + i);
 }
 
+// One cache line of each of N rows: a burst of whole rows would fill the line buffers and stall the product.
+template <int N>
+TP_INLINE void prefetch_lines(const char* const* rows, int64_t offset, int64_t row_bytes) {
+  if (offset >= row_bytes) return;
+  TP_UNROLL
+  for (int i = 0; i < N; ++i) prefetch_l2(rows[i] + offset);
+}
+
 // Keys in a register tile of RG query rows.
 template <int RG>
 constexpr int keys_per_tile() {
@@ -76,8 +84,9 @@ struct RowsF32 {
       vf acc[kReduce];
       TP_UNROLL
       for (int i = 0; i < kReduce; ++i) acc[i] = vf{};
-      for (int i = t; i < t + NK && i < next.count; ++i) prefetch_bytes(next.key[i], 0, next_bytes);
+      const int64_t ahead = t < next.count ? next_bytes : 0;
       for (int64_t c = 0; c < whole; c += W) {
+        prefetch_lines<NK>(next.key + t, c / W * 64, ahead);
         vf k[NK];
         TP_UNROLL
         for (int i = 0; i < NK; ++i) k[i] = decode<S>(unit.key[t + i] + c * size_of<S>());
@@ -205,8 +214,11 @@ struct RowsDot {
       vf acc[kReduce];
       TP_UNROLL
       for (int i = 0; i < kReduce; ++i) acc[i] = vf{};
-      for (int i = t; i < t + NK && i < next.count; ++i) prefetch_bytes(next.key[i], 0, next_bytes);
-      for (int64_t c = 0; c < whole; c += 32) dot_step<RG, false>(query, ld, unit.key + t, c, 0, acc);
+      const int64_t ahead = t < next.count ? next_bytes : 0;
+      for (int64_t c = 0; c < whole; c += 32) {
+        prefetch_lines<NK>(next.key + t, c / 32 * 64, ahead);
+        dot_step<RG, false>(query, ld, unit.key + t, c, 0, acc);
+      }
       if (whole < dim) dot_step<RG, true>(query, ld, unit.key + t, whole, lanes_mask(dim - whole), acc);
       store_logits<RG, NK>(acc, s + t);
     }
