@@ -9,6 +9,7 @@ status 1 when they differ, 2 when the model cannot be used.
 
 import argparse
 import math
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from torch_paged.integrations.transformers import PagedCache, patch_model, unpat
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "stdlib-llama-2m"
 CHECKPOINT_PERPLEXITY_BELOW = 16.0
+MEASURED_RUNS = 5
 PERPLEXITY_WINDOWS, WINDOW_TOKENS = 64, 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -120,12 +122,13 @@ def perplexity(model: Any, tokenizer: Any) -> float:
 
 
 def generate(name: str, model: Any, inputs: Any, new_tokens: int, *, compiled: bool, progress: Progress) -> Run:
-    """Generate greedily twice with the same sizes, the first time to warm up, and measure the second."""
+    """Generate greedily with the same sizes a few times, the first to warm up; the time is the median of the others."""
     config = None
     if compiled:
         config = CompileConfig(fullgraph=True, mode="default", dynamic=False)
         vars(config)["_compile_all_devices"] = True  # without it transformers compiles on accelerators only
-    for label in ("warm-up", "measured"):
+    seconds: list[float] = []
+    for label in ("warm-up", *("measured",) * MEASURED_RUNS):
         streamer = ProgressStreamer(progress, f"{name}, {label}", new_tokens)
         started = time.perf_counter()
         result = model.generate(
@@ -138,14 +141,15 @@ def generate(name: str, model: Any, inputs: Any, new_tokens: int, *, compiled: b
             streamer=streamer,
             return_dict_in_generate=True,
         )
-        seconds = time.perf_counter() - started
+        seconds.append(time.perf_counter() - started)
     cache = result.past_key_values
     if isinstance(cache, PagedCache):
         cache_bytes, note = cache.peak_bytes, f"{cache.peak_blocks} blocks at the peak; pool {cache.pool_bytes:,} bytes"
     else:
         cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         note = "one padded rectangle for each layer"
-    return Run(name, result.sequences[:, inputs["input_ids"].shape[1] :], seconds, cache_bytes, note)
+    new_tokens_only = result.sequences[:, inputs["input_ids"].shape[1] :]
+    return Run(name, new_tokens_only, statistics.median(seconds[1:]), cache_bytes, note)
 
 
 @torch.no_grad()
