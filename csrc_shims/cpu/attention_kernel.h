@@ -219,24 +219,64 @@ TP_INLINE void softmax_row(const LogitRule& rule, uint64_t bits, int count, floa
   for (int i = 0; i < count; i += W) {
     vf p = vexp(loadu(s + i) - base);
     total = total + p;
-    if (rule.value_scale) p = p * loadu(rule.value_scale + i);
+    if (rule.value_scale) p = select_bits((uint32_t)(bits >> i), p * loadu(rule.value_scale + i), vf{});
     storeu(s + i, p);
   }
   *sum += hsum(total);
 }
 
-// The scales of a unit's keys and values; 1 for dead keys and for keys beside the cache.
+// The scales of a unit's keys and values; 1 for keys that no row sees and for keys beside the cache.
 struct UnitScales {
   float key[64], value[64];
 
-  void load(const AttentionArgs& args, const KeyBlock& block, int64_t head) {
+  void load(const AttentionArgs& args, const KeyBlock& block, uint64_t seen, int64_t head) {
     const Cache& cache = args.cache;
     const float* scales = cache.scales + head * cache.scale_stride_head;
     for (int i = 0; i < block.count; ++i) {
-      const bool scaled = i < block.split && (block.live >> i & 1);
+      const bool scaled = i < block.split && (seen >> i & 1);
       key[i] = scaled ? scales[block.scale[i]] : 1.0f;
       value[i] = scaled ? scales[block.scale[i] + (cache.latent ? 0 : cache.scale_stride_kv)] : 1.0f;
     }
+  }
+};
+
+template <DType S>
+TP_INLINE bool is_finite(const char* row, int64_t dim) {
+  vf zero = vf{};  // x * 0 is NaN for an infinity or NaN
+  int64_t i = 0;
+  for (; i + W <= dim; i += W) zero = zero + decode<S>(row + i * size_of<S>()) * 0.0f;
+  if (i < dim) zero = zero + decode_partial<S>(row + i * size_of<S>(), (int)(dim - i)) * 0.0f;
+  return hsum(zero) == 0.0f;
+}
+
+// 0 * NaN is NaN: a value that some rows see and others do not must be finite, to be multiplied by the zero probability
+// of the others. Values that are not are taken out of the unit, and added to the rows that see them one by one.
+struct Poisoned {
+  uint64_t keys = 0;
+  UnitRows rows;
+  const char* zeros;
+
+  explicit Poisoned(const char* zeros) : zeros(zeros) {}
+
+  template <DType S>
+  TP_INLINE void take(uint64_t seen_by_some, uint64_t seen_by_all, int64_t dim, UnitRows& unit) {
+    keys = 0;
+    for (uint64_t mixed = seen_by_some & ~seen_by_all; mixed; mixed &= mixed - 1) {
+      const int i = __builtin_ctzll(mixed);
+      if (is_finite<S>(unit.value[i], dim)) continue;
+      keys |= 1ull << i;
+      rows.value[i] = unit.value[i];
+      unit.value[i] = zeros;
+    }
+  }
+
+  template <class Direct>
+  TP_INLINE void add(const AttentionArgs& args, uint64_t bits, int count, const float* p, float* acc) const {
+    if ((keys & bits) == 0) return;
+    UnitRows seen, none;
+    seen.count = count;
+    for (int i = 0; i < count; ++i) seen.value[i] = (keys & bits) >> i & 1 ? rows.value[i] : zeros;
+    Direct::template accumulate<1>(p, seen, args.value_dim, acc, acc_dim(args), none, 0);
   }
 };
 
@@ -344,16 +384,17 @@ TP_INLINE uint64_t row_bits(const AttentionArgs& args, const Sequence& seq, cons
 }
 
 template <class Kernel, int RG>
-TP_INLINE void direct_rows(const AttentionArgs& args, const UnitRows& unit, const UnitRows& next, const LogitRule& rule,
-                           const typename Kernel::Query* query, int64_t query_ld, const uint64_t* bits,
-                           const float* slopes, const int64_t* distances, float* s, float* max, float* sum,
-                           float* acc) {
+TP_INLINE void direct_rows(const AttentionArgs& args, const UnitRows& unit, const UnitRows& next,
+                           const Poisoned& poisoned, const LogitRule& rule, const typename Kernel::Query* query,
+                           int64_t query_ld, const uint64_t* bits, const float* slopes, const int64_t* distances,
+                           float* s, float* max, float* sum, float* acc) {
   const int64_t lanes = acc_dim(args), es = element_size(args.has_cache ? args.cache.dtype : args.dtype);
   Kernel::template logits<RG>(query, query_ld, unit, args.head_dim, s, next, args.head_dim * es);
   for (int g = 0; g < RG; ++g)
     softmax_row(rule, bits[g], unit.count, slopes[g], distances[g], s + g * 64, max + g, sum + g, acc + g * lanes,
                 lanes);
   Kernel::template accumulate<RG>(s, unit, args.value_dim, acc, lanes, next, args.value_dim * es);
+  for (int g = 0; g < RG; ++g) poisoned.add<Kernel>(args, bits[g], unit.count, s + g * 64, acc + g * lanes);
 }
 
 // Few query rows: key blocks outside, kv heads inside, so that a page is read whole.
@@ -384,6 +425,7 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
   }
   KeyBlock blocks[2];
   UnitRows units[2];
+  Poisoned poisoned(s.zeros);
   int which = 0, now = 0;
   next_block(args, seq, item, sight, item.key_begin / kBlockKeys * kBlockKeys, blocks[0]);
   locate_unit(args, blocks[0], item.head_begin, s.zeros, units[0]);
@@ -400,28 +442,30 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
       else
         locate_unit(args, following, item.head_begin, s.zeros, next);
 
-      uint64_t seen = 0, bits[kMaxDirectRows];
+      uint64_t seen = 0, common = ~0ull, bits[kMaxDirectRows];
       float slopes[kMaxDirectRows];
       int64_t distances[kMaxDirectRows];
       for (int64_t r = 0; r < rows; ++r) {
         seen |= bits[r] = row_bits(args, seq, item, sight, head, r, group, block.key0);
+        common &= bits[r];
         slopes[r] = args.alibi_slopes ? args.alibi_slopes[head * group + r % group] : 0.0f;
         distances[r] = sight.positions[r / group] - block.key0;
       }
       if (!seen) continue;
       if (seen != block.live) point_dead_keys(~seen, s.zeros, unit);
       if (staged) {
-        scales.load(args, block, head);
+        scales.load(args, block, seen, head);
         stage_rows<Kernel::kStorage>(args, block, s.zeros, args.head_dim, widest, s.staged_key, unit.key, unit.count);
         stage_rows<Kernel::kStorage>(args, block, s.zeros, args.value_dim, lanes, s.staged_value, unit.value,
                                      unit.count);
       }
+      poisoned.take<Kernel::kStorage>(seen, common, args.value_dim, unit);
       UnitRows none;
       for (int64_t r = 0; r < rows;) {
         const int64_t at = h * rows + r;
         const UnitRows& ahead = r == 0 ? next : none;
-#define TP_DIRECT_ROWS(RG)                                                                                \
-  direct_rows<Kernel, RG>(args, unit, ahead, rule, query + at * query_ld, query_ld, bits + r, slopes + r, \
+#define TP_DIRECT_ROWS(RG)                                                                                          \
+  direct_rows<Kernel, RG>(args, unit, ahead, poisoned, rule, query + at * query_ld, query_ld, bits + r, slopes + r, \
                           distances + r, s.logits, s.max + at, s.sum + at, s.acc + at * lanes)
         switch (rows - r) {
           case 1:
@@ -485,24 +529,27 @@ void tile_item(const AttentionArgs& args, const Sequence& seq, const Item& item,
     rule.key_scale = scales.key;
     rule.value_scale = scales.value;
   }
+  for (int64_t r = rows; r < padded; ++r) s.bits[r] = 0;
+  Poisoned poisoned(s.zeros);
   KeyBlock block;
   UnitRows unit;
   next_block(args, seq, item, sight, item.key_begin / kBlockKeys * kBlockKeys, block);
   for (; block.live; next_block(args, seq, item, sight, block.key0 + kBlockKeys, block)) {
-    uint64_t seen = 0;
-    for (int64_t r = 0; r < padded; ++r) {
-      s.bits[r] = r < rows ? row_bits(args, seq, item, sight, head, r, group, block.key0) : 0;
-      seen |= s.bits[r];
+    uint64_t seen = 0, common = ~0ull;
+    for (int64_t r = 0; r < rows; ++r) {
+      seen |= s.bits[r] = row_bits(args, seq, item, sight, head, r, group, block.key0);
+      common &= s.bits[r];
     }
     if (!seen) continue;
     locate_unit(args, block, head, s.zeros, unit);
     point_dead_keys(~seen, s.zeros, unit);
     for (int i = unit.count; i < 64; ++i) unit.key[i] = unit.value[i] = s.zeros;
-    if (quantized) scales.load(args, block, head);
+    if (quantized) scales.load(args, block, seen, head);
     if (stage_keys)
       stage_rows<Kernel::kStorage>(args, block, s.zeros, args.head_dim, widest, s.staged_key, unit.key, unit.count);
     if (stage_values)
       stage_rows<Kernel::kStorage>(args, block, s.zeros, args.value_dim, lanes, s.staged_value, unit.value, unit.count);
+    poisoned.take<Kernel::kStorage>(seen, common, args.value_dim, unit);
     transpose_rows(unit.key, words, s.packed_key);
     Kernel::pack_values(unit.value, lanes, s.packed_value);
     for (int64_t r = 0; r < padded; r += MR) {
@@ -518,6 +565,9 @@ void tile_item(const AttentionArgs& args, const Sequence& seq, const Item& item,
                     s.max + r + i, s.sum + r + i, s.acc + (r + i) * lanes, lanes);
       }
       Kernel::accumulate(s.logits, s.packed_value, unit.count, lanes, s.acc + r * lanes);
+      for (int i = 0; i < MR; ++i)
+        poisoned.add<typename Kernel::Direct>(args, s.bits[r + i], unit.count, s.logits + i * 64,
+                                              s.acc + (r + i) * lanes);
     }
   }
   write_rows<Kernel>(args, seq, item, head, partials, s.max, s.sum, s.acc);

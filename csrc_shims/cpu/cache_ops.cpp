@@ -23,8 +23,6 @@ float* cache_scale(const Cache& cache, int64_t kv, int64_t block, int64_t head, 
          offset * cache.scale_stride_token;
 }
 
-float largest(DType t) { return t == DType::i8 ? 127.0f : t == DType::e4m3 ? 448.0f : 57344.0f; }
-
 // Finite and > 0, also for rows that hold infinities or are too small to divide.
 float scale_of(float amax, DType dtype) {
   const float scale = std::min(amax, std::numeric_limits<float>::max()) / largest(dtype);

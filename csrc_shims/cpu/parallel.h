@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <cstdint>
+#include <exception>
 
 namespace torch_paged {
 
@@ -15,15 +16,25 @@ inline int threads_for(int64_t work_bytes) {
   return useful < omp_get_max_threads() ? (int)useful : omp_get_max_threads();
 }
 
-// body(i) for i in [0, count), handed out one by one.
+// body(i) for i in [0, count), handed out one by one. The first exception reaches the caller after the loop: it
+// must not leave the parallel region by itself.
 template <class Body>
 void parallel_for(int64_t count, int threads, const Body& body) {
   if (threads <= 1 || count <= 1) {
     for (int64_t i = 0; i < count; ++i) body(i);
     return;
   }
+  std::exception_ptr error;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t i = 0; i < count; ++i) body(i);
+  for (int64_t i = 0; i < count; ++i) {
+    try {
+      body(i);
+    } catch (...) {
+#pragma omp critical
+      if (!error) error = std::current_exception();
+    }
+  }
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace torch_paged

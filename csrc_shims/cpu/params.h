@@ -1,4 +1,5 @@
 // What the kernels see: raw pointers, sizes and strides. No torch header is included below this directory.
+// Functions here are static: a copy compiled for a wide instruction set must never serve the baseline code.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +9,14 @@ namespace torch_paged {
 // Storage types. The order is part of the kernel tables.
 enum class DType : int { f32, bf16, f16, i8, e4m3, e5m2 };
 
-inline int64_t element_size(DType t) { return t == DType::f32 ? 4 : (t == DType::bf16 || t == DType::f16) ? 2 : 1; }
+static inline int64_t element_size(DType t) {
+  return t == DType::f32 ? 4 : (t == DType::bf16 || t == DType::f16) ? 2 : 1;
+}
 
-inline bool is_quantized(DType t) { return t >= DType::i8; }
+static inline bool is_quantized(DType t) { return t >= DType::i8; }
+
+// The largest magnitude of a quantised type.
+static constexpr float largest(DType t) { return t == DType::i8 ? 127.0f : t == DType::e4m3 ? 448.0f : 57344.0f; }
 
 // A paged cache (2 | 1, N, KH, S, DS) with any strides and a unit last stride. Strides count elements.
 struct Cache {

@@ -6,8 +6,6 @@
 namespace torch_paged {
 namespace {
 
-constexpr float largest(DType t) { return t == DType::i8 ? 127.0f : t == DType::e4m3 ? 448.0f : 57344.0f; }
-
 // float32 in [-largest, largest] -> the low byte of each lane, round to nearest even.
 template <DType S>
 TP_INLINE vu quantized_bits(vf x) {

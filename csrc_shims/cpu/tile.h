@@ -68,6 +68,7 @@ TP_INLINE void transpose_rows(const char* const* rows, int64_t words, uint32_t* 
 }
 
 struct TileF32 {
+  using Direct = RowsF32<DType::f32>;  // with the same order of the accumulator's lanes
   static constexpr DType kStorage = DType::f32;
   static constexpr int kQueryPad = W;
   static constexpr int kLanesPerWord = 1;
@@ -134,6 +135,7 @@ struct TileF32 {
 
 #if defined(__AVX512BF16__)
 struct TileDot {
+  using Direct = RowsDot;
   static constexpr DType kStorage = DType::bf16;
   static constexpr int kQueryPad = 32;
   static constexpr int kLanesPerWord = 2;
