@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "checks.h"
 
@@ -102,11 +103,13 @@ inline void check_attention(const AttentionCall& call, Shapes& shapes, bool varl
   }
   if (varlen && call.max_seqlen_q < 0) fail(op, "max_seqlen_q", "be >= 0", show(call.max_seqlen_q));
   if (varlen && call.max_seqlen_k < 0) fail(op, "max_seqlen_k", "be >= 0", show(call.max_seqlen_k));
-  if (call.softmax_scale && !std::isfinite(*call.softmax_scale)) {
-    fail(op, "softmax_scale", "be finite", show_real(*call.softmax_scale));
+  // Kernels compute in float32, where a smaller cap would round to 0, which means "off", or have no finite inverse.
+  constexpr double kSmallest = std::numeric_limits<float>::min(), kLargest = std::numeric_limits<float>::max();
+  if (call.softmax_scale && !(std::abs(*call.softmax_scale) <= kLargest)) {
+    fail(op, "softmax_scale", "be finite in float32", show_real(*call.softmax_scale));
   }
-  if (!(call.logits_soft_cap >= 0.0) || !std::isfinite(call.logits_soft_cap)) {
-    fail(op, "logits_soft_cap", "be finite and >= 0", show_real(call.logits_soft_cap));
+  if (call.logits_soft_cap != 0.0 && !(call.logits_soft_cap >= kSmallest && call.logits_soft_cap <= kLargest)) {
+    fail(op, "logits_soft_cap", "be 0 or a positive normal float32", show_real(call.logits_soft_cap));
   }
   if (call.sliding_window && *call.sliding_window < 1) {
     fail(op, "sliding_window", "be None or >= 1", show(*call.sliding_window));

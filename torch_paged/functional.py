@@ -178,7 +178,7 @@ def paged_attention(
         alibi_slopes: (H,) float32. Adds ``-slope * distance in tokens`` to the logits. None: no bias.
         attn_mask: (B, C), (KH, B, C) or (H, B, C) bool. Column = key position; False hides. None: nothing hidden.
         softmax_scale: factor on the logits. None: ``1 / sqrt(D)``.
-        logits_soft_cap: ``cap * tanh(logit / cap)``. 0.0: off.
+        logits_soft_cap: ``cap * tanh(logit / cap)``, >= 2**-126 (a normal float32). 0.0: off.
         sliding_window: tokens that a query sees, itself included. None: all.
         attention_chunk: chunk length in tokens; a query sees its own chunk only. None: off.
         value_dim: width of the output in lanes. Required for a latent cache. None: D.
@@ -341,7 +341,7 @@ def flash_attn_varlen(
         attn_mask: (T, C), (KH, T, C) or (H, T, C) bool. Column = key position in its sequence; False hides. None: off.
         query_positions: (T,) int32. Position of each query row. None: the last rows of the kv length, in order.
         softmax_scale: factor on the logits. None: ``1 / sqrt(D)``.
-        logits_soft_cap: ``cap * tanh(logit / cap)``. 0.0: off.
+        logits_soft_cap: ``cap * tanh(logit / cap)``, >= 2**-126 (a normal float32). 0.0: off.
         causal: a query sees keys up to its own position. False: off.
         sliding_window: window in tokens, itself included: ``0 <= p - j < window``, without ``causal``
             ``|p - j| < window``. None: off.

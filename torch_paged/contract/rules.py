@@ -192,13 +192,3 @@ def at_least(name: str, low: int) -> Rule:
         return None if not call.has(name) or holds(call[name] >= low) else (name, must, plain(call[name]))
 
     return Rule(f"{name}.range", broken)
-
-
-def finite(name: str, low: float, must: str) -> Rule:
-    def broken(call: Call) -> Broken:
-        value = call[name]
-        if value is None or (holds(value >= low) and holds(abs(value) < float("inf"))):
-            return None
-        return name, must, f"{plain(value):g}"
-
-    return Rule(f"{name}.finite", broken)

@@ -8,6 +8,8 @@ backends run this one. Rules about values are in ``bounds``.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from torch_paged.contract.rules import (
     Broken,
     Call,
@@ -15,7 +17,6 @@ from torch_paged.contract.rules import (
     at_least,
     check,
     dtype_name,
-    finite,
     given,
     holds,
     not_expanded,
@@ -29,6 +30,7 @@ from torch_paged.contract.rules import (
 FLOATS = ("float32", "bfloat16", "float16")
 QUANTIZED = ("int8", "float8_e4m3fn", "float8_e5m2")
 _CACHE = "2 N KH S DS"
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 def validate(op: str, arguments: Mapping[str, Any]) -> None:
@@ -128,6 +130,21 @@ def _value_dim_range(call: Call) -> Broken:
     return "value_dim", f"lie in [1, {letter} = {plain(call.sizes[letter])}]", plain(call["value_dim"])
 
 
+def _softmax_scale(call: Call) -> Broken:
+    value = call["softmax_scale"]
+    if value is None or holds(abs(value) <= _FLOAT32.max):
+        return None
+    return "softmax_scale", "be finite in float32", f"{plain(value):g}"
+
+
+def _soft_cap(call: Call) -> Broken:
+    # Kernels compute in float32, where a smaller cap would round to 0, which means "off", or have no finite inverse.
+    value = call["logits_soft_cap"]
+    if holds((value == 0) | (value >= _FLOAT32.tiny)) and holds(value <= _FLOAT32.max):
+        return None
+    return "logits_soft_cap", "be 0 or a positive normal float32", f"{plain(value):g}"
+
+
 _SCALES = tensor("kv_scales", ("float32",), "2", "2 KH", "2 N KH S")
 _CACHE_RULES = (Rule("kv_cache.unit_stride", _unit_stride), Rule("kv_scales.given", _scales_given))
 
@@ -166,8 +183,8 @@ def _attention(rows: str, *, varlen: bool) -> Iterator[Rule]:
     if varlen:
         yield at_least("max_seqlen_q", 0)
         yield at_least("max_seqlen_k", 0)
-    yield finite("softmax_scale", float("-inf"), "be finite")
-    yield finite("logits_soft_cap", 0.0, "be finite and >= 0")
+    yield Rule("softmax_scale.float32", _softmax_scale)
+    yield Rule("logits_soft_cap.float32", _soft_cap)
     yield at_least("sliding_window", 1)
     yield at_least("attention_chunk", 1)
 

@@ -416,22 +416,49 @@ SCALARS = [
             Break("value_dim.range", base, {"value_dim": 0}, "value_dim must lie in [1, D = 64], got 0"),
             Break("value_dim.range", base, {"value_dim": 65}, "value_dim must lie in [1, D = 64], got 65"),
             Break(
-                "softmax_scale.finite", base, {"softmax_scale": float("nan")}, "softmax_scale must be finite, got nan"
+                "softmax_scale.float32",
+                base,
+                {"softmax_scale": float("nan")},
+                "softmax_scale must be finite in float32, got nan",
             ),
             Break(
-                "softmax_scale.finite", base, {"softmax_scale": float("-inf")}, "softmax_scale must be finite, got -inf"
+                "softmax_scale.float32",
+                base,
+                {"softmax_scale": float("-inf")},
+                "softmax_scale must be finite in float32, got -inf",
             ),
             Break(
-                "logits_soft_cap.finite",
+                "softmax_scale.float32",
+                base,
+                {"softmax_scale": 1e39},
+                "softmax_scale must be finite in float32, got 1e+39",
+            ),
+            Break(
+                "softmax_scale.float32",
+                base,
+                {"softmax_scale": -1e39},
+                "softmax_scale must be finite in float32, got -1e+39",
+            ),
+            Break(
+                "logits_soft_cap.float32",
                 base,
                 {"logits_soft_cap": -0.5},
-                "logits_soft_cap must be finite and >= 0, got -0.5",
+                "logits_soft_cap must be 0 or a positive normal float32, got -0.5",
             ),
             Break(
-                "logits_soft_cap.finite",
+                "logits_soft_cap.float32",
                 base,
                 {"logits_soft_cap": float("inf")},
-                "logits_soft_cap must be finite and >= 0, got inf",
+                "logits_soft_cap must be 0 or a positive normal float32, got inf",
+            ),
+            *(
+                Break(
+                    "logits_soft_cap.float32",
+                    base,
+                    {"logits_soft_cap": cap},
+                    f"logits_soft_cap must be 0 or a positive normal float32, got {cap:g}",
+                )
+                for cap in (float("nan"), 1e39, 1e-46, 1e-40)
             ),
             Break("sliding_window.range", base, {"sliding_window": 0}, "sliding_window must be None or >= 1, got 0"),
             Break("sliding_window.range", base, {"sliding_window": -1}, "sliding_window must be None or >= 1, got -1"),
