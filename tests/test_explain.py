@@ -135,8 +135,7 @@ def test_a_missing_argument() -> None:
 
 def test_the_log_tells_each_new_choice_once() -> None:
     code = """
-import logging, torch, torch_paged
-logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", force=True)
+import torch, torch_paged
 cache, ids = torch.zeros(2, 3, 1, 1, 1), torch.tensor([0])
 for _ in range(3):
     torch_paged.copy_blocks(cache, ids, ids + 1)
@@ -148,3 +147,9 @@ torch_paged.gather_cache(cache, ids.int()[None], ids.int(), 1)
         "torch_paged: gather_cache",
     ]
     assert run_python(code).stderr == ""
+    configured = 'import logging; logging.basicConfig(format="own %(name)s: %(message)s")\n' + code
+    lines = run_python(configured, TORCH_PAGED_LOG="1").stderr.splitlines()
+    assert [line.partition(" on cpu: cpu, ")[0] for line in lines] == [
+        "own torch_paged: copy_blocks",
+        "own torch_paged: gather_cache",
+    ]

@@ -119,8 +119,20 @@ def log_choice(op: str, *arguments: Any) -> None:
         return
     choice = explain(op, **dict(zip(_defaults(op), arguments, strict=True)))
     if choice not in _logged:
+        _prepare_logger()
         _logged.add(choice)
         _logger.info("%s", choice)
+
+
+@cache
+def _prepare_logger() -> None:
+    """Let the log be seen: by the program's own handlers, or on stderr where it has none."""
+    if not _logger.isEnabledFor(logging.INFO):
+        _logger.setLevel(logging.INFO)
+    if not _logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        _logger.addHandler(handler)
 
 
 @cache
