@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import torch_paged
+from torch_paged import backends
 from torch_paged.backends.cpu.support import MAX_DIRECT_ROWS
 from torch_paged.testing.processes import SOURCE, run_python
 
@@ -22,9 +23,9 @@ def decode_arguments(device: str = "meta", **changes: Any) -> dict[str, Any]:
     }
 
 
-def varlen_arguments(tokens: int, max_seqlen_q: int) -> dict[str, Any]:
+def varlen_arguments(tokens: int, max_seqlen_q: int, heads: int = 8) -> dict[str, Any]:
     return decode_arguments(
-        query=torch.empty(tokens, 8, 64, device="meta"),
+        query=torch.empty(tokens, heads, 64, device="meta"),
         cu_seqlens_q=torch.empty(5, dtype=torch.int32, device="meta"),
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=64,
@@ -46,6 +47,15 @@ def test_decode_on_meta_tensors() -> None:
 def test_varlen_variants(tokens: int, max_seqlen_q: int, variant: str) -> None:
     choice = torch_paged.explain("flash_attn_varlen", backend="cpu", **varlen_arguments(tokens, max_seqlen_q))
     assert choice.variant == variant
+
+
+@pytest.mark.parametrize(("heads", "variant"), [(32, "decode"), (34, "prefill")])
+def test_many_query_heads_run_packed_tiles(heads: int, variant: str) -> None:
+    query = torch.empty(4, heads, 64, device="meta")
+    assert torch_paged.explain("paged_attention", backend="cpu", **decode_arguments(query=query)).variant == variant
+    for tokens in (4, 3):  # every sequence has one query token, or none
+        choice = torch_paged.explain("flash_attn_varlen", backend="cpu", **varlen_arguments(tokens, 1, heads))
+        assert choice.variant == variant
 
 
 def test_the_threshold_is_the_kernels() -> None:
@@ -112,6 +122,17 @@ def test_a_device_without_a_backend() -> None:
     assert choice.backend is None
     assert choice.refusal is not None
     assert choice.refusal.startswith("paged_attention: no backend serves device 'cuda' (available backends: cpu)")
+
+
+def test_a_backend_is_not_explained_for_another_device() -> None:
+    for name in backends.discover():
+        choice = torch_paged.explain("paged_attention", device="cuda", backend=name, **decode_arguments())
+        served = backends.discover()[name].device_types
+        assert "cuda" in served or (choice.variant, choice.refusal) == (
+            None,
+            f"paged_attention: backend '{name}' does not support device 'cuda' (it serves {', '.join(served)}); "
+            "move the tensors, or name another backend",
+        )
 
 
 @pytest.mark.parametrize(

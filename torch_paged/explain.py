@@ -99,6 +99,10 @@ def explain(
     if name is None:
         return refused(dispatch.no_backend(op, device_type), None)
     info = backends.discover()[name]
+    if device_type not in info.device_types:
+        limits = f"it serves {', '.join(info.device_types)}"
+        todo = "move the tensors, or name another backend"
+        return refused(f"{op}: backend '{name}' does not support device '{device_type}' ({limits}); {todo}", name)
     reason = info.why_off()
     if reason is not None:
         return refused(f"{op}: backend '{name}' is off because {reason}", name)

@@ -55,13 +55,14 @@ def _attention(op: str, arguments: Arguments) -> str:
     """Return the variant as the shapes tell it.
 
     A sequence with few query rows per kv head is attended to in place (``"decode"``), any other in packed tiles
-    (``"prefill"``); a batch that may hold both is ``"mixed"``.
+    (``"prefill"``, also for one token of many heads); a batch that may hold both is ``"mixed"``.
     """
-    if op == "paged_attention":
+    query, kv_cache = arguments["query"], arguments["kv_cache"]
+    kv_heads = kv_cache.shape[2] if kv_cache is not None else arguments["key"].shape[1]
+    group = query.shape[1] // kv_heads
+    if group > MAX_DIRECT_ROWS:
+        return "prefill"
+    if op == "paged_attention" or arguments["max_seqlen_q"] * group <= MAX_DIRECT_ROWS:
         return "decode"
-    query, kv_cache, key = arguments["query"], arguments["kv_cache"], arguments["key"]
-    kv_heads = kv_cache.shape[2] if kv_cache is not None else key.shape[1]
-    longest, sequences = arguments["max_seqlen_q"], arguments["cu_seqlens_q"].shape[0] - 1
-    if longest <= 1 or longest * (query.shape[1] // kv_heads) <= MAX_DIRECT_ROWS:
-        return "decode"
-    return "prefill" if query.shape[0] >= sequences * longest else "mixed"
+    sequences = arguments["cu_seqlens_q"].shape[0] - 1
+    return "prefill" if query.shape[0] >= sequences * arguments["max_seqlen_q"] else "mixed"
