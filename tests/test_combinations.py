@@ -16,5 +16,5 @@ def test_pair(backend: Backend, case: AttentionCase) -> None:
 
 @pytest.mark.parametrize("seed", range(200))
 def test_random_combination(backend: Backend, seed: int) -> None:
-    torch.set_num_threads(1 + seed % 2)
+    torch.set_num_threads(2 if seed % 5 == 0 else 1)
     backend.check(random_case(seed), seed)

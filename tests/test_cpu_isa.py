@@ -24,14 +24,14 @@ CHECK = """
 import sys
 import torch
 from torch_paged.backends.cpu.support import isa
-from torch_paged.testing import assert_merged, assert_same, build, random_case
+from torch_paged.testing import assert_merged, assert_same, build, option_pairs, random_case
 from torch_paged.testing.backends import REFERENCE, backends_here
 from torch_paged.testing.named import ATTENTION_CASES, MERGE_CASES, WRITE_CASES
 
 torch.set_num_threads(1)
 assert isa() == sys.argv[1], isa()
 backend, = backends_here()
-for case in ATTENTION_CASES[::3]:
+for case in (*ATTENTION_CASES[::2], *option_pairs()):
     backend.check(case)
 for seed in range(1000, 1060):
     backend.check(random_case(seed))

@@ -146,6 +146,22 @@ def test_4_window_without_causal_looks_both_ways(implementation: Backend, source
 
 
 @pytest.mark.parametrize("option", ["sliding_window", "attention_chunk"])
+@pytest.mark.parametrize("queries", [None, (5, 0, 17, 3)])
+@pytest.mark.parametrize("power", [31, 32, 33, 62])
+def test_4_window_and_chunk_beyond_the_keys_hide_nothing(
+    implementation: Backend, option: str, queries: tuple[int, ...] | None, power: int
+) -> None:
+    case = AttentionCase("wide", query_lens=queries)
+    arguments = build(case)
+    expected = implementation(case.op, arguments, stats=True)
+    for size in (2**power, 2**power + 1):
+        for actual, wanted in zip(
+            implementation(case.op, arguments | {option: size}, stats=True), expected, strict=True
+        ):
+            assert_same(actual, wanted)
+
+
+@pytest.mark.parametrize("option", ["sliding_window", "attention_chunk"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_4_window_and_chunk_are_none_or_positive(backend: Backend, option: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"flash_attn_varlen: {option} must .* got {value}"):

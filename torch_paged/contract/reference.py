@@ -291,8 +291,8 @@ def _mask_rows(attn_mask: Tensor, rows: slice, kv_len: int, num_heads: int) -> T
 
 def _logits(query: Tensor, keys: Tensor, scale: float, soft_cap: float) -> Tensor:
     """Return (H, q, L) scaled and capped logits of query (q, H, D) and keys (L, KH, D)."""
-    keys = keys.repeat_interleave(query.size(1) // keys.size(1), 1)
-    logits = torch.einsum("qhd,lhd->hql", query, keys)
+    groups = query.unflatten(1, (keys.size(1), query.size(1) // keys.size(1)))
+    logits = torch.einsum("qkgd,lkd->kgql", groups, keys).flatten(0, 1)
     logits = logits.to(torch.promote_types(query.dtype, torch.float32)) * scale
     return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
 
@@ -316,13 +316,16 @@ def _softmax(
         with_sink.softmax(-1)[..., :kv_len].masked_fill(~visible, 0).to(values.dtype)
     )  # an empty row is NaN before
 
-    values = values.repeat_interleave(num_heads // values.size(1), 1).transpose(0, 1)  # (H, L, DV)
-    if values.isfinite().all():
-        out = weights @ values
+    kv_heads, group = values.size(1), num_heads // values.size(1)
+    values = values.transpose(0, 1)  # (KH, L, DV)
+    if values.isfinite().all() or not num_rows:
+        packed = weights.reshape(kv_heads, group * num_rows, kv_len)
+        out = (packed @ values).reshape(num_heads, num_rows, values.size(-1))
     else:
+        values = values.repeat_interleave(group, 0)
         rows = [
             torch.where(visible[:, row, :, None], weights[:, row, :, None] * values, 0).sum(1)
             for row in range(num_rows)
         ]
-        out = torch.stack(rows, 1) if rows else weights @ values
+        out = torch.stack(rows, 1)
     return out.transpose(0, 1), lse.T, max_logits.T

@@ -25,15 +25,16 @@ FACTORS: dict[str, tuple[Any, ...]] = {
         (torch.float8_e5m2, 2),
         (torch.float8_e5m2, 4),
     ),
-    "head_dim": (64, 1, 17, 40, 80, 96, 128, 256),
-    "heads": ((2, 4), (2, 1), (1, 8), (3, 3)),
+    "contexts": ("short", "split"),
+    "head_dim": (64, 1, 3, 17, 40, 80, 96, 128, 256, 576),
+    "heads": ((2, 4), (2, 1), (1, 8), (3, 3), (2, 17), (1, 71), (1, 300)),
     "block_size": (16, 1, 3, 32, 128),
     "values": ("same", "cut", "latent"),
     "sinks": (False, True),
     "alibi": (False, True),
     "mask": (None, "shared", "kv_heads", "heads"),
     "positions": (None, "shuffled", "anywhere"),
-    "softmax_scale": (None, 0.3),
+    "softmax_scale": (None, 0.05),
     "logits_soft_cap": (0.0, 5.0),
     "causal": (True, False),
     "sliding_window": (None, 1, 7, 64),
@@ -70,7 +71,9 @@ _MEANINGLESS: dict[str, tuple[str, ...]] = {
     "decode": ("positions", "causal", "padding_rows"),
 }
 _CONTEXT_LENS = (0, 1, 15, 16, 17, 33, 63, 100)
+_SPLIT_LENS = (513, 700, 2100)  # beyond the keys of one partial result, of few rows and of tiles
 _QUERY_LENS = (0, 1, 2, 15, 16, 17, 40)
+_FEW_QUERY_LENS = (0, 1, 2, 3)
 
 
 def random_case(seed: int) -> AttentionCase:
@@ -135,10 +138,13 @@ def _case(name: str, choice: dict[str, Any], rng: random.Random) -> AttentionCas
     source = choice["source"]
     num_seqs = rng.choice((1, 2, 3, 4))
     contexts = tuple(rng.choice(_CONTEXT_LENS) for _ in range(num_seqs))
-    queries = tuple(rng.choice(_QUERY_LENS) for _ in range(num_seqs))
     kv_heads, group = choice["heads"]
+    queries = tuple(rng.choice(_FEW_QUERY_LENS if group > 17 else _QUERY_LENS) for _ in range(num_seqs))
+    if choice["contexts"] == "split":
+        contexts = (rng.choice(_SPLIT_LENS), *contexts[1:])
+        queries = (max(queries[0], 1), *queries[1:])
     head_dim = choice["head_dim"]
-    cut = max(1, head_dim - rng.choice((1, 8, 16)))
+    cut = max(1, head_dim - rng.choice((1, 8, 16, 64)))
     case = AttentionCase(
         name,
         context_lens=None if source == "new" else contexts,

@@ -42,7 +42,7 @@ ATTENTION_CASES: tuple[AttentionCase, ...] = (
     AttentionCase("long_prefill", context_lens=(200,), query_lens=(300,), new_lens=(300,), num_kv_heads=1),
     *(
         case
-        for head_dim in (1, 17, 40, 64, 80, 96, 128, 256)
+        for head_dim in (1, 3, 17, 40, 64, 80, 96, 128, 256, 576)
         for case in (
             AttentionCase(f"head_dim_{head_dim}_decode", head_dim=head_dim),
             AttentionCase(
@@ -63,6 +63,26 @@ ATTENTION_CASES: tuple[AttentionCase, ...] = (
         for case in (
             AttentionCase(f"group_{group}_decode", group=group),
             AttentionCase(f"group_{group}_cache", group=group, query_lens=(3, 1, 17, 0)),
+        )
+    ),
+    *(
+        case
+        for group in (17, 71, 300)  # 71 is falcon-7b's; a tile holds 256 rows
+        for case in (
+            *_sources(f"group_{group}", group=group, num_kv_heads=1),
+            AttentionCase(f"group_{group}_bfloat16_decode", group=group, num_kv_heads=1, dtype=torch.bfloat16),
+            AttentionCase(f"group_{group}_mask_decode", group=group, mask="heads", context_lens=(100, 0, 63)),
+            *_sources(f"group_{group}_mask", group=group, num_kv_heads=1, mask="heads", positions="anywhere")[1:],
+            AttentionCase(
+                f"group_{group}_positions",
+                group=group,
+                query_lens=(3, 1, 17, 0),
+                mask="kv_heads",
+                positions="shuffled",
+                dtype=torch.bfloat16,
+                sliding_window=16,
+            ),
+            AttentionCase(f"group_{group}_split_decode", group=group, num_kv_heads=1, context_lens=(2100, 513)),
         )
     ),
     *(
@@ -88,6 +108,15 @@ ATTENTION_CASES: tuple[AttentionCase, ...] = (
         "new_value_dim_both", head_dim=80, new_value_dim=48, context_lens=(20, 3), query_lens=(5, 9), new_lens=(5, 9)
     ),
     *(case for case in _sources("latent", latent=True, head_dim=96, value_dim=64, num_kv_heads=1) if case.context_lens),
+    *(
+        case
+        for group in (16, 128)
+        for source in _sources(
+            f"deepseek_{group}_heads", latent=True, head_dim=576, value_dim=512, num_kv_heads=1, group=group
+        )
+        if source.context_lens
+        for case in _by_dtype(source)
+    ),
     *_sources("softmax_scale", softmax_scale=0.7),
     *_sources("soft_cap", logits_soft_cap=2.0, softmax_scale=1.0),
     *_sources("sinks", sinks=True),
@@ -104,6 +133,22 @@ ATTENTION_CASES: tuple[AttentionCase, ...] = (
         )
     ),
     *(case for chunk in (1, 5, 16, 1000) for case in _sources(f"chunk_{chunk}", attention_chunk=chunk, block_size=3)),
+    *(
+        case
+        for power in (33, 62)
+        for case in (
+            *_sources(f"window_2_to_the_{power}", sliding_window=2**power),
+            *_sources(f"window_2_to_the_{power}_not_causal", sliding_window=2**power, causal=False)[1:],
+            *_sources(f"chunk_2_to_the_{power}", attention_chunk=2**power),
+            AttentionCase(
+                f"wide_2_to_the_{power}_anywhere",
+                query_lens=(5, 0, 17, 3),
+                positions="anywhere",
+                sliding_window=2**power,
+                attention_chunk=2**power,
+            ),
+        )
+    ),
     *_sources("window_and_chunk", sliding_window=7, attention_chunk=16, block_size=1),
     *(
         case
@@ -127,6 +172,20 @@ ATTENTION_CASES: tuple[AttentionCase, ...] = (
             head_dim=96,
             value_dim=64,
             num_kv_heads=1,
+        )
+        for dtype in QUANTIZED_DTYPES
+    ),
+    *(
+        AttentionCase(
+            f"{_short(dtype)}_deepseek_decode",
+            cache_dtype=dtype,
+            scales_rank=4,
+            dtype=torch.bfloat16,
+            latent=True,
+            head_dim=576,
+            value_dim=512,
+            num_kv_heads=1,
+            group=128,
         )
         for dtype in QUANTIZED_DTYPES
     ),
