@@ -1,5 +1,6 @@
 """Paged attention for PyTorch: custom ops in the ``torch.ops.paged`` namespace, the same meaning on every device."""
 
+import sys
 from typing import Any
 
 from torch_paged import cache, masks
@@ -38,7 +39,11 @@ __all__ = [
     "unpatch_model",
 ]
 
-_dispatch.register()
+# While Python looks for the module after -m it imports this package first, with "-m" as the program's name.
+if sys.argv[:1] == ["-m"] and "torch_paged.collect_env" in sys.orig_argv:
+    _dispatch.register_for_report()
+else:
+    _dispatch.register()
 
 
 def __getattr__(name: str) -> Any:

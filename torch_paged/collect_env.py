@@ -24,12 +24,15 @@ def report() -> str:
         "settings      " + (_settings() or "none"),
         "backends",
     ]
+    if dispatch.failure() is not None:
+        lines.insert(0, f"import        fails: {dispatch.failure()}")
     served = dispatch.served()
     for name, info in backends.discover().items():
         reason = info.why_off()
         devices = [device for device, backend in served.items() if backend == name]
         if devices:
-            state = f"on for {', '.join(devices)}"
+            wrong = info.wrong_setting()
+            state = f"on for {', '.join(devices)}" + ("" if wrong is None else f", but each call raises: {wrong}")
         elif reason is not None:
             state = f"off: {reason}"
         elif not info.automatic:
@@ -55,3 +58,4 @@ def _settings() -> str:
 
 if __name__ == "__main__":
     print(report())
+    raise SystemExit(0 if dispatch.failure() is None else 1)

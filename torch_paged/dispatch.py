@@ -15,6 +15,7 @@ VARIABLE = "TORCH_PAGED_BACKEND"
 
 _library: torch.library.Library | None = None
 _served: dict[str, str] = {}  # device type -> backend name
+_failure: str | None = None
 
 
 def register() -> None:
@@ -37,6 +38,20 @@ def register() -> None:
     _library = library
     for info in chosen:
         _bind(info, library)
+
+
+def register_for_report() -> None:
+    """Register, but keep the reason of a failure for the report that is to tell it."""
+    global _failure
+    try:
+        register()
+    except ImportError as error:
+        _failure = str(error)
+
+
+def failure() -> str | None:
+    """Return why ``import torch_paged`` fails here, known only in ``python -m torch_paged.collect_env``, or None."""
+    return _failure
 
 
 def served() -> dict[str, str]:

@@ -40,6 +40,7 @@ class BackendInfo:
         refusal: the reason why it cannot do a (valid) call, or None. Takes the op and all its arguments by name.
         variant: what it would run for a call. Takes the op and all its arguments by name; never reads data.
         versions: the versions it depends on, by name.
+        wrong_setting: the reason why a setting that is read at the first call makes each call raise, or None.
     """
 
     name: str
@@ -52,6 +53,7 @@ class BackendInfo:
     refusal: Callable[[str, Arguments], str | None]
     variant: Callable[[str, Arguments], Variant]
     versions: Callable[[], Mapping[str, str]]
+    wrong_setting: Callable[[], str | None] = lambda: None
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from torch_paged.backends import BackendInfo
-from torch_paged.backends.cpu.support import LIBRARY, LIMITS, isa, refusal, variant
+from torch_paged.backends.cpu.support import LIBRARY, LIMITS, isa, refusal, variant, wrong_setting
 
 
 def why_off() -> str | None:
@@ -33,7 +33,7 @@ def load() -> Mapping[str, Callable[..., Any]]:
 
 def versions() -> Mapping[str, str]:
     """Return the machine and the instruction set in use."""
-    return {"machine": platform.machine(), "isa": (isa() or "none") if why_off() is None else "none"}
+    return {"machine": platform.machine(), "isa": isa() or "none"}
 
 
 BACKEND = BackendInfo(
@@ -47,4 +47,5 @@ BACKEND = BackendInfo(
     refusal=refusal,
     variant=variant,
     versions=versions,
+    wrong_setting=wrong_setting,
 )

@@ -5,6 +5,8 @@ import os
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from torch_paged.backends import Arguments, Variant
 
 LIBRARY = Path(__file__).parents[2] / "_C.abi3.so"
@@ -28,21 +30,34 @@ MAX_DIRECT_ROWS = 16
 """Query rows per kv head up to which keys are used in place (``kMaxDirectRows`` of csrc_shims/cpu/plan.h)."""
 
 
-@cache
 def isa() -> str | None:
-    """Return the kernels in use (``"avx512"`` ...), or None where the wanted ones do not run here."""
+    """Return the kernels in use (``"avx512"`` ...), or None where the wanted ones do not run here.
+
+    ``"not loaded"`` where another backend serves the CPU: opening the library would bind its kernels instead.
+    """
+    return _isa() if str(LIBRARY.resolve()) in torch.ops.loaded_libraries else "not loaded"
+
+
+@cache
+def _isa() -> str | None:
     library = ctypes.CDLL(str(LIBRARY))
     library.torch_paged_isa.restype = ctypes.c_char_p
     name = library.torch_paged_isa()
     return None if name is None else str(name.decode())
 
 
+def wrong_setting() -> str | None:
+    """Return why each call raises, where the kernels that the environment asks for do not run here, or None."""
+    if isa() is not None:
+        return None
+    asked = os.environ.get("TORCH_PAGED_CPU_ISA")
+    return f"TORCH_PAGED_CPU_ISA must name kernels that this machine runs, got {asked!r}"
+
+
 def refusal(op: str, arguments: Arguments) -> str | None:
     """Return None for every valid call, unless the kernels that the environment asks for do not run here."""
-    if isa() is None:
-        asked = os.environ.get("TORCH_PAGED_CPU_ISA")
-        return f"torch_paged: TORCH_PAGED_CPU_ISA must name kernels that this machine runs, got {asked!r}"
-    return None
+    reason = wrong_setting()
+    return None if reason is None else f"torch_paged: {reason}"
 
 
 def variant(op: str, arguments: Arguments) -> Variant:
