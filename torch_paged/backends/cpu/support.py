@@ -22,7 +22,7 @@ LIMITS = {
     "masks, query positions, statistics": "yes",
     "batch-invariant results": "yes",
     "bad values": "raise before the first write",
-    "run on hardware": "x86_64 with AVX2 and AVX-512; aarch64 in an emulator only",
+    "run on hardware": "x86_64 with AVX-512 (AVX2 and generic kernels there too); aarch64 in an emulator only",
 }
 """Feature -> what of it this backend does, for the table in the README."""
 
