@@ -194,6 +194,19 @@ def test_the_pure_wheel_has_everything_but_kernels(tmp_path: Path) -> None:
     assert {"tpu-xla", "tpu", "neuron", "transformers", "bench", "test", "docs"} <= extras
 
 
+def test_the_sdist_has_what_the_make_targets_need(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    command += ["sdist", "--formats", "zip", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, cwd=SOURCE, env={**os.environ, "TORCH_PAGED_NO_EXT": "1"})
+    [archive] = tmp_path.glob("*.zip")
+    names = {name.partition("/")[2] for name in zipfile.ZipFile(archive).namelist()}
+    wanted = {"Makefile", "setup.py", "pyproject.toml", "README.md", "LICENSE", ".ci/run", ".clang-format"}
+    for folder in ("torch_paged", "csrc_shims", "tests", "benchmarks", "examples", "docs"):
+        paths = [path for path in (SOURCE / folder).rglob("*") if path.is_file() and path.suffix not in (".so", ".pyc")]
+        wanted |= {str(path.relative_to(SOURCE)) for path in paths}
+    assert wanted - names == set()
+
+
 @pytest.fixture
 def small_source(tmp_path: Path) -> Path:
     """The sources, with one small file instead of the kernels."""

@@ -41,6 +41,7 @@ class BackendInfo:
         variant: what it would run for a call. Takes the op and all its arguments by name; never reads data.
         versions: the versions it depends on, by name.
         wrong_setting: the reason why a setting that is read at the first call makes each call raise, or None.
+        head_dim_multiple: its caches store head_dim rounded up to this multiple.
     """
 
     name: str
@@ -54,6 +55,7 @@ class BackendInfo:
     variant: Callable[[str, Arguments], Variant]
     versions: Callable[[], Mapping[str, str]]
     wrong_setting: Callable[[], str | None] = lambda: None
+    head_dim_multiple: int = 1
 
 
 @cache

@@ -8,13 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from torch_paged.backends import discover
+
 Scales = Literal["tensor", "head", "token"]
 
 HUGE_PAGE_BYTES = 2 * 1024 * 1024
 """Size and alignment of a transparent huge page on x86-64 and on aarch64 with 4 KiB base pages."""
-
-HEAD_DIM_MULTIPLES: dict[str, int] = {"cpu": 1, "neuron": 1, "reference": 1, "tpu": 128}
-"""Stored head_dim of each backend: head_dim rounded up to this multiple. A TPU tile is 128 lanes wide."""
 
 _QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,7 +72,7 @@ def allocate_kv_cache(
         latent: True for a latent cache (MLA): one side, which is key and value.
         scales: granularity of the scales of a quantised cache: ``"tensor"``, ``"head"`` or ``"token"`` (per token and
             head; written by ``quantize_and_cache``). They start at 1. None: not quantised.
-        backend: whose padding to use: ``"cpu"``, ``"neuron"``, ``"reference"`` or ``"tpu"``.
+        backend: whose padding to use, by name: ``"cpu"``, ``"reference"`` or any other of ``torch_paged.backends``.
         huge_pages: False for ordinary memory.
 
     Returns:
@@ -81,7 +80,7 @@ def allocate_kv_cache(
 
     Raises:
         ValueError: a size below 1, a dtype that no cache has, scales missing for a quantised cache or given for
-            another.
+            another, a backend that does not exist.
 
     Source:
         Transparent Hugepage Support, https://docs.kernel.org/admin-guide/mm/transhuge.html
@@ -89,9 +88,9 @@ def allocate_kv_cache(
     Example:
         >>> import torch
         >>> from torch_paged.cache import allocate_kv_cache
-        >>> cache = allocate_kv_cache(4, 2, 16, 80, dtype=torch.int8, scales="head", backend="tpu")
+        >>> cache = allocate_kv_cache(4, 2, 16, 80, dtype=torch.int8, scales="head")
         >>> cache.kv_cache.shape, cache.kv_scales.shape
-        (torch.Size([2, 4, 2, 16, 128]), torch.Size([2, 2]))
+        (torch.Size([2, 4, 2, 16, 80]), torch.Size([2, 2]))
     """
     shapes = _shapes(
         "allocate_kv_cache", num_blocks, num_kv_heads, block_size, head_dim, dtype, latent, scales, backend
@@ -201,10 +200,11 @@ def _shapes(
     if (dtype in _QUANTISED) != (scales is not None):
         rule = "'tensor', 'head' or 'token'" if dtype in _QUANTISED else "None"
         raise ValueError(f"{function}: scales must be {rule} for a {dtype} cache, got {scales!r}")
-    if backend not in HEAD_DIM_MULTIPLES:
-        raise ValueError(f"{function}: backend must be one of {', '.join(HEAD_DIM_MULTIPLES)}, got {backend!r}")
+    known = discover()
+    if backend not in known:
+        raise ValueError(f"{function}: backend must be one of {', '.join(known)}, got {backend!r}")
     sides = 1 if latent else 2
-    multiple = HEAD_DIM_MULTIPLES[backend]
+    multiple = known[backend].head_dim_multiple
     stored_dim = -(-head_dim // multiple) * multiple
     per_scale = {
         "tensor": (sides,),
