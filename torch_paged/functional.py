@@ -212,28 +212,14 @@ def paged_attention(
         >>> torch_paged.paged_attention(query, kv_cache, block_tables, context_lens)[0, :, 0]
         tensor([2., 2.])
     """
-    if LOG:
-        log_choice(
-            "paged_attention",
-            *(query, kv_cache, block_tables, context_lens, kv_scales, sinks, alibi_slopes, attn_mask),
-            *(softmax_scale, logits_soft_cap, sliding_window, attention_chunk, value_dim),
-        )
-    op = _ops.paged_attention.with_stats if return_stats else _ops.paged_attention.default
-    return op(  # type: ignore[no-any-return]
-        query,
-        kv_cache,
-        block_tables,
-        context_lens,
-        kv_scales,
-        sinks,
-        alibi_slopes,
-        attn_mask,
-        softmax_scale,
-        logits_soft_cap,
-        sliding_window,
-        attention_chunk,
-        value_dim,
+    arguments = (
+        *(query, kv_cache, block_tables, context_lens, kv_scales, sinks, alibi_slopes, attn_mask),
+        *(softmax_scale, logits_soft_cap, sliding_window, attention_chunk, value_dim),
     )
+    if LOG:
+        log_choice("paged_attention", *arguments)
+    op = _ops.paged_attention.with_stats if return_stats else _ops.paged_attention.default
+    return op(*arguments)  # type: ignore[no-any-return]
 
 
 @overload
@@ -380,37 +366,15 @@ def flash_attn_varlen(
         >>> out[:, 0, 0]
         tensor([0.0000, 0.5000, 1.0000])
     """
-    if LOG:
-        log_choice(
-            "flash_attn_varlen",
-            *(query, key, value, cu_seqlens_q, cu_seqlens_k, kv_cache, block_tables, context_lens),
-            *(max_seqlen_q, max_seqlen_k, kv_scales, sinks, alibi_slopes, attn_mask, query_positions),
-            *(softmax_scale, logits_soft_cap, causal, sliding_window, attention_chunk, value_dim),
-        )
-    op = _ops.flash_attn_varlen.with_stats if return_stats else _ops.flash_attn_varlen.default
-    return op(  # type: ignore[no-any-return]
-        query,
-        key,
-        value,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        kv_cache,
-        block_tables,
-        context_lens,
-        max_seqlen_q,
-        max_seqlen_k,
-        kv_scales,
-        sinks,
-        alibi_slopes,
-        attn_mask,
-        query_positions,
-        softmax_scale,
-        logits_soft_cap,
-        causal,
-        sliding_window,
-        attention_chunk,
-        value_dim,
+    arguments = (
+        *(query, key, value, cu_seqlens_q, cu_seqlens_k, kv_cache, block_tables, context_lens),
+        *(max_seqlen_q, max_seqlen_k, kv_scales, sinks, alibi_slopes, attn_mask, query_positions),
+        *(softmax_scale, logits_soft_cap, causal, sliding_window, attention_chunk, value_dim),
     )
+    if LOG:
+        log_choice("flash_attn_varlen", *arguments)
+    op = _ops.flash_attn_varlen.with_stats if return_stats else _ops.flash_attn_varlen.default
+    return op(*arguments)  # type: ignore[no-any-return]
 
 
 def merge_attention_states(outs: Tensor, lses: Tensor, *, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
