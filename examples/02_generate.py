@@ -1,7 +1,8 @@
 """Generate text with a HuggingFace model, unpatched and through ``torch.ops.paged.*``, and compare.
 
 The prompts are Python functions from files that the checkpoint's training never saw. Greedy tokens must be equal: exit
-status 1 when they differ, 2 when the model cannot be used.
+status 1 when they differ, 2 when the model cannot be used. In bfloat16 and float16 they may differ from a rounding tie on,
+a step where the unpatched model itself hardly tells its two best tokens apart; it is then said. In float32 they may not.
 
     python examples/02_generate.py
     python examples/02_generate.py --model PATH --dtype bfloat16 --compile
@@ -34,6 +35,8 @@ CHECKPOINT_PERPLEXITY_BELOW = 16.0
 MEASURED_RUNS = 5
 PERPLEXITY_WINDOWS, WINDOW_TOKENS = 64, 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+HELP_DTYPE = "dtype to run in; in bfloat16 and float16 tokens may differ from a rounding tie on, in float32 never"
 
 console = Console(highlight=False)
 
@@ -170,7 +173,7 @@ def is_rounding_tie(model: Any, inputs: Any, expected: Tensor, row: int, step: i
 
 
 def compare(model: Any, inputs: Any, expected: Tensor, actual: Tensor) -> bool:
-    """Print whether the tokens are equal; ``model`` is the unpatched one."""
+    """Print whether the tokens are equal, and return whether that will do; ``model`` is the unpatched one."""
     rows, steps = expected.shape
     if torch.equal(expected, actual):
         console.print(f"[bold green]tokens equal:[/] yes, {rows} rows of {steps} tokens")
@@ -181,7 +184,7 @@ def compare(model: Any, inputs: Any, expected: Tensor, actual: Tensor) -> bool:
         if len(differing):
             step = int(differing[0])
             tie = is_rounding_tie(model, inputs, expected, row, step)
-            equal &= tie
+            equal &= tie and model.dtype != torch.float32
             why = "a rounding tie of the unpatched model" if tie else "not a rounding tie"
             console.print(f"row {row} differs from token {step} of {steps} on: {why}")
     console.print("[bold yellow]tokens equal:[/] but for ties" if equal else "[bold red]tokens equal: no[/]")
@@ -243,7 +246,7 @@ def demonstrate(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=CHECKPOINT, help="folder of a HuggingFace checkpoint")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype to run in")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help=HELP_DTYPE)
     parser.add_argument("--max-new-tokens", type=int, default=96, help="tokens to generate for each prompt")
     parser.add_argument("--compile", action="store_true", help="compile the decode step (fullgraph, inductor)")
     args = parser.parse_args(argv)

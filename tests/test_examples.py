@@ -143,16 +143,24 @@ def test_demo_fails_on_a_bad_perplexity(demo: Any, monkeypatch: pytest.MonkeyPat
     assert demo.main(["--max-new-tokens", "1"]) == 1
 
 
-def test_a_rounding_tie_is_no_difference(demo: Any) -> None:
-    model = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_rounding_tie_is_accepted_in_half_precision_only(
+    demo: Any, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TINY)).eval().to(dtype)
     ids = torch.tensor([[5, 6, 7]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     expected, actual = torch.tensor([[8, 9]]), torch.tensor([[8, 10]])
     assert not demo.compare(model, inputs, expected, actual)
+    assert "not a rounding tie" in capsys.readouterr().out
     prefix = torch.cat([ids, expected[:, :1]], 1)
     best, other = model(prefix).logits[0, -1].topk(2).indices
     model.lm_head.weight.data[other] = model.lm_head.weight.data[best]
-    assert demo.compare(model, inputs, expected, actual)
+    assert demo.compare(model, inputs, expected, actual) == (dtype != torch.float32)
+    printed = capsys.readouterr().out
+    assert "differs from token 1 of 2 on: a rounding tie of the unpatched model" in printed
+    assert ("tokens equal: no" if dtype == torch.float32 else "tokens equal: but for ties") in printed
 
 
 def one_sentence(demo: Any, capsys: pytest.CaptureFixture[str], folder: Path) -> str:
@@ -161,6 +169,12 @@ def one_sentence(demo: Any, capsys: pytest.CaptureFixture[str], folder: Path) ->
     assert printed.startswith("02_generate: ")
     assert printed.count("\n") == 1
     return printed
+
+
+def test_the_help_says_when_tokens_may_differ(demo: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        demo.main(["--help"])
+    assert "rounding tie" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_wrong_path_gets_one_sentence(demo: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
