@@ -234,6 +234,36 @@ def test_empty_batches() -> None:
 
 
 ONE, TWO = torch.tensor([0, 2]), torch.tensor([4])
+MASKS: dict[str, Callable[..., Tensor]] = {
+    "image_block_mask": lambda cu, lens, **sizes: image_block_mask(
+        torch.zeros((2, 4), dtype=torch.int32), cu, lens, **sizes
+    ),
+    "tree_mask": lambda cu, lens, **sizes: tree_mask(
+        torch.full((sizes.get("num_tokens", 5),), -1), cu, lens, num_columns=4
+    ),
+    "prefix_lm_mask": lambda cu, lens, **sizes: prefix_lm_mask(torch.tensor([1, 1]), cu, lens, num_columns=4, **sizes),
+    "moba_mask": lambda cu, lens, **sizes: moba_mask(
+        torch.zeros(sizes.get("num_tokens", 5), 2, 4), torch.zeros(2, 2, 4, 4), cu, lens, chunk_size=2, top_k=1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    ("starts", "kv_lens", "sizes", "message"),
+    [
+        ((1, 2, 5), (3, 4), {}, "cu_seqlens_q must start with 0, got 1 at index 0"),
+        ((0, 3, 2), (3, 4), {}, "cu_seqlens_q must not decrease, got 2 after 3 at index 2"),
+        ((0, 2, 5), (3, -1), {}, "kv_lens must be >= 0, got -1 at index 1"),
+        ((0, 2, 5), (3, 4), {"num_tokens": 4}, "cu_seqlens_q must end at or before T = 4, got 5 at index 2"),
+        ((0, 2, 5), (5, 4), {}, r"kv_lens must lie in \[0, C = 4\], got 5 at index 0"),
+    ],
+)
+def test_lengths_that_do_not_fit(
+    name: str, starts: tuple[int, ...], kv_lens: tuple[int, ...], sizes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: {message}$"):
+        MASKS[name](torch.tensor(starts), torch.tensor(kv_lens), **sizes)
 
 
 @pytest.mark.parametrize(
@@ -253,11 +283,11 @@ ONE, TWO = torch.tensor([0, 2]), torch.tensor([4])
         ),
         (
             lambda: image_block_mask(torch.zeros((1, 4), dtype=torch.int32), ONE, TWO, sliding_window=0),
-            "image_block_mask: sliding_window must be None or >= 1, got 0",
+            "image_block_mask: sliding_window must be None or an int >= 1, got 0",
         ),
         (
             lambda: image_block_mask(torch.zeros((1, 4), dtype=torch.int32), ONE, TWO, attention_chunk=-1),
-            "image_block_mask: attention_chunk must be None or >= 1, got -1",
+            "image_block_mask: attention_chunk must be None or an int >= 1, got -1",
         ),
         (lambda: tree_mask(torch.tensor([-1, 1]), ONE, TWO), "tree_mask: parents must be -1 or .*, got 1 at index 1"),
         (lambda: tree_mask(torch.tensor([-2, 0]), ONE, TWO), "tree_mask: parents must be -1 or .*, got -2 at index 0"),
@@ -279,11 +309,31 @@ ONE, TWO = torch.tensor([0, 2]), torch.tensor([4])
         ),
         (
             lambda: moba_mask(torch.zeros(2, 2, 4), torch.zeros(1, 2, 4, 4), ONE, TWO, chunk_size=0, top_k=1),
-            "moba_mask: chunk_size must be >= 1, got 0",
+            "moba_mask: chunk_size must be an int >= 1, got 0",
         ),
         (
             lambda: moba_mask(torch.zeros(2, 2, 4), torch.zeros(1, 2, 4, 4), ONE, TWO, chunk_size=1, top_k=0),
-            "moba_mask: top_k must be >= 1, got 0",
+            "moba_mask: top_k must be an int >= 1, got 0",
+        ),
+        (
+            lambda: moba_mask(torch.zeros(2, 2, 4), torch.zeros(1, 2, 4, 4), ONE, TWO, chunk_size=1, top_k=2.5),  # type: ignore[arg-type]
+            "moba_mask: top_k must be an int >= 1, got 2.5",
+        ),
+        (
+            lambda: moba_mask(torch.zeros(2, 2, 4), torch.zeros(1, 2, 4, 4), ONE, TWO, chunk_size=True, top_k=1),
+            "moba_mask: chunk_size must be an int >= 1, got True",
+        ),
+        (
+            lambda: image_block_mask(torch.zeros((1, 4), dtype=torch.int32), ONE, TWO, sliding_window=1.5),  # type: ignore[arg-type]
+            "image_block_mask: sliding_window must be None or an int >= 1, got 1.5",
+        ),
+        (
+            lambda: prefix_lm_mask(torch.tensor([1]), ONE, TWO, num_tokens=2.5),  # type: ignore[arg-type]
+            "prefix_lm_mask: num_tokens must be None or an int >= 0, got 2.5",
+        ),
+        (
+            lambda: prefix_lm_mask(torch.tensor([1]), ONE, TWO, num_columns=-1),
+            "prefix_lm_mask: num_columns must be None or an int >= 0, got -1",
         ),
         (
             lambda: moba_mask(torch.zeros(2, 2, 4), torch.zeros(2, 2, 4, 4), ONE, TWO, chunk_size=1, top_k=1),

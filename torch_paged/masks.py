@@ -2,7 +2,7 @@
 
 Each is a bool ``attn_mask``: a row for each packed query token, a column for each key position *of its sequence*.
 Causality is in it, so pass it with ``causal=False`` and without the window or chunk that it was given. Rows of padding,
-at and behind ``cu_seqlens_q[B]``, are False.
+at and behind ``cu_seqlens_q[B]``, are False. Lengths are checked on the host: on an accelerator that waits for them.
 """
 
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ def image_block_mask(
             from the first token of the sequence on; below 0: none. Equal numbers are one run, adjacent or not.
         cu_seqlens_q: (B + 1,) int32, as for ``flash_attn_varlen``.
         kv_lens: (B,) int. Keys of each sequence: cached context and new tokens, at most C.
-        num_tokens: T. None: ``cu_seqlens_q[B]``, which on an accelerator waits for it.
+        num_tokens: T. None: ``cu_seqlens_q[B]``.
         sliding_window: tokens, as for ``flash_attn_varlen``. None: off.
         attention_chunk: tokens, as for ``flash_attn_varlen``. None: off.
 
@@ -62,7 +62,7 @@ def image_block_mask(
             0 0 0 1 1 1
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, a window or chunk below 1.
+        ValueError: shapes, dtypes or lengths that do not fit together, a window or chunk below 1.
 
     Source:
         Gemma 3 Technical Report, arXiv 2503.19786, and its documentation in transformers (bidirectional image tokens).
@@ -78,9 +78,8 @@ def image_block_mask(
                 [1, 1, 1, 1, 0, 0]], dtype=torch.int32)
     """
     _check_ints("image_block_mask", "run_ids", run_ids, 2)
-    for name, size in (("sliding_window", sliding_window), ("attention_chunk", attention_chunk)):
-        if size is not None and size < 1:
-            raise ValueError(f"image_block_mask: {name} must be None or >= 1, got {size}")
+    _check_size("image_block_mask", "sliding_window", sliding_window, 1)
+    _check_size("image_block_mask", "attention_chunk", attention_chunk, 1)
     rows = _rows("image_block_mask", cu_seqlens_q, kv_lens, num_tokens, run_ids.size(1))
     _check_batch("image_block_mask", "run_ids", run_ids.size(0), kv_lens)
     positions, columns = rows.positions[:, None], rows.columns
@@ -118,7 +117,7 @@ def tree_mask(
         cu_seqlens_q: (B + 1,) int32, as for ``flash_attn_varlen``.
         kv_lens: (B,) int. Keys of each sequence: context and all nodes.
         num_tokens: T. None: ``parents.size(0)``.
-        num_columns: C. None: the largest of ``kv_lens``, which on an accelerator waits for it.
+        num_columns: C. None: the largest of ``kv_lens``.
 
     Returns:
         (T, C) bool, for ``causal=False``. Rotary positions are depths, not columns: they are the caller's.
@@ -132,7 +131,7 @@ def tree_mask(
             1 1  1 1 0 1
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, a parent that is not before its child.
+        ValueError: shapes, dtypes or lengths that do not fit together, a parent that is not before its child.
 
     Source:
         Miao et al., SpecInfer, arXiv 2305.09781; Cai et al., Medusa, arXiv 2401.10774.
@@ -188,8 +187,8 @@ def prefix_lm_mask(
         prefix_lens: (B,) int. Tokens of the prefix, counted from the first token of the sequence; 0: causal attention.
         cu_seqlens_q: (B + 1,) int32, as for ``flash_attn_varlen``.
         kv_lens: (B,) int. Keys of each sequence: cached context and new tokens.
-        num_tokens: T. None: ``cu_seqlens_q[B]``, which on an accelerator waits for it.
-        num_columns: C. None: the largest of ``kv_lens``, which waits too.
+        num_tokens: T. None: ``cu_seqlens_q[B]``.
+        num_columns: C. None: the largest of ``kv_lens``.
 
     Returns:
         (T, C) bool, for ``causal=False``. A query in the prefix sees the part of the prefix that has keys.
@@ -204,7 +203,7 @@ def prefix_lm_mask(
             1 1 1 1 1
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together.
+        ValueError: shapes, dtypes or lengths that do not fit together.
 
     Source:
         Raffel et al., T5, arXiv 1910.10683, section 3.2.1; Dong et al., UniLM, arXiv 1905.03197; Beyer et al.,
@@ -266,7 +265,7 @@ def moba_mask(
             1 1  0 0  1 1
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, a size below 1.
+        ValueError: shapes, dtypes or lengths that do not fit together, a size below 1.
 
     Source:
         Lu et al., MoBA: Mixture of Block Attention for Long-Context LLMs, arXiv 2502.13189, section 2.2.
@@ -281,8 +280,8 @@ def moba_mask(
                  [1, 1, 0, 0, 1, 1]]], dtype=torch.int32)
     """
     for name, size in (("chunk_size", chunk_size), ("top_k", top_k)):
-        if size < 1:
-            raise ValueError(f"moba_mask: {name} must be >= 1, got {size}")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"moba_mask: {name} must be an int >= 1, got {size!r}")
     if (
         query.dim() != 3
         or key.dim() != 4
@@ -335,10 +334,14 @@ def _rows(
         raise ValueError(
             f"{function}: cu_seqlens_q must have one entry more than kv_lens, got {cu_seqlens_q.size(0)} for {num_seqs}"
         )
+    _check_size(function, "num_tokens", num_tokens, 0)
+    _check_size(function, "num_columns", num_columns, 0)
+    starts, lengths = cu_seqlens_q.tolist(), kv_lens.tolist()
     if num_tokens is None:
-        num_tokens = int(cu_seqlens_q[-1])
+        num_tokens = starts[-1]
     if num_columns is None:
-        num_columns = int(kv_lens.max()) if num_seqs else 0
+        num_columns = max(lengths, default=0)
+    _check_lengths(function, starts, lengths, num_tokens, num_columns)
     device = cu_seqlens_q.device
     tokens = torch.arange(num_tokens, device=device)
     columns = torch.arange(num_columns, device=device)
@@ -349,6 +352,27 @@ def _rows(
     positions = kv_lens.long()[seqs] - bounds[seqs + 1] + tokens
     valid = (tokens < bounds[-1])[:, None] & (columns < kv_lens[seqs][:, None])
     return _Rows(seqs, positions, columns, valid)
+
+
+def _check_lengths(function: str, starts: list[int], kv_lens: list[int], num_tokens: int, num_columns: int) -> None:
+    if starts[0] != 0:
+        raise ValueError(f"{function}: cu_seqlens_q must start with 0, got {starts[0]} at index 0")
+    for index, (before, start) in enumerate(pairwise(starts), 1):
+        if start < before:
+            raise ValueError(f"{function}: cu_seqlens_q must not decrease, got {start} after {before} at index {index}")
+    if starts[-1] > num_tokens:
+        end = f"{starts[-1]} at index {len(starts) - 1}"
+        raise ValueError(f"{function}: cu_seqlens_q must end at or before T = {num_tokens}, got {end}")
+    for index, kv_len in enumerate(kv_lens):
+        if kv_len < 0:
+            raise ValueError(f"{function}: kv_lens must be >= 0, got {kv_len} at index {index}")
+        if kv_len > num_columns:
+            raise ValueError(f"{function}: kv_lens must lie in [0, C = {num_columns}], got {kv_len} at index {index}")
+
+
+def _check_size(function: str, name: str, size: int | None, low: int) -> None:
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < low):
+        raise ValueError(f"{function}: {name} must be None or an int >= {low}, got {size!r}")
 
 
 def _floor_div(x: Tensor, size: int) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from torch_paged.cache.batch import Batch, build_batch, slots_of
+from torch_paged.cache.batch import Batch, build_batch, is_int, slots_of
 from torch_paged.cache.pool import BlockPool, OutOfBlocks
 
 
@@ -81,7 +81,7 @@ class BlockAllocator:
         sizes = {"num_blocks": num_blocks, "block_size": block_size}
         options = {"sliding_window": sliding_window, "attention_chunk": attention_chunk}
         for name, size in {**sizes, **{name: size for name, size in options.items() if size is not None}}.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            if not is_int(size) or size < 1:
                 raise ValueError(f"BlockAllocator: {name} must be an int >= 1, got {size!r}")
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -105,10 +105,10 @@ class BlockAllocator:
             num_blocks: N of the larger cache.
 
         Raises:
-            ValueError: fewer blocks than there are.
+            ValueError: no int, or fewer blocks than there are.
         """
-        if num_blocks < self.num_blocks:
-            raise ValueError(f"grow: num_blocks must be at least {self.num_blocks}, got {num_blocks}")
+        if not is_int(num_blocks) or num_blocks < self.num_blocks:
+            raise ValueError(f"grow: num_blocks must be an int >= {self.num_blocks}, got {num_blocks!r}")
         self._pool.grow(num_blocks)
         self.num_blocks = num_blocks
 
@@ -164,7 +164,8 @@ class BlockAllocator:
         sequence = self._get("append", seq)
         ids = array("q") if isinstance(tokens, int) else _token_ids("append", "tokens", tokens)
         count = tokens if isinstance(tokens, int) else len(ids)
-        plan = self._plan("append", sequence, count)
+        _check_count("append", "tokens", count)
+        plan = self._plan(sequence, count)
         if plan.new_blocks > plan.available:
             raise OutOfBlocks(plan.new_blocks, plan.available, self.num_blocks)
         if count == 0:
@@ -194,7 +195,8 @@ class BlockAllocator:
             ValueError: an unknown sequence, a negative number of tokens.
         """
         sequence = self._get("blocks_needed", seq)
-        plan = self._plan("blocks_needed", sequence, num_tokens)
+        _check_count("blocks_needed", "num_tokens", num_tokens)
+        plan = self._plan(sequence, num_tokens)
         return max(0, plan.new_blocks - (plan.available - self._pool.available))
 
     def take_copies(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -262,8 +264,8 @@ class BlockAllocator:
             ValueError: an unknown sequence, a length outside [0, context_len], or one that needs blocks freed before.
         """
         sequence = self._get("truncate", seq)
-        if not 0 <= length <= sequence.length:
-            raise ValueError(f"truncate: length must be in [0, {sequence.length}], got {length}")
+        if not is_int(length) or not 0 <= length <= sequence.length:
+            raise ValueError(f"truncate: length must be an int in [0, {sequence.length}], got {length!r}")
         num_blocks = -(-length // self.block_size)
         if self._first_visible(length) // self.block_size < min(sequence.first_live, num_blocks):
             raise ValueError(
@@ -331,9 +333,9 @@ class BlockAllocator:
                 f"batch: query_lens must have one entry for each of {len(sequences)} sequences, got {len(query_lens)}"
             )
         for index, (sequence, query_len) in enumerate(zip(sequences, query_lens, strict=True)):
-            if not 0 <= query_len <= sequence.length:
+            if not is_int(query_len) or not 0 <= query_len <= sequence.length:
                 raise ValueError(
-                    f"batch: query_lens must be in [0, {sequence.length}], got {query_len} at index {index}"
+                    f"batch: query_lens must be an int in [0, {sequence.length}], got {query_len!r} at index {index}"
                 )
         return build_batch(
             [sequence.blocks for sequence in sequences],
@@ -346,9 +348,7 @@ class BlockAllocator:
             device=device,
         )
 
-    def _plan(self, function: str, sequence: _Sequence, count: int) -> _Plan:
-        if count < 0:
-            raise ValueError(f"{function}: tokens must be >= 0, got {count}")
+    def _plan(self, sequence: _Sequence, count: int) -> _Plan:
         start, references = sequence.length, self._pool.references
         first_live = max(sequence.first_live, self._first_visible(start) // self.block_size)
         dead = sequence.blocks[sequence.first_live : first_live]
@@ -378,6 +378,11 @@ class BlockAllocator:
         if seq not in self._sequences:
             raise ValueError(f"{function}: seq must be an allocated sequence, got {seq!r}")
         return self._sequences[seq]
+
+
+def _check_count(function: str, name: str, count: int) -> None:
+    if not is_int(count) or count < 0:
+        raise ValueError(f"{function}: {name} must be an int >= 0, got {count!r}")
 
 
 def _token_ids(function: str, name: str, tokens: Sequence[int]) -> "array[int]":

@@ -75,6 +75,11 @@ def slots_of(table: Sequence[int], start: int, stop: int, block_size: int) -> li
     return slots
 
 
+def is_int(value: object) -> bool:
+    """Say whether a value counts something; True and False do not, though Python calls them ints."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _tensor(values: list[int], dtype: torch.dtype) -> Tensor:
     """Return a 1-D tensor; through an array, because torch.tensor is ten times slower on a long list."""
     if not values:
@@ -85,6 +90,6 @@ def _tensor(values: list[int], dtype: torch.dtype) -> Tensor:
 def _padded_size(name: str, wanted: int | None, needed: int) -> int:
     if wanted is None:
         return needed
-    if wanted < needed:
-        raise ValueError(f"batch: {name} must be at least {needed} for these sequences, got {wanted}")
+    if not is_int(wanted) or wanted < needed:
+        raise ValueError(f"batch: {name} must be an int >= {needed} for these sequences, got {wanted!r}")
     return wanted
