@@ -27,6 +27,7 @@ ATTENTION = (
     "tests/test_paged_attention.py",
     "tests/test_flash_attn_varlen.py",
     "tests/test_semantics.py",
+    "tests/test_hidden_keys.py",
     "tests/test_combinations.py",
 )
 CACHE = (
@@ -70,6 +71,10 @@ MUTANTS = [
     Mutant("dropped last key", "attention.cpp", "Interval all{seq.kv_len(), 0};\n",
            "Interval all{seq.kv_len(), 0};\n  if (seq.kv_len() > 600) return {0, seq.kv_len() - 1};\n"),
     Mutant("dead slots are read", KERNEL, "  point_dead_keys(~block.live, zeros, unit);\n", ""),
+    Mutant("NaN reaches rows that do not see it", KERNEL, "mixed = seen_by_some & ~seen_by_all;", "mixed = 0;"),
+    Mutant("NaN scale reaches rows that do not see it", KERNEL,
+           "p = select_bits((uint32_t)(bits >> i), p * loadu(rule.value_scale + i), vf{});",
+           "p = p * loadu(rule.value_scale + i);"),
     Mutant("new keys shifted by one", KERNEL, "block.key0 + i - seq.context_len : 0;",
            "block.key0 + (i > block.split ? i - 1 : i) - seq.context_len : 0;"),
     Mutant("sink counted twice", KERNEL, "(args.sinks ? exp1(sink - base) : 0.0f)",
