@@ -2,7 +2,7 @@
 
 The prompts are Python functions from files that the checkpoint's training never saw. Greedy tokens must be equal: exit
 status 1 when they differ, 2 when the model cannot be used. In bfloat16 and float16 they may differ from a rounding tie
-on, a step where the unpatched model itself hardly tells its two best tokens apart, which is then said; in float32 never.
+on, a step where the unpatched model hardly tells its two best tokens apart, and it is then said; in float32 never.
 
     python examples/02_generate.py
     python examples/02_generate.py --model PATH --dtype bfloat16 --compile
