@@ -83,27 +83,35 @@ struct TileF32 {
       for (int64_t h = 0; h < dim; h += W) storeu((float*)out + t * dim + h, loadu((const float*)rows[t] + h));
   }
 
-  // s (6, 64) = query (6, ld) . keys
+  // s (6, 64) = query (6, ld) . keys. Sums of at most kChain products are added up: the rounding error of one long
+  // chain would grow with head_dim.
   static TP_INLINE void logits(const float* query, int64_t ld, const uint32_t* keys, int64_t words, int count,
                                float* s) {
     constexpr int MR = kTileRowsAtOnce, NV = kTileVectors;
+    constexpr int64_t kChain = 128;
     for (int col = 0; col < count; col += NV * W) {
-      vf c[MR * NV];
-      TP_UNROLL
-      for (int i = 0; i < MR * NV; ++i) c[i] = vf{};
-      for (int64_t k = 0; k < words; ++k) {
-        vf b[NV];
+      for (int64_t begin = 0; begin < words; begin += kChain) {
+        const int64_t end = begin + kChain < words ? begin + kChain : words;
+        vf c[MR * NV];
         TP_UNROLL
-        for (int j = 0; j < NV; ++j) b[j] = loadu((const float*)keys + k * 64 + col + j * W);
-        TP_UNROLL
-        for (int m = 0; m < MR; ++m) {
-          const vf a = set1(query[m * ld + k]);
+        for (int i = 0; i < MR * NV; ++i) c[i] = vf{};
+        for (int64_t k = begin; k < end; ++k) {
+          vf b[NV];
           TP_UNROLL
-          for (int j = 0; j < NV; ++j) c[m * NV + j] += a * b[j];
+          for (int j = 0; j < NV; ++j) b[j] = loadu((const float*)keys + k * 64 + col + j * W);
+          TP_UNROLL
+          for (int m = 0; m < MR; ++m) {
+            const vf a = set1(query[m * ld + k]);
+            TP_UNROLL
+            for (int j = 0; j < NV; ++j) c[m * NV + j] += a * b[j];
+          }
+        }
+        TP_UNROLL
+        for (int i = 0; i < MR * NV; ++i) {
+          float* to = s + (i / NV) * 64 + col + (i % NV) * W;
+          storeu(to, begin == 0 ? c[i] : loadu(to) + c[i]);
         }
       }
-      TP_UNROLL
-      for (int i = 0; i < MR * NV; ++i) storeu(s + (i / NV) * 64 + col + (i % NV) * W, c[i]);
     }
   }
 

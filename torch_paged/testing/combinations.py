@@ -34,7 +34,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "alibi": (False, True),
     "mask": (None, "shared", "kv_heads", "heads"),
     "positions": (None, "shuffled", "anywhere"),
-    "softmax_scale": (None, 0.05),
+    "softmax_scale": (None, 0.3),
     "logits_soft_cap": (0.0, 5.0),
     "causal": (True, False),
     "sliding_window": (None, 1, 7, 64),
