@@ -1,0 +1,148 @@
+// From dot products to an output row: logits, online softmax, what NaN may reach, the division at the end.
+#pragma once
+
+#include "plan.h"
+#include "rows.h"
+
+namespace torch_paged {
+namespace {
+
+// What turns a dot product into a logit.
+struct LogitRule {
+  float scale, cap;
+  const float* key_scale = nullptr;  // one per key of the block, null for an unquantised cache
+  const float* value_scale = nullptr;
+};
+
+// Logits of one row and block become probabilities, and the row's running max, sum and accumulator move to the new max.
+TP_INLINE void softmax_row(const LogitRule& rule, uint64_t bits, int count, float slope, int64_t distance, float* s,
+                           float* max, float* sum, float* acc, int64_t acc_lanes) {
+  if (bits == 0) {
+    for (int i = 0; i < count; i += W) storeu(s + i, vf{});
+    return;
+  }
+  const bool all = bits == low_bits(count);
+  const vf lanes = __builtin_convertvector(lane_index(), vf);
+  vf top = set1(kNegInf);
+  for (int i = 0; i < count; i += W) {
+    vf x = loadu(s + i) * rule.scale;
+    if (rule.key_scale) x = x * loadu(rule.key_scale + i);
+    if (rule.cap != 0.0f) x = rule.cap * vtanh(x / rule.cap);
+    if (slope != 0.0f) x = x - slope * vabs((float)(distance - i) - lanes);
+    if (!all) x = select_bits((uint32_t)(bits >> i), x, set1(kNegInf));
+    storeu(s + i, x);
+    top = vmax(top, x);
+  }
+  const float new_max = hmax(top);
+  if (new_max > *max) {
+    if (*max != kNegInf) {
+      const float shrink = exp1(*max - new_max);
+      *sum *= shrink;
+      for (int64_t i = 0; i < acc_lanes; i += W) storeu(acc + i, loadu(acc + i) * shrink);
+    }
+    *max = new_max;
+  }
+  const float base = *max == kNegInf ? 0.0f : *max;
+  vf total = vf{};
+  for (int i = 0; i < count; i += W) {
+    vf p = vexp(loadu(s + i) - base);
+    total = total + p;
+    if (rule.value_scale) p = select_bits((uint32_t)(bits >> i), p * loadu(rule.value_scale + i), vf{});
+    storeu(s + i, p);
+  }
+  *sum += hsum(total);
+}
+
+template <DType S>
+TP_INLINE bool is_finite(const char* row, int64_t dim) {
+  vf zero = vf{};  // x * 0 is NaN for an infinity or NaN
+  int64_t i = 0;
+  for (; i + W <= dim; i += W) zero = zero + decode<S>(row + i * size_of<S>()) * 0.0f;
+  if (i < dim) zero = zero + decode_partial<S>(row + i * size_of<S>(), (int)(dim - i)) * 0.0f;
+  return hsum(zero) == 0.0f;
+}
+
+// 0 * NaN is NaN: a value that some rows see and others do not must be finite, to be multiplied by the zero probability
+// of the others. Values that are not are taken out of the unit, and added to the rows that see them one by one.
+struct Poisoned {
+  uint64_t keys = 0;
+  UnitRows rows;
+  const char* zeros;
+
+  explicit Poisoned(const char* zeros) : zeros(zeros) {}
+
+  template <DType S>
+  TP_INLINE void take(uint64_t seen_by_some, uint64_t seen_by_all, int64_t dim, UnitRows& unit) {
+    keys = 0;
+    for (uint64_t mixed = seen_by_some & ~seen_by_all; mixed; mixed &= mixed - 1) {
+      const int i = __builtin_ctzll(mixed);
+      if (is_finite<S>(unit.value[i], dim)) continue;
+      keys |= 1ull << i;
+      rows.value[i] = unit.value[i];
+      unit.value[i] = zeros;
+    }
+  }
+
+  template <class Direct>
+  TP_INLINE void add(const AttentionArgs& args, uint64_t bits, int count, const float* p, float* acc) const {
+    if ((keys & bits) == 0) return;
+    UnitRows seen, none;
+    seen.count = count;
+    for (int i = 0; i < count; ++i) seen.value[i] = (keys & bits) >> i & 1 ? rows.value[i] : zeros;
+    Direct::template accumulate<1>(p, seen, args.value_dim, acc, acc_dim(args), none, 0);
+  }
+};
+
+template <class Kernel>
+void write_row(const AttentionArgs& args, int64_t token, int64_t head, float max, float sum, const float* acc) {
+  const float sink = args.sinks ? args.sinks[head] : kNegInf;
+  const float top = max > sink ? max : sink;
+  const int64_t row = token * args.num_heads + head;
+  float factor = 0.0f, lse = top;
+  if (top != kNegInf || sum != 0.0f) {  // sum != 0 with no max: NaN, which stays visible
+    const float base = top == kNegInf ? 0.0f : top;
+    const float shrink = max == kNegInf ? (sum != 0.0f ? 1.0f : 0.0f) : exp1(max - base);
+    const float total = sum * shrink + (args.sinks ? exp1(sink - base) : 0.0f);
+    factor = shrink / total;
+    lse = base + __builtin_logf(total);
+  }
+  if (args.lse) args.lse[row] = lse;
+  if (args.max_logits) args.max_logits[row] = max;
+  const int64_t dim = args.value_dim;
+  char* out = (char*)args.out + row * dim * element_size(args.dtype);
+  for (int64_t i = 0; i < dim; i += W) {
+    const int n = dim - i >= W ? W : (int)(dim - i);
+    vf x = factor == 0.0f ? vf{} : Kernel::natural(acc, i) * factor;
+    switch (args.dtype) {
+      case DType::f32:
+        n == W ? encode<DType::f32>(out + 4 * i, x) : encode_partial<DType::f32>(out + 4 * i, x, n);
+        break;
+      case DType::bf16:
+        n == W ? encode<DType::bf16>(out + 2 * i, x) : encode_partial<DType::bf16>(out + 2 * i, x, n);
+        break;
+      default:
+        n == W ? encode<DType::f16>(out + 2 * i, x) : encode_partial<DType::f16>(out + 2 * i, x, n);
+        break;
+    }
+  }
+}
+
+// Rows of one kv head leave the item: to the output, or to the partial buffers.
+template <class Kernel>
+void write_rows(const AttentionArgs& args, const Sequence& seq, const Item& item, int64_t head,
+                const Partials& partials, const float* max, const float* sum, const float* acc) {
+  const int64_t group = args.num_heads / args.num_kv_heads, rows = item.num_tokens * group, lanes = acc_dim(args);
+  if (item.partial < 0) {
+    for (int64_t r = 0; r < rows; ++r)
+      write_row<Kernel>(args, seq.query_begin + item.token_begin + r / group, head * group + r % group, max[r], sum[r],
+                        acc + r * lanes);
+    return;
+  }
+  const int64_t to = item.partial + head * rows;
+  __builtin_memcpy(partials.acc + to * lanes, acc, rows * lanes * sizeof(float));
+  __builtin_memcpy(partials.max + to, max, rows * sizeof(float));
+  __builtin_memcpy(partials.sum + to, sum, rows * sizeof(float));
+}
+
+}  // namespace
+}  // namespace torch_paged
