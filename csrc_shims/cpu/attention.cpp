@@ -43,6 +43,7 @@ struct Plan {
   std::vector<int64_t> merges;  // sequences with partial results
   int64_t partial_rows = 0, direct_rows = 0, tile_rows = 0;
   int64_t work_bytes = 0;
+  int threads = 1;
 };
 
 // The keys that some query of [begin, begin + count) sees.
@@ -82,7 +83,7 @@ Sequence make_sequence(const AttentionArgs& args, int64_t b) {
   return seq;
 }
 
-Plan make_plan(const AttentionArgs& args, int max_threads) {
+Plan make_plan(const AttentionArgs& args) {
   Plan plan;
   const int64_t group = args.num_heads / args.num_kv_heads, heads = args.num_kv_heads;
   const int64_t key_bytes =
@@ -136,8 +137,8 @@ Plan make_plan(const AttentionArgs& args, int max_threads) {
   }
 
   // Divide the kv heads of an item: tiles always, the others as far as the threads need. Heads are independent sums.
-  const int threads = std::min<int64_t>(max_threads, threads_for(plan.work_bytes));
-  const int64_t wanted = threads > 1 ? 4 * threads : 1;
+  plan.threads = threads_for(plan.work_bytes);
+  const int64_t wanted = plan.threads > 1 ? 4 * plan.threads : 1;
   const int64_t pieces =
       std::min(heads, std::max<int64_t>(1, (wanted + direct_splits - 1) / std::max<int64_t>(1, direct_splits)));
   std::vector<Item> divided;
@@ -182,8 +183,7 @@ void clear_padding(const AttentionArgs& args) {
 void attention(const AttentionArgs& args) {
   const KernelTable& isa = kernels();
   clear_padding(args);
-  const Plan plan = make_plan(args, omp_get_max_threads());
-  const int threads = threads_for(plan.work_bytes);
+  const Plan plan = make_plan(args);
   const int64_t scratch_bytes = isa.attention_scratch_bytes(args, plan.direct_rows, plan.tile_rows);
   const int64_t lanes = acc_dim(args);
 
@@ -194,13 +194,13 @@ void attention(const AttentionArgs& args) {
     partials.max = partials.acc + plan.partial_rows * lanes;
     partials.sum = partials.max + plan.partial_rows;
   }
-  parallel_for(plan.items.size(), threads, [&](int64_t i) {
+  parallel_for(plan.items.size(), plan.threads, [&](int64_t i) {
     static thread_local Workspace scratch;
     const Item& item = plan.items[i];
     isa.attention_item(args, plan.sequences[item.seq], item, partials, scratch.get(scratch_bytes));
   });
   const int64_t heads = args.num_kv_heads;
-  parallel_for(plan.merges.size() * heads, threads, [&](int64_t i) {
+  parallel_for(plan.merges.size() * heads, plan.threads, [&](int64_t i) {
     isa.attention_merge(args, plan.sequences[plan.merges[i / heads]], i % heads, partials);
   });
 }

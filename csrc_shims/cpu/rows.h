@@ -3,7 +3,7 @@
 // output in registers. Prefetches of the next unit's rows are spread through both products.
 #pragma once
 
-#include "simd.h"
+#include "lanes.h"
 
 namespace torch_paged {
 namespace {
@@ -58,20 +58,7 @@ struct RowsF32 {
   using Query = float;
 
   static void load_query(DType dtype, const void* source, int64_t dim, float* out) {
-    for (int64_t i = 0; i < dim; i += W) {
-      const int64_t n = dim - i;
-      vf x;
-      if (dtype == DType::f32)
-        x = n >= W ? decode<DType::f32>((const char*)source + 4 * i)
-                   : decode_partial<DType::f32>((const char*)source + 4 * i, n);
-      else if (dtype == DType::bf16)
-        x = n >= W ? decode<DType::bf16>((const char*)source + 2 * i)
-                   : decode_partial<DType::bf16>((const char*)source + 2 * i, n);
-      else
-        x = n >= W ? decode<DType::f16>((const char*)source + 2 * i)
-                   : decode_partial<DType::f16>((const char*)source + 2 * i, n);
-      storeu(out + i, x);
-    }
+    for (int64_t i = 0; i < dim; i += W) storeu(out + i, load_lanes(dtype, source, i, lanes_left(dim, i)));
   }
 
   // s[g][t] = query row g . key t; query (RG, ld) padded with zeros to a multiple of W.

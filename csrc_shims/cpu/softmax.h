@@ -110,21 +110,8 @@ void write_row(const AttentionArgs& args, int64_t token, int64_t head, float max
   if (args.max_logits) args.max_logits[row] = max;
   const int64_t dim = args.value_dim;
   char* out = (char*)args.out + row * dim * element_size(args.dtype);
-  for (int64_t i = 0; i < dim; i += W) {
-    const int n = dim - i >= W ? W : (int)(dim - i);
-    vf x = factor == 0.0f ? vf{} : Kernel::natural(acc, i) * factor;
-    switch (args.dtype) {
-      case DType::f32:
-        n == W ? encode<DType::f32>(out + 4 * i, x) : encode_partial<DType::f32>(out + 4 * i, x, n);
-        break;
-      case DType::bf16:
-        n == W ? encode<DType::bf16>(out + 2 * i, x) : encode_partial<DType::bf16>(out + 2 * i, x, n);
-        break;
-      default:
-        n == W ? encode<DType::f16>(out + 2 * i, x) : encode_partial<DType::f16>(out + 2 * i, x, n);
-        break;
-    }
-  }
+  for (int64_t i = 0; i < dim; i += W)
+    store_lanes(args.dtype, out, i, factor == 0.0f ? vf{} : Kernel::natural(acc, i) * factor, lanes_left(dim, i));
 }
 
 // Rows of one kv head leave the item: to the output, or to the partial buffers.
