@@ -1,0 +1,63 @@
+// The scratch memory of a work item, and what fills it before the first key block.
+#pragma once
+
+#include "plan.h"
+#include "rows.h"
+#include "tile.h"
+
+namespace torch_paged {
+namespace {
+
+// Cuts scratch memory; with a null base it only measures.
+struct Carver {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* p = base ? (T*)(base + used) : nullptr;
+    used += round_up(count * (int64_t)sizeof(T), 64) + 64;
+    return p;
+  }
+};
+
+// Rows = query rows of all kv heads of the item, padded to whole register tiles.
+struct Scratch {
+  float *acc, *max, *sum, *logits;
+  char* query;
+  char *staged_key, *staged_value;
+  uint32_t *packed_key, *packed_value;
+  uint64_t* bits;
+  char* zeros;
+
+  static Scratch carve(Carver& c, const AttentionArgs& args, int64_t rows, bool tile) {
+    const int64_t padded = round_up(rows, kTileRowsAtOnce);
+    const int64_t dim = round_up(args.head_dim, 64), acc = acc_dim(args), widest = dim > acc ? dim : acc;
+    Scratch s;
+    s.acc = c.take<float>(padded * acc);
+    s.max = c.take<float>(padded);
+    s.sum = c.take<float>(padded);
+    s.query = c.take<char>(padded * dim * 4);
+    s.bits = c.take<uint64_t>(padded);
+    s.logits = c.take<float>(64 * (tile ? kTileRowsAtOnce : kMaxDirectRows));
+    s.staged_key = c.take<char>(64 * widest * 4);
+    s.staged_value = c.take<char>(64 * widest * 4);
+    s.packed_key = c.take<uint32_t>(tile ? 64 * dim : 0);
+    s.packed_value = c.take<uint32_t>(tile ? 64 * acc : 0);
+    s.zeros = c.take<char>(widest * 4);
+    return s;
+  }
+};
+
+TP_INLINE void clear_rows(int64_t rows, int64_t lanes, const Scratch& s) {
+  __builtin_memset(s.acc, 0, rows * lanes * sizeof(float));
+  __builtin_memset(s.sum, 0, rows * sizeof(float));
+  for (int64_t r = 0; r < rows; ++r) s.max[r] = kNegInf;
+}
+
+TP_INLINE const char* query_row(const AttentionArgs& args, int64_t token, int64_t head) {
+  return (const char*)args.query.data +
+         (token * args.query.stride_token + head * args.query.stride_head) * element_size(args.dtype);
+}
+
+}  // namespace
+}  // namespace torch_paged
