@@ -213,8 +213,19 @@ def paged_attention(
         tensor([2., 2.])
     """
     arguments = (
-        *(query, kv_cache, block_tables, context_lens, kv_scales, sinks, alibi_slopes, attn_mask),
-        *(softmax_scale, logits_soft_cap, sliding_window, attention_chunk, value_dim),
+        query,
+        kv_cache,
+        block_tables,
+        context_lens,
+        kv_scales,
+        sinks,
+        alibi_slopes,
+        attn_mask,
+        softmax_scale,
+        logits_soft_cap,
+        sliding_window,
+        attention_chunk,
+        value_dim,
     )
     if LOG:
         log_choice("paged_attention", *arguments)
@@ -367,9 +378,27 @@ def flash_attn_varlen(
         tensor([0.0000, 0.5000, 1.0000])
     """
     arguments = (
-        *(query, key, value, cu_seqlens_q, cu_seqlens_k, kv_cache, block_tables, context_lens),
-        *(max_seqlen_q, max_seqlen_k, kv_scales, sinks, alibi_slopes, attn_mask, query_positions),
-        *(softmax_scale, logits_soft_cap, causal, sliding_window, attention_chunk, value_dim),
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        kv_cache,
+        block_tables,
+        context_lens,
+        max_seqlen_q,
+        max_seqlen_k,
+        kv_scales,
+        sinks,
+        alibi_slopes,
+        attn_mask,
+        query_positions,
+        softmax_scale,
+        logits_soft_cap,
+        causal,
+        sliding_window,
+        attention_chunk,
+        value_dim,
     )
     if LOG:
         log_choice("flash_attn_varlen", *arguments)

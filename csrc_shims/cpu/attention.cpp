@@ -39,11 +39,20 @@ class Workspace {
 
 struct Plan {
   std::vector<Sequence> sequences;
-  std::vector<Item> items;
-  std::vector<int64_t> merges;  // sequences with partial results
-  int64_t partial_rows = 0, direct_rows = 0, tile_rows = 0;
-  int64_t work_bytes = 0;
-  int threads = 1;
+  std::vector<Item> items, divided;  // before and after their kv heads are divided
+  std::vector<int64_t> merges;       // sequences with partial results
+  int64_t partial_rows, direct_rows, tile_rows;
+  int64_t work_bytes;
+  int threads;
+
+  void clear() {
+    sequences.clear();
+    items.clear();
+    divided.clear();
+    merges.clear();
+    partial_rows = direct_rows = tile_rows = work_bytes = 0;
+    threads = 1;
+  }
 };
 
 // The keys that some query of [begin, begin + count) sees.
@@ -83,8 +92,8 @@ Sequence make_sequence(const AttentionArgs& args, int64_t b) {
   return seq;
 }
 
-Plan make_plan(const AttentionArgs& args) {
-  Plan plan;
+void make_plan(const AttentionArgs& args, Plan& plan) {
+  plan.clear();
   const int64_t group = args.num_heads / args.num_kv_heads, heads = args.num_kv_heads;
   const int64_t key_bytes =
       (args.head_dim + args.value_dim) * element_size(args.has_cache ? args.cache.dtype : args.dtype);
@@ -141,8 +150,6 @@ Plan make_plan(const AttentionArgs& args) {
   const int64_t wanted = plan.threads > 1 ? 4 * plan.threads : 1;
   const int64_t pieces =
       std::min(heads, std::max<int64_t>(1, (wanted + direct_splits - 1) / std::max<int64_t>(1, direct_splits)));
-  std::vector<Item> divided;
-  divided.reserve(plan.items.size() * heads);
   for (const Item& item : plan.items) {
     const int64_t parts = item.tile ? heads : pieces;
     const int64_t rows = item.num_tokens * group;
@@ -154,16 +161,15 @@ Plan make_plan(const AttentionArgs& args) {
         plan.tile_rows = std::max(plan.tile_rows, rows);
       else
         plan.direct_rows = std::max(plan.direct_rows, rows * (part.head_end - part.head_begin));
-      divided.push_back(part);
+      plan.divided.push_back(part);
     }
   }
   // The longest first, so that no thread is left alone with one at the end.
-  std::stable_sort(divided.begin(), divided.end(), [](const Item& x, const Item& y) {
+  if (plan.tile_rows == 0) return;
+  std::stable_sort(plan.divided.begin(), plan.divided.end(), [](const Item& x, const Item& y) {
     const auto cost = [](const Item& i) { return i.tile ? (i.key_end - i.key_begin) * i.num_tokens : 0; };
     return cost(x) > cost(y);
   });
-  plan.items = std::move(divided);
-  return plan;
 }
 
 // Rows that belong to no sequence.
@@ -183,7 +189,9 @@ void clear_padding(const AttentionArgs& args) {
 void attention(const AttentionArgs& args) {
   const KernelTable& isa = kernels();
   clear_padding(args);
-  const Plan plan = make_plan(args);
+  static thread_local Plan planned;  // kept, so that a small call does not pay for allocations
+  Plan& plan = planned;
+  make_plan(args, plan);
   const int64_t scratch_bytes = isa.attention_scratch_bytes(args, plan.direct_rows, plan.tile_rows);
   const int64_t lanes = acc_dim(args);
 
@@ -194,9 +202,9 @@ void attention(const AttentionArgs& args) {
     partials.max = partials.acc + plan.partial_rows * lanes;
     partials.sum = partials.max + plan.partial_rows;
   }
-  parallel_for(plan.items.size(), plan.threads, [&](int64_t i) {
+  parallel_for(plan.divided.size(), plan.threads, [&](int64_t i) {
     static thread_local Workspace scratch;
-    const Item& item = plan.items[i];
+    const Item& item = plan.divided[i];
     isa.attention_item(args, plan.sequences[item.seq], item, partials, scratch.get(scratch_bytes));
   });
   const int64_t heads = args.num_kv_heads;

@@ -17,6 +17,7 @@ from torch_paged.contract.schema import NAMESPACE, SCHEMAS
 
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 _any_requires_grad = torch._C._any_requires_grad
+_is_grad_enabled = torch.is_grad_enabled
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -33,15 +34,13 @@ def register(library: torch.library.Library) -> None:
 
 def _computing(op: str, overloaded: torch._ops.OpOverload) -> Callable[..., Any]:
     refusal = f"{op}: the op has no backward; run it under torch.no_grad() or detach its inputs, and train densely"
-
-    def run(keyset: Any, *args: Any) -> Any:
-        with _below_autograd():
-            return overloaded.redispatch(keyset & _AFTER_AUTOGRAD, *args)
+    redispatch = overloaded._handle.redispatch_boxed
 
     class WithoutBackward(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-            return run(keyset, *args)
+            with _below_autograd():
+                return redispatch(keyset & _AFTER_AUTOGRAD, *args)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> NoReturn:
@@ -50,26 +49,29 @@ def _computing(op: str, overloaded: torch._ops.OpOverload) -> Callable[..., Any]
     def kernel(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, args)
-        if _any_requires_grad(*args) and torch.is_grad_enabled():
+        if _is_grad_enabled() and _any_requires_grad(*args):
             if torch._C._are_functorch_transforms_active():
                 raise NotImplementedError(refusal)
             return WithoutBackward.apply(keyset, *args)
-        return run(keyset, *args)
+        with _below_autograd():
+            return redispatch(keyset & _AFTER_AUTOGRAD, *args)
 
     return kernel
 
 
 def _writing(op: str, overloaded: torch._ops.OpOverload, written: list[int]) -> Callable[..., None]:
+    redispatch = overloaded._handle.redispatch_boxed
+
     def kernel(keyset: Any, *args: Any) -> None:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, args)
-        if _any_requires_grad(*args) and torch.is_grad_enabled():
+        if _is_grad_enabled() and _any_requires_grad(*args):
             raise NotImplementedError(
                 f"{op}: the op has no backward and writes in place, so that no gradient could flow through the cache; "
                 "run it under torch.no_grad() or detach its inputs"
             )
         with _below_autograd():
-            overloaded.redispatch(keyset & _AFTER_AUTOGRAD, *args)
+            redispatch(keyset & _AFTER_AUTOGRAD, *args)
         for i in written:  # so that autograd sees when a tensor that it saved was overwritten
             if i < len(args) and args[i] is not None and not args[i].is_inference():
                 increment_version(args[i])
