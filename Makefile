@@ -19,7 +19,7 @@ help:
 	@echo "make demo           generate text with a small model through torch.ops.paged"
 	@echo "make test           run all tests"
 	@echo "make lint           ruff, mypy, clang-format"
-	@echo "make bench          measure the kernels"
+	@echo "make bench          measure the kernels beside peers and limits (ARGS=--quick: minutes)"
 	@echo "make mutants        plant faults in the kernels and see the tests catch them"
 	@echo "make wheel          build dist/*.whl"
 	@echo "make test-wheel     install the wheel into a fresh environment and use it"
@@ -38,6 +38,10 @@ $(VENV)/.lint: $(VENV)/.ready
 	$(EDITABLE) ".[lint]"
 	touch $@
 
+$(VENV)/.bench: $(VENV)/.ready
+	$(EDITABLE) ".[bench]"
+	touch $@
+
 $(LIBRARY): $(VENV)/.ready setup.py torch_paged/contract/schema.py $(KERNELS)
 	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
@@ -54,7 +58,7 @@ lint: $(VENV)/.lint
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 
-bench: $(LIBRARY)
+bench: $(LIBRARY) $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
 mutants: $(LIBRARY)

@@ -1,94 +1,115 @@
-"""Decode against grouped SDPA on contiguous keys, side by side in one process: ``python -m benchmarks``.
-
-The two are timed in turns and the medians of their times are compared, so that what else the machine does weighs on
-both. Block tables are random permutations of the whole pool. Two pools take turns; at the default sizes each is far
-larger than the caches of the machine. Both results are checked against the reference before anything is timed.
-"""
+"""Command line of the benchmarks: ``make bench`` or ``python -m benchmarks --help``."""
 
 import argparse
-import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import torch_paged
-from torch_paged.cache import allocate_kv_cache
-from torch_paged.testing import assert_attention
+from benchmarks import cache_write, decode, generate, machine, overhead, plots, prefill, report, scaling
+from benchmarks.work import DTYPES, Row, Settings, Work
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-POOLS = 2
-
-
-def decode_calls(
-    args: argparse.Namespace, dtype: torch.dtype
-) -> tuple[Callable[[int], Tensor], Callable[[int], Tensor]]:
-    """Return the paged and the dense call; both take the number of the pool to read."""
-    generator = torch.Generator().manual_seed(args.seed)
-    blocks_per_seq = -(-args.context // args.block_size)
-    num_blocks = args.batch * blocks_per_seq
-    block_tables = torch.randperm(num_blocks, generator=generator).reshape(args.batch, -1).to(torch.int32)
-    context_lens = torch.full((args.batch,), args.context, dtype=torch.int32)
-    query = torch.randn(args.batch, args.heads, args.head_dim, generator=generator).to(dtype)
-    grouped = query.view(args.batch, args.kv_heads, -1, args.head_dim)
-    pools, dense = [], []
-    for _ in range(POOLS):
-        pool = allocate_kv_cache(num_blocks, args.kv_heads, args.block_size, args.head_dim, dtype=dtype).kv_cache
-        pool.copy_(torch.randn(pool.shape, generator=generator))
-        pools.append(pool)
-        key, value = torch_paged.gather_cache(pool, block_tables, context_lens, args.context)
-        dense.append((key, value))
-
-    def paged(pool: int) -> Tensor:
-        return torch_paged.paged_attention(query, pools[pool], block_tables, context_lens)
-
-    def contiguous(pool: int) -> Tensor:
-        return scaled_dot_product_attention(grouped, *dense[pool])
-
-    arguments = {"query": query, "kv_cache": pools[0], "block_tables": block_tables, "context_lens": context_lens}
-    for call in (paged, contiguous):
-        assert_attention("paged_attention", arguments, call(0).reshape(query.shape))
-    return paged, contiguous
+SUBJECTS: dict[str, tuple[Callable[[Settings], Iterable[Callable[[], Work]]], str]] = {
+    "decode": (decode.works, "paged_attention beside peers and limits"),
+    "prefill": (prefill.works, "flash_attn_varlen beside SDPA and the register peak"),
+    "cache-write": (cache_write.works, "reshape_and_cache beside plain PyTorch"),
+    "overhead": (overhead.works, "what a call costs beyond its kernel"),
+    "generate": (generate.works, "tokens per second of the demo's model"),
+    "scaling": (scaling.works, "cost against batch, context, block size, head_dim and prompt"),
+}
+RESULTS = Path(__file__).parent / "results" / "latest"
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=8, help="sequences")
-    parser.add_argument("--context", type=int, default=4096, help="tokens of each sequence")
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--block-size", type=int, default=16, help="tokens of a block")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--repetitions", type=int, default=21)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    rows = []
-    with torch.inference_mode():
-        for name in tqdm(args.dtypes, desc="decode", leave=False):
-            calls = decode_calls(args, DTYPES[name])
-            num_bytes = 2 * args.batch * args.context * args.kv_heads * args.head_dim * DTYPES[name].itemsize
-            for threads in args.threads:
-                torch.set_num_threads(threads)
-                times: tuple[list[float], list[float]] = ([], [])
-                for repetition in range(args.repetitions):
-                    for call, taken in zip(calls, times, strict=True):
-                        begin = time.perf_counter()
-                        call(repetition % POOLS)
-                        taken.append(time.perf_counter() - begin)
-                paged, dense = (statistics.median(taken) for taken in times)
-                rows.append((name, threads, paged, dense, num_bytes / paged / 1e9))
-    print(
-        f"decode, B {args.batch}, context {args.context}, H {args.heads}, KH {args.kv_heads}, "
-        f"D {args.head_dim}, S {args.block_size}"
+def run(subject: str, settings: Settings) -> list[Row]:
+    """Measure one subject behind a progress bar."""
+    works = list(SUBJECTS[subject][0](settings))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows: list[Row] = []
+    with Progress(*columns, console=console, transient=True) as progress, torch.inference_mode():
+        task = progress.add_task(subject, total=len(works))
+        for build in works:
+            work = build()
+            progress.update(task, description=f"{subject}: {work.case}")
+            rows += work.measure(settings)
+            progress.advance(task)
+    return rows
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Run the subjects that were asked for; write CSV files and plots, print the tables."""
+    began = time.monotonic()
+    names = ("dtypes", "batch", "context", "block_size", "head_dim")
+    grid = {name: tuple(given) for name in names if (given := getattr(args, name, None))}
+    threads = tuple(count for count in args.threads if count <= machine.processors())
+    settings = Settings("tiny" if args.tiny else "quick" if args.quick else "full", threads, args.seed, grid)
+    head = machine.describe() | {"seed": str(args.seed), "size": settings.size}
+    console.print(f"{head['processor']}, {head['processors']} processors, kernels {head['kernels']}, seed {args.seed}")
+    torch.set_num_threads(threads[0])
+    rows: list[Row] = []
+    for subject in SUBJECTS if args.subject == "all" else (args.subject,):
+        found = run(subject, settings)
+        report.write_csv(args.out / f"{subject}.csv", head, found)
+        rows += found
+    for table in tables(rows, all_goals=args.subject == "all"):
+        table.print(console)
+    plots.draw(rows, args.out)
+    console.print(f"{time.monotonic() - began:.0f} s; CSV files and plots are in {args.out}")
+
+
+def tables(rows: list[Row], *, all_goals: bool) -> Iterator[report.Table]:
+    """Yield every table of a run, the goals last."""
+    yield from report.subject_tables(rows)
+    yield report.memory_table(rows)
+    yield report.goal_table(rows, unmeasured=all_goals)
+
+
+def print_markdown(args: argparse.Namespace) -> None:
+    """Print the tables of an earlier run in Markdown, and draw its plots again."""
+    rows = [row for path in sorted(args.out.glob("*.csv")) for row in report.read_csv(path)[1]]
+    for table in tables(rows, all_goals=True):
+        print(table.markdown())
+    plots.draw(rows, args.out)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measure the kernels beside peers and limits."
     )
-    print(f"{'dtype':10}{'threads':>8}{'paged ms':>10}{'GB/s':>8}{'SDPA ms':>10}{'ratio':>8}")
-    for name, threads, paged, dense, rate in rows:
-        print(f"{name:10}{threads:8}{paged * 1e3:10.2f}{rate:8.1f}{dense * 1e3:10.2f}{dense / paged:8.2f}")
+    subjects = top.add_subparsers(dest="subject", metavar="SUBJECT")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files and plots")
+    measured = argparse.ArgumentParser(add_help=False)
+    size = measured.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="fewer cells and samples: minutes")
+    size.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything runs: seconds")
+    measured.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="as far as there are processors")
+    measured.add_argument("--seed", type=int, default=0, help="of lengths, tables and drawn shapes")
+    for name, (_, description) in SUBJECTS.items():
+        sub = subjects.add_parser(name, parents=[common, measured], help=description, description=description)
+        if name == "decode":
+            sub.add_argument("--dtypes", nargs="+", choices=DTYPES)
+            for size_name in ("batch", "context", "block-size", "head-dim"):
+                sub.add_argument(f"--{size_name}", type=int, nargs="+", help="instead of the default grid")
+        sub.set_defaults(do=measure)
+    everything = subjects.add_parser("all", parents=[common, measured], help="all of them, and the goals (default)")
+    everything.set_defaults(do=measure)
+    again = subjects.add_parser("report", parents=[common], help="print the tables of --out in Markdown")
+    again.set_defaults(do=print_markdown)
+    return top
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    given = sys.argv[1:] if argv is None else argv
+    named = given and (not given[0].startswith("-") or given[0] in ("-h", "--help"))
+    args = parser().parse_args(given if named else ["all", *given])
+    args.do(args)
 
 
 if __name__ == "__main__":

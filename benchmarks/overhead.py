@@ -1,0 +1,103 @@
+"""What a call costs beyond its kernel: eager, without gradients in two ways, and within a compiled graph.
+
+The kernel alone is a loop in C++ over the same inputs (``native.cpp``). The case is small and its caches are warm, so
+that the difference is not lost in the kernel's own time.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import torch_paged
+from benchmarks.machine import ROOT
+from benchmarks.native import compiled, kernel_objects
+from benchmarks.timing import Call
+from benchmarks.work import OURS, Settings, Work, attention_check, attention_columns
+from torch_paged.testing import AttentionCase, build
+
+GRAPH_CALLS = 32
+CALLS = 8 * GRAPH_CALLS
+
+
+def works(settings: Settings) -> Iterator[Callable[[], Work]]:
+    """Yield every case of the benchmark, unbuilt."""
+    yield lambda: work(settings)
+
+
+def work(settings: Settings) -> Work:
+    """Build the ways to make the same small call, each ``CALLS`` times."""
+    case = AttentionCase("small_decode", (16,), num_kv_heads=8, group=4, head_dim=128, dtype=torch.bfloat16)
+    with torch.inference_mode(False):  # tensors of inference mode would skip the autograd keys everywhere
+        arguments = build(case, settings.seed)
+
+    def loop(function: Callable[..., Tensor], inference: bool) -> Call:
+        def call(_: int) -> Tensor:
+            with torch.inference_mode(inference), torch.no_grad():
+                for _ in range(CALLS - 1):
+                    function(**arguments)
+                return function(**arguments)
+
+        return call
+
+    op = torch.ops.paged.paged_attention.default
+    calls: dict[str, Call] = {
+        OURS: loop(torch_paged.paged_attention, True),
+        f"{OURS}, no_grad": loop(torch_paged.paged_attention, False),
+        "op": loop(op, True),
+        "op, no_grad": loop(op, False),
+    }
+    if settings.size != "tiny":
+        calls["op in a compiled graph"] = graph_loop(arguments)
+    objects = kernel_objects()
+    if objects:
+        calls["kernel alone"] = kernel_loop(
+            case, arguments, compiled("native", f"-I{ROOT}/csrc_shims/cpu", objects=objects)
+        )
+    return Work(
+        "overhead",
+        "overhead",
+        case.name,
+        attention_columns(case),
+        calls,
+        pools=2,
+        check=attention_check("paged_attention", arguments),
+        repeats=CALLS,
+        threads=(1,),
+    )
+
+
+def graph_loop(arguments: dict[str, Any]) -> Call:
+    """Return a call of a compiled graph with a chain of ops, as in a model with that many layers."""
+    others = {name: value for name, value in arguments.items() if name != "query"}
+    first = torch.ops.paged.paged_attention(**arguments)
+
+    @torch.compile(fullgraph=True)
+    def chain(query: Tensor) -> Tensor:
+        for _ in range(GRAPH_CALLS):
+            query = torch.ops.paged.paged_attention(query, **others)
+        return query
+
+    def call(_: int) -> Tensor:
+        for _ in range(CALLS // GRAPH_CALLS):
+            chain(arguments["query"])
+        return first
+
+    return call
+
+
+def kernel_loop(case: AttentionCase, arguments: dict[str, Any], library: Any) -> Call:
+    """Return a call that runs the kernel without PyTorch."""
+    out = torch.empty_like(arguments["query"])
+    tensors = (arguments["query"], out, *(arguments[n] for n in ("kv_cache", "block_tables", "context_lens")))
+    sizes = (case.num_seqs, case.num_heads, *arguments["kv_cache"].shape[1:], arguments["block_tables"].size(1), CALLS)
+    library.decode_loop.argtypes = [*(ctypes.c_void_p for _ in tensors), *(ctypes.c_int64 for _ in sizes)]
+    library.decode_loop.restype = None
+
+    def call(_: int) -> Tensor:
+        library.decode_loop(*(tensor.data_ptr() for tensor in tensors), *sizes)
+        return out
+
+    return call

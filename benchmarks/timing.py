@@ -1,0 +1,78 @@
+"""Time several ways to do the same work, in turns."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MINIMUM_SAMPLES = 3
+SAMPLE_SECONDS = 200e-6
+"""Shorter calls are repeated within one sample."""
+
+Call = Callable[[int], Any]
+"""Does the work on the pool of that number."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """The times of one call, in seconds."""
+
+    samples: tuple[float, ...]
+    variant: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def minimum(self) -> float:
+        return min(self.samples)
+
+
+def race(calls: Mapping[str, Call], pools: int, *, seconds: float, most_samples: int) -> dict[str, Times]:
+    """Time calls in turns, so that what else the machine does weighs on all of them.
+
+    Each call, whoever's it is, takes the next pool. A call leaves the race when it has had its seconds and
+    ``MINIMUM_SAMPLES``, so slow ones get fewer samples.
+
+    Args:
+        calls: name -> call. Names ``"name @variant"`` are variants of one way; the fastest of them is kept.
+        pools: how many pools there are.
+        seconds: for each call.
+        most_samples: for each call.
+
+    Returns:
+        name -> its times.
+    """
+    turn = 0
+    repeats: dict[str, int] = {}
+    for name, call in calls.items():
+        call(0)
+        begin = time.perf_counter()
+        call(pools - 1)
+        repeats[name] = max(1, int(SAMPLE_SECONDS / (time.perf_counter() - begin)))
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    racing = list(calls)
+    while racing:
+        for name in racing:
+            call, count = calls[name], repeats[name]
+            turns = [(turn + i) % pools for i in range(count)]
+            turn += count
+            begin = time.perf_counter()
+            for pool in turns:
+                call(pool)
+            taken[name].append((time.perf_counter() - begin) / count)
+        racing = [
+            name
+            for name in racing
+            if len(taken[name]) < MINIMUM_SAMPLES
+            or (len(taken[name]) < most_samples and sum(taken[name]) * repeats[name] < seconds)
+        ]
+    best: dict[str, Times] = {}
+    for full_name, samples in taken.items():
+        name, _, variant = full_name.partition(" @")
+        times = Times(tuple(samples), variant)
+        if name not in best or times.median < best[name].median:
+            best[name] = times
+    return best
