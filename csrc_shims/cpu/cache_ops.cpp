@@ -7,6 +7,7 @@
 
 #include "parallel.h"
 #include "plan.h"
+#include "prefetch.h"
 
 namespace torch_paged {
 
@@ -29,30 +30,38 @@ float scale_of(float amax, DType dtype) {
   return scale > 0.0f ? scale : 1.0f;
 }
 
-void write_token(const CacheWriteArgs& args, const KernelTable& isa, int64_t token, int64_t slot) {
-  const Cache& cache = args.cache;
-  const int64_t block = slot / cache.block_size, offset = slot % cache.block_size, es = element_size(args.dtype);
-  const int parts = cache.latent ? 1 : 2;
-  for (int kv = 0; kv < parts; ++kv) {
-    const Rows& rows = kv == 0 ? args.key : args.value;
-    const int64_t dim = kv == 0 ? args.head_dim : args.value_dim;
-    for (int64_t head = 0; head < cache.num_kv_heads; ++head) {
-      const char* source =
-          static_cast<const char*>(rows.data) + (token * rows.stride_token + head * rows.stride_head) * es;
-      char* out = cache_row(cache, kv, block, head, offset);
-      if (!is_quantized(cache.dtype)) {
-        std::memcpy(out, source, dim * es);
-      } else {
-        float* scale = cache_scale(cache, kv, block, head, offset);
-        if (args.compute_scales) {
-          *scale = scale_of(isa.absolute_max(args.dtype, source, dim), cache.dtype);
-        }
-        isa.quantize_row(args.dtype, source, *scale, cache.dtype, out, dim);
-      }
-      const int64_t cache_es = element_size(cache.dtype);
-      std::memset(out + dim * cache_es, 0, (cache.stored_dim - dim) * cache_es);
-    }
+struct Place {
+  int64_t block, offset;
+};
+
+// The lines that a token's rows of one head will be written to. The rows of a cache are scattered: a store that misses
+// the caches holds up the stores behind it. Stores past the caches (non-temporal) are faster still, but the attention
+// that follows would wait for memory.
+void prefetch_rows(const Cache& cache, Place to, int64_t head) {
+  const int64_t bytes = cache.stored_dim * element_size(cache.dtype);
+  for (int kv = 0; kv < (cache.latent ? 1 : 2); ++kv) {
+    const char* row = cache_row(cache, kv, to.block, head, to.offset);
+    for (int64_t i = 0; i < bytes; i += 64) prefetch_l2(row + i);
   }
+}
+
+void write_row(const CacheWriteArgs& args, const KernelTable& isa, int kv, int64_t token, Place to, int64_t head) {
+  const Cache& cache = args.cache;
+  const Rows& rows = kv == 0 ? args.key : args.value;
+  const int64_t dim = kv == 0 ? args.head_dim : args.value_dim, es = element_size(args.dtype);
+  const char* source = static_cast<const char*>(rows.data) + (token * rows.stride_token + head * rows.stride_head) * es;
+  char* out = cache_row(cache, kv, to.block, head, to.offset);
+  if (!is_quantized(cache.dtype)) {
+    std::memcpy(out, source, dim * es);
+  } else {
+    float* scale = cache_scale(cache, kv, to.block, head, to.offset);
+    if (args.compute_scales) {
+      *scale = scale_of(isa.absolute_max(args.dtype, source, dim), cache.dtype);
+    }
+    isa.quantize_row(args.dtype, source, *scale, cache.dtype, out, dim);
+  }
+  const int64_t cache_es = element_size(cache.dtype);
+  if (dim < cache.stored_dim) std::memset(out + dim * cache_es, 0, (cache.stored_dim - dim) * cache_es);
 }
 
 }  // namespace
@@ -60,13 +69,25 @@ void write_token(const CacheWriteArgs& args, const KernelTable& isa, int64_t tok
 void write_cache(const CacheWriteArgs& args) {
   const KernelTable& isa = kernels();
   const int64_t token_bytes = args.cache.num_kv_heads * args.head_dim * 4 * element_size(args.dtype);
-  constexpr int64_t kTokensAtOnce = 32;
+  constexpr int64_t kTokensAtOnce = 32, kTokensAhead = 2;
   const int64_t groups = (args.num_tokens + kTokensAtOnce - 1) / kTokensAtOnce;
+  const int64_t heads = args.cache.num_kv_heads, block_size = args.cache.block_size;
+  const int parts = args.cache.latent ? 1 : 2;
   parallel_for(groups, threads_for(args.num_tokens * token_bytes), [&](int64_t group) {
-    const int64_t end = std::min(args.num_tokens, (group + 1) * kTokensAtOnce);
-    for (int64_t token = group * kTokensAtOnce; token < end; ++token) {
-      const int64_t slot = args.slots ? args.slots[token] : args.slots32[token];
-      if (slot >= 0) write_token(args, isa, token, slot);
+    const int64_t begin = group * kTokensAtOnce, end = std::min(args.num_tokens, begin + kTokensAtOnce);
+    const auto slot_of = [&](int64_t token) -> int64_t {
+      if (token < begin || token >= end) return -1;
+      return args.slots ? args.slots[token] : args.slots32[token];
+    };
+    for (int64_t token = begin - kTokensAhead; token < end; ++token) {
+      const int64_t slot = slot_of(token), slot_ahead = slot_of(token + kTokensAhead);
+      const Place to{slot / block_size, slot % block_size};
+      const Place ahead{slot_ahead / block_size, slot_ahead % block_size};
+      for (int64_t head = 0; head < heads; ++head) {
+        if (slot_ahead >= 0) prefetch_rows(args.cache, ahead, head);
+        if (slot < 0) continue;
+        for (int kv = 0; kv < parts; ++kv) write_row(args, isa, kv, token, to, head);
+      }
     }
   });
 }

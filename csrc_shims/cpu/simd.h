@@ -11,6 +11,7 @@
 #endif
 
 #include "params.h"
+#include "prefetch.h"
 
 #define TP_INLINE inline __attribute__((always_inline))
 // The loop bounds below are compile-time constants; unrolled, the arrays live in registers.
@@ -281,15 +282,6 @@ TP_INLINE void reduce_lanes(const vf* a, float* out) {
   _mm256_storeu_ps(out, _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31)));
 #else
   for (int i = 0; i < kReduce; ++i) out[i] = hsum(a[i]);
-#endif
-}
-
-// An ordinary prefetch builtin may be deleted with the loop around it; a volatile one is not.
-TP_INLINE void prefetch_l2(const char* p) {
-#if defined(__x86_64__)
-  asm volatile("prefetcht1 %0" ::"m"(*p));
-#else
-  __builtin_prefetch(p, 0, 2);
 #endif
 }
 
