@@ -28,7 +28,7 @@ ISA_FLAGS = {
     "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "kernels_avx512.cpp": [
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx512vnni"),
-        *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
+        *("-mavx512vbmi", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
         # GCC 12 warns of its own intrinsics headers.
         *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
     ],

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 NEEDED_FLAGS = {
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma", "f16c"},
+    "avx512": {f"avx512{name}" for name in ("f", "bw", "dq", "vl", "_bf16", "_vnni", "vbmi")} | {"fma", "f16c"},
     "avx2": {"avx2", "fma", "f16c"},
     "generic": set(),
 }

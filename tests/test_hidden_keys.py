@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 HIDING: dict[str, AttentionCase] = {
     "causal": AttentionCase("hidden", context_lens=(70, 600), query_lens=(4, 3)),
+    "causal_both": AttentionCase("hidden", context_lens=(70, 600), query_lens=(4, 3), new_lens=(4, 3)),
     "window": AttentionCase("hidden", context_lens=(70, 600, 30), query_lens=(4, 3, 25), sliding_window=2),
     "window_not_causal": AttentionCase(
         "hidden", context_lens=(70, 30), query_lens=(4, 25), sliding_window=2, causal=False
@@ -44,6 +45,8 @@ STORED: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": torch.bfloat16},
     "e4m3": {"cache_dtype": torch.float8_e4m3fn, "scales_rank": 2},
     "e4m3_scale": {"cache_dtype": torch.float8_e4m3fn, "scales_rank": 4, "dtype": torch.bfloat16},
+    "e4m3_bfloat16": {"cache_dtype": torch.float8_e4m3fn, "scales_rank": 1, "dtype": torch.bfloat16},
+    "e5m2_bfloat16": {"cache_dtype": torch.float8_e5m2, "scales_rank": 2, "dtype": torch.bfloat16},
     "int8_scale": {"cache_dtype": torch.int8, "scales_rank": 4},
 }
 """How the keys are stored; where a scale belongs to each token, the scale is spoilt instead of the row."""

@@ -5,7 +5,8 @@ import torch
 
 from torch_paged.testing import AttentionCase, assert_attention, assert_same, build
 from torch_paged.testing.backends import REFERENCE, Backend
-from torch_paged.testing.named import ATTENTION_CASES
+from torch_paged.testing.named import ATTENTION_CASES, QUANTIZED_DTYPES
+from torch_paged.testing.tensors import poison
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -30,6 +31,39 @@ def test_case(backend: Backend, case: AttentionCase) -> None:
 @pytest.mark.parametrize("case", INVARIANT, ids=lambda case: case.name)
 def test_same_bits_alone_reordered_and_on_two_threads(backend: Backend, case: AttentionCase) -> None:
     backend.check_batch_invariance(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cache_dtype", QUANTIZED_DTYPES, ids=str)
+def test_every_stored_byte_is_multiplied_as_torch_reads_it(
+    backend: Backend, cache_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    """NaN and infinities included: each sequence has one key, which holds one byte, and whose value holds 64."""
+    byte = torch.arange(256)
+    cache = poison((2, 256, 1, 4, 64), cache_dtype)
+    key, value = cache.view(torch.uint8)[:, :, 0, 0]  # (256, 64) each
+    arguments = {
+        "query": torch.ones(256, 4, 64, dtype=dtype),
+        "kv_cache": cache,
+        "block_tables": byte[:, None].int(),
+        "context_lens": torch.ones(256, dtype=torch.int32),
+        "kv_scales": torch.ones(2),
+        "softmax_scale": 1.0,
+    }
+    key.zero_()
+    value.zero_()
+    key[byte, byte % 64] = byte.to(torch.uint8)
+    _, lse, _ = backend("paged_attention", arguments, stats=True)
+    expected = byte.to(torch.uint8).view(cache_dtype).float()[:, None].expand(256, 4)
+    finite = expected.isfinite()
+    torch.testing.assert_close(lse[finite], expected[finite], rtol=0, atol=0)
+    assert not lse[~finite].isfinite().any()
+
+    key.zero_()
+    value.copy_(byte[:, None] + torch.arange(64))
+    out = backend("paged_attention", arguments)
+    expected = value.view(cache_dtype).to(dtype)[:, None].expand(256, 4, 64)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_inputs_are_not_written(backend: Backend) -> None:

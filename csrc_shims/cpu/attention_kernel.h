@@ -4,6 +4,7 @@
 #pragma once
 
 #include "keys.h"
+#include "rows_bytes.h"
 #include "scratch.h"
 #include "softmax.h"
 #include "tile_item.h"
@@ -12,17 +13,55 @@ namespace torch_paged {
 namespace {
 
 template <class Kernel, int RG>
-TP_INLINE void direct_rows(const AttentionArgs& args, const UnitRows& unit, const UnitRows& next,
-                           const Poisoned& poisoned, const LogitRule& rule, const typename Kernel::Query* query,
-                           int64_t query_ld, const uint64_t* bits, const float* slopes, const int64_t* distances,
-                           float* s, float* max, float* sum, float* acc) {
+TP_INLINE void direct_rows(const AttentionArgs& args, int64_t key_dim, int64_t value_dim, const UnitRows& unit,
+                           const UnitRows& next, const Poisoned& poisoned, const LogitRule& rule,
+                           const typename Kernel::Query* query, int64_t query_ld, const uint64_t* bits,
+                           const float* slopes, const int64_t* distances, float* s, float* max, float* sum,
+                           float* acc) {
   const int64_t lanes = acc_dim(args), es = element_size(args.has_cache ? args.cache.dtype : args.dtype);
-  Kernel::template logits<RG>(query, query_ld, unit, args.head_dim, s, next, args.head_dim * es);
+  Kernel::template logits<RG>(query, query_ld, unit, key_dim, s, next, args.head_dim * es);
   for (int g = 0; g < RG; ++g)
     softmax_row(rule, bits[g], unit.count, slopes[g], distances[g], s + g * 64, max + g, sum + g, acc + g * lanes,
                 lanes);
-  Kernel::template accumulate<RG>(s, unit, args.value_dim, acc, lanes, next, args.value_dim * es);
-  for (int g = 0; g < RG; ++g) poisoned.add<Kernel>(args, bits[g], unit.count, s + g * 64, acc + g * lanes);
+  Kernel::template accumulate<RG>(s, unit, value_dim, acc, lanes, next, args.value_dim * es);
+  for (int g = 0; g < RG; ++g) poisoned.add<Kernel>(bits[g], unit.count, s + g * 64, value_dim, acc + g * lanes, lanes);
+}
+
+// All query rows of one kv head on one unit.
+template <class Kernel>
+TP_INLINE void direct_unit(const AttentionArgs& args, int64_t key_dim, int64_t value_dim, UnitRows& unit,
+                           const UnitRows& next, uint64_t seen, uint64_t common, Poisoned& poisoned,
+                           const LogitRule& rule, const typename Kernel::Query* query, int64_t query_ld, int64_t rows,
+                           const uint64_t* bits, const float* slopes, const int64_t* distances, float* logits,
+                           float* max, float* sum, float* acc) {
+  const int64_t lanes = acc_dim(args);
+  poisoned.take<Kernel::kStorage>(seen, common, value_dim, unit);
+  UnitRows none;
+  for (int64_t r = 0; r < rows;) {
+    const UnitRows& ahead = r == 0 ? next : none;
+#define TP_DIRECT_ROWS(RG)                                                                                       \
+  direct_rows<Kernel, RG>(args, key_dim, value_dim, unit, ahead, poisoned, rule, query + r * query_ld, query_ld, \
+                          bits + r, slopes + r, distances + r, logits, max + r, sum + r, acc + r * lanes)
+    switch (rows - r) {
+      case 1:
+        TP_DIRECT_ROWS(1);
+        r += 1;
+        break;
+      case 2:
+        TP_DIRECT_ROWS(2);
+        r += 2;
+        break;
+      case 3:
+        TP_DIRECT_ROWS(3);
+        r += 3;
+        break;
+      default:
+        TP_DIRECT_ROWS(4);
+        r += 4;
+        break;
+    }
+#undef TP_DIRECT_ROWS
+  }
 }
 
 // Few query rows: key blocks outside, kv heads inside, so that a page is read whole.
@@ -44,10 +83,10 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
   }
 
   const Sight sight(args, seq, item);
-  const bool staged = args.has_cache && is_quantized(args.cache.dtype);
+  constexpr bool quantized = is_quantized(Kernel::kStorage);
   UnitScales scales;
   LogitRule rule{args.softmax_scale, args.logits_soft_cap};
-  if (staged) {
+  if (quantized) {
     rule.key_scale = scales.key;
     rule.value_scale = scales.value;
   }
@@ -81,40 +120,28 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
       }
       if (!seen) continue;
       if (seen != block.live) point_dead_keys(~seen, s.zeros, unit);
-      if (staged) {
-        scales.load(args, block, seen, head);
-        stage_rows<Kernel::kStorage>(args, block, s.zeros, args.head_dim, widest, s.staged_key, unit.key, unit.count);
-        stage_rows<Kernel::kStorage>(args, block, s.zeros, args.value_dim, lanes, s.staged_value, unit.value,
-                                     unit.count);
-      }
-      poisoned.take<Kernel::kStorage>(seen, common, args.value_dim, unit);
-      UnitRows none;
-      for (int64_t r = 0; r < rows;) {
-        const int64_t at = h * rows + r;
-        const UnitRows& ahead = r == 0 ? next : none;
-#define TP_DIRECT_ROWS(RG)                                                                                          \
-  direct_rows<Kernel, RG>(args, unit, ahead, poisoned, rule, query + at * query_ld, query_ld, bits + r, slopes + r, \
-                          distances + r, s.logits, s.max + at, s.sum + at, s.acc + at * lanes)
-        switch (rows - r) {
-          case 1:
-            TP_DIRECT_ROWS(1);
-            r += 1;
-            break;
-          case 2:
-            TP_DIRECT_ROWS(2);
-            r += 2;
-            break;
-          case 3:
-            TP_DIRECT_ROWS(3);
-            r += 3;
-            break;
-          default:
-            TP_DIRECT_ROWS(4);
-            r += 4;
-            break;
+      if (quantized) scales.load(args, block, seen, head);
+      const int64_t at = h * rows;
+      const auto run = [&](auto kernel, int64_t key_dim, int64_t value_dim) {
+        direct_unit<decltype(kernel)>(args, key_dim, value_dim, unit, next, seen, common, poisoned, rule,
+                                      query + at * query_ld, query_ld, rows, bits, slopes, distances, s.logits,
+                                      s.max + at, s.sum + at, s.acc + at * lanes);
+      };
+      if constexpr (quantized) {
+        if (block.live & ~low_bits(block.split)) {  // some keys lie beside the cache, in another type
+          using Staged = typename Kernel::Staged;
+          const int64_t key_dim = round_up(args.head_dim, Kernel::kStagedPad);
+          const int64_t value_dim = round_up(args.value_dim, Kernel::kStagedPad);
+          stage_rows<Staged::kStorage>(args, block, s.zeros, args.head_dim, widest, s.staged_key, unit.key, unit.count);
+          stage_rows<Staged::kStorage>(args, block, s.zeros, args.value_dim, lanes, s.staged_value, unit.value,
+                                       unit.count);
+          Kernel::arrange(s.staged_key, unit.count * widest);
+          Kernel::arrange(s.staged_value, unit.count * lanes);
+          run(Staged(), key_dim, value_dim);
+          continue;
         }
-#undef TP_DIRECT_ROWS
       }
+      run(Kernel(), args.head_dim, args.value_dim);
     }
     which = 1 - which;
   }
@@ -123,16 +150,32 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
                        s.acc + h * rows * lanes);
 }
 
+template <template <DType> class Kernel>
+void direct_quantized(const AttentionArgs& args, const Sequence& seq, const Item& item, const Partials& partials,
+                      char* scratch) {
+  switch (args.cache.dtype) {
+    case DType::i8:
+      return direct_item<Kernel<DType::i8>>(args, seq, item, partials, scratch);
+    case DType::e4m3:
+      return direct_item<Kernel<DType::e4m3>>(args, seq, item, partials, scratch);
+    default:
+      return direct_item<Kernel<DType::e5m2>>(args, seq, item, partials, scratch);
+  }
+}
+
 void attention_item(const AttentionArgs& args, const Sequence& seq, const Item& item, const Partials& partials,
                     char* scratch) {
+  const bool quantized = args.has_cache && is_quantized(args.cache.dtype);
 #if defined(__AVX512BF16__)
-  if (args.dtype == DType::bf16)
-    return item.tile ? tile_item<TileDot>(args, seq, item, partials, scratch)
-                     : direct_item<RowsDot>(args, seq, item, partials, scratch);
+  if (args.dtype == DType::bf16) {
+    if (item.tile) return tile_item<TileDot>(args, seq, item, partials, scratch);
+    if (quantized) return direct_quantized<RowsBytes>(args, seq, item, partials, scratch);
+    return direct_item<RowsDot>(args, seq, item, partials, scratch);
+  }
 #endif
   if (item.tile) return tile_item<TileF32>(args, seq, item, partials, scratch);
-  const bool staged = args.has_cache && is_quantized(args.cache.dtype);
-  switch (staged ? DType::f32 : args.dtype) {
+  if (quantized) return direct_quantized<RowsF32>(args, seq, item, partials, scratch);
+  switch (args.dtype) {
     case DType::f32:
       return direct_item<RowsF32<DType::f32>>(args, seq, item, partials, scratch);
     case DType::bf16:
@@ -142,8 +185,7 @@ void attention_item(const AttentionArgs& args, const Sequence& seq, const Item& 
   }
 }
 
-template <class Kernel>
-void merge_head(const AttentionArgs& args, const Sequence& seq, int64_t head, const Partials& partials) {
+void attention_merge(const AttentionArgs& args, const Sequence& seq, int64_t head, const Partials& partials) {
   const int64_t group = args.num_heads / args.num_kv_heads, rows = seq.query_len * group, lanes = acc_dim(args);
   const int64_t stride = rows * args.num_kv_heads;  // from one split to the next
   for (int64_t r = 0; r < rows; ++r) {
@@ -160,15 +202,8 @@ void merge_head(const AttentionArgs& args, const Sequence& seq, int64_t head, co
         storeu(acc + j, loadu(acc + j) * left + loadu(partials.acc + at * lanes + j) * right);
       max = top;
     }
-    write_row<Kernel>(args, seq.query_begin + r / group, head * group + r % group, max, sum, acc);
+    write_row<RowsF32<DType::f32>>(args, seq.query_begin + r / group, head * group + r % group, max, sum, acc);
   }
-}
-
-void attention_merge(const AttentionArgs& args, const Sequence& seq, int64_t head, const Partials& partials) {
-#if defined(__AVX512BF16__)
-  if (args.dtype == DType::bf16) return merge_head<TileDot>(args, seq, head, partials);
-#endif
-  merge_head<TileF32>(args, seq, head, partials);
 }
 
 int64_t attention_scratch_bytes(const AttentionArgs& args, int64_t direct_rows, int64_t tile_rows) {

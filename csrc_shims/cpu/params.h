@@ -13,7 +13,7 @@ static inline int64_t element_size(DType t) {
   return t == DType::f32 ? 4 : (t == DType::bf16 || t == DType::f16) ? 2 : 1;
 }
 
-static inline bool is_quantized(DType t) { return t >= DType::i8; }
+static constexpr bool is_quantized(DType t) { return t >= DType::i8; }
 
 // The largest magnitude of a quantised type.
 static constexpr float largest(DType t) { return t == DType::i8 ? 127.0f : t == DType::e4m3 ? 448.0f : 57344.0f; }

@@ -33,7 +33,7 @@ struct Item {
 };
 
 struct Partials {
-  float* acc = nullptr;  // (rows, acc_dim)
+  float* acc = nullptr;  // (rows, acc_dim), lanes in their natural order
   float* max = nullptr;  // (rows,)
   float* sum = nullptr;  // (rows,)
 };

@@ -53,9 +53,12 @@ TP_INLINE void store_logits(const vf* acc, float* s) {
 // float32 arithmetic on rows stored as S.
 template <DType S>
 struct RowsF32 {
+  using Staged = RowsF32<DType::f32>;
   static constexpr DType kStorage = S;
-  static constexpr int kQueryPad = W;
+  static constexpr int kQueryPad = W, kStagedPad = 1;
   using Query = float;
+
+  static void arrange(char*, int64_t) {}
 
   static void load_query(DType dtype, const void* source, int64_t dim, float* out) {
     for (int64_t i = 0; i < dim; i += W) storeu(out + i, load_lanes(dtype, source, i, lanes_left(dim, i)));

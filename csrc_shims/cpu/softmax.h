@@ -84,12 +84,12 @@ struct Poisoned {
   }
 
   template <class Direct>
-  TP_INLINE void add(const AttentionArgs& args, uint64_t bits, int count, const float* p, float* acc) const {
+  TP_INLINE void add(uint64_t bits, int count, const float* p, int64_t dim, float* acc, int64_t ld) const {
     if ((keys & bits) == 0) return;
     UnitRows seen, none;
     seen.count = count;
     for (int i = 0; i < count; ++i) seen.value[i] = (keys & bits) >> i & 1 ? rows.value[i] : zeros;
-    Direct::template accumulate<1>(p, seen, args.value_dim, acc, acc_dim(args), none, 0);
+    Direct::template accumulate<1>(p, seen, dim, acc, ld, none, 0);
   }
 };
 
@@ -126,7 +126,7 @@ void write_rows(const AttentionArgs& args, const Sequence& seq, const Item& item
     return;
   }
   const int64_t to = item.partial + head * rows;
-  __builtin_memcpy(partials.acc + to * lanes, acc, rows * lanes * sizeof(float));
+  for (int64_t i = 0; i < rows * lanes; i += W) storeu(partials.acc + to * lanes + i, Kernel::natural(acc, i));
   __builtin_memcpy(partials.max + to, max, rows * sizeof(float));
   __builtin_memcpy(partials.sum + to, sum, rows * sizeof(float));
 }

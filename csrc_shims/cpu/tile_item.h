@@ -80,8 +80,8 @@ void tile_item(const AttentionArgs& args, const Sequence& seq, const Item& item,
       }
       Kernel::accumulate(s.logits, s.packed_value, unit.count, lanes, s.acc + r * lanes);
       for (int i = 0; i < MR; ++i)
-        poisoned.add<typename Kernel::Direct>(args, s.bits[r + i], unit.count, s.logits + i * 64,
-                                              s.acc + (r + i) * lanes);
+        poisoned.add<typename Kernel::Direct>(s.bits[r + i], unit.count, s.logits + i * 64, args.value_dim,
+                                              s.acc + (r + i) * lanes, lanes);
     }
   }
   write_rows<Kernel>(args, seq, item, head, partials, s.max, s.sum, s.acc);

@@ -164,6 +164,36 @@ ATTENTION_CASES: tuple[AttentionCase, ...] = (
         for dtype in QUANTIZED_DTYPES
     ),
     *(
+        case
+        for dtype in QUANTIZED_DTYPES
+        for head_dim in (17, 40, 64, 80, 96, 256)
+        for case in _sources(
+            f"{_short(dtype)}_head_dim_{head_dim}_bfloat16",
+            cache_dtype=dtype,
+            scales_rank=2,
+            dtype=torch.bfloat16,
+            head_dim=head_dim,
+            group=1,
+            context_lens=(130, 0, 63, 1),
+        )
+        if case.context_lens is not None
+    ),
+    *(
+        case
+        for dtype in QUANTIZED_DTYPES
+        for group in (2, 3, 8, 15)
+        for case in _sources(
+            f"{_short(dtype)}_group_{group}_bfloat16",
+            cache_dtype=dtype,
+            scales_rank=1,
+            dtype=torch.bfloat16,
+            group=group,
+            value_dim=40,
+            context_lens=(130, 0, 63, 1),
+        )
+        if case.context_lens is not None
+    ),
+    *(
         AttentionCase(
             f"{_short(dtype)}_latent",
             cache_dtype=dtype,
