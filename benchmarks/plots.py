@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.goals import Cell, cells, limit_share
 from benchmarks.report import READS
@@ -14,7 +15,6 @@ from benchmarks.work import DTYPES, OURS, PEAK, Row
 mpl.rcParams.update(
     {
         "svg.hashsalt": "torch_paged",  # equal rows give equal files
-        "svg.fonttype": "none",
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -96,6 +96,7 @@ def decode_peers(everything: list[Cell]) -> Figure | None:
             axis.text(max([mean, *ratios]) * 1.12, y, f"{mean:.1f}x", va="center", fontsize=9)
     axis.axvline(1, color="black", linewidth=1)
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}x")
     axis.set_xlim(right=axis.get_xlim()[1] * 1.6)
     axis.set_yticks(range(len(peers)), peers)
     axis.invert_yaxis()
@@ -154,6 +155,7 @@ def scaling(everything: list[Cell]) -> Figure | None:
                 mine = [cell for cell in mine if cell[OURS].context < 2000]
             _sweep(axis, sweep, mine, column, threads)
         axis.set(xlabel=label, ylim=(0, None))
+        axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 4, 5, 10]))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4)
     return figure

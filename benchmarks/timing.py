@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MINIMUM_SAMPLES = 3
+MINIMUM_SAMPLES = 5
+SLOW_SAMPLES = 3
+"""For calls that take their seconds several times over."""
 SAMPLE_SECONDS = 200e-6
 """Shorter calls are repeated within one sample."""
 
@@ -33,8 +35,8 @@ class Times:
 def race(calls: Mapping[str, Call], pools: int, *, seconds: float, most_samples: int) -> dict[str, Times]:
     """Time calls in turns, so that what else the machine does weighs on all of them.
 
-    Each call, whoever's it is, takes the next pool. A call leaves the race when it has had its seconds and
-    ``MINIMUM_SAMPLES``, so slow ones get fewer samples.
+    Each call, whoever's it is, takes the next pool. A call leaves the race when it has had its seconds, so slow ones
+    get fewer samples.
 
     Args:
         calls: name -> call. Names ``"name @variant"`` are variants of one way; the fastest of them is kept.
@@ -48,9 +50,11 @@ def race(calls: Mapping[str, Call], pools: int, *, seconds: float, most_samples:
     turn = 0
     repeats: dict[str, int] = {}
     for name, call in calls.items():
-        call(0)
         begin = time.perf_counter()
-        call(pools - 1)
+        call(0)
+        if time.perf_counter() - begin < 0.1:  # else nothing is left to warm up
+            begin = time.perf_counter()
+            call(pools - 1)
         repeats[name] = max(1, int(SAMPLE_SECONDS / (time.perf_counter() - begin)))
     taken: dict[str, list[float]] = {name: [] for name in calls}
     racing = list(calls)
@@ -63,12 +67,7 @@ def race(calls: Mapping[str, Call], pools: int, *, seconds: float, most_samples:
             for pool in turns:
                 call(pool)
             taken[name].append((time.perf_counter() - begin) / count)
-        racing = [
-            name
-            for name in racing
-            if len(taken[name]) < MINIMUM_SAMPLES
-            or (len(taken[name]) < most_samples and sum(taken[name]) * repeats[name] < seconds)
-        ]
+        racing = [name for name in racing if not _done(taken[name], repeats[name], seconds, most_samples)]
     best: dict[str, Times] = {}
     for full_name, samples in taken.items():
         name, _, variant = full_name.partition(" @")
@@ -76,3 +75,9 @@ def race(calls: Mapping[str, Call], pools: int, *, seconds: float, most_samples:
         if name not in best or times.median < best[name].median:
             best[name] = times
     return best
+
+
+def _done(samples: list[float], repeats: int, seconds: float, most_samples: int) -> bool:
+    spent = sum(samples) * repeats
+    enough = MINIMUM_SAMPLES if spent < 3 * seconds else SLOW_SAMPLES
+    return len(samples) >= most_samples or (len(samples) >= enough and spent >= seconds)

@@ -12,6 +12,7 @@ from torch_paged.testing.compare import (
     assert_same,
     assert_stats,
     oracle,
+    plain_attention,
 )
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "option_pairs",
     "oracle",
     "permute_blocks",
+    "plain_attention",
     "random_case",
     "take_sequences",
 ]

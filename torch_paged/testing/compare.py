@@ -32,6 +32,11 @@ def oracle(op: str, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     return _ATTENTION[op](**widened, compute_dtype=torch.float64)
 
 
+def plain_attention(op: str, arguments: dict[str, Any]) -> Tensor:
+    """Return out of an attention call by plain PyTorch, its matrix products in the query dtype."""
+    return _ATTENTION[op](**arguments, compute_dtype=arguments["query"].dtype)[0]
+
+
 def assert_attention(
     op: str,
     arguments: dict[str, Any],
@@ -54,7 +59,7 @@ def assert_attention(
     """
     dtype = arguments["query"].dtype
     expected, expected_lse, expected_max = oracle(op, arguments)
-    plain = _ATTENTION[op](**arguments, compute_dtype=dtype)[0]
+    plain = plain_attention(op, arguments)
     assert out.dtype == dtype, f"out is {out.dtype}, the query is {dtype}"
     assert_close(out, expected, plain)
     empty = expected_max == float("-inf")
