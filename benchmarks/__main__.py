@@ -56,7 +56,8 @@ def measure(args: argparse.Namespace) -> None:
         report.write_csv(args.out / f"{subject}.csv", head, found)
         rows += found
     for table in tables(rows, all_goals=args.subject == "all"):
-        table.print(console)
+        if table.lines:
+            table.print(console)
     plots.draw(rows, args.out)
     console.print(f"{time.monotonic() - began:.0f} s; CSV files and plots are in {args.out}")
 

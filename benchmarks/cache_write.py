@@ -1,6 +1,7 @@
 """Cache writes: ``reshape_and_cache`` beside what plain PyTorch has for it."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,16 +29,28 @@ def works(settings: Settings) -> Iterator[Callable[[], Work]]:
                 dtype=dtype,
             )
             yield partial(work, case, settings)
+            if tokens > 1:
+                yield partial(work, replace(case, name=f"{case.name}_scattered"), settings, scattered=True)
 
 
-def work(case: WriteCase, settings: Settings) -> Work:
-    """Build a write: one large cache, and for each turn other slots of it and other rows."""
+def work(case: WriteCase, settings: Settings, *, scattered: bool = False) -> Work:
+    """Build a write: one large cache, and for each turn other slots of it and other rows.
+
+    The tokens of a prompt fill random blocks; ``scattered`` ones go to a random slot each, as those of a large batch.
+    """
     arguments = build(case, settings.seed)
     size = case.block_size
     rows = 2 * case.num_tokens * case.num_kv_heads * case.head_dim * case.dtype.itemsize
     turns = 2 if settings.size == "tiny" else pools_for(2 * rows)
     generator = torch.Generator().manual_seed(settings.seed)
-    slots = [torch.randperm(case.num_blocks * size, generator=generator)[: case.num_tokens] for _ in range(turns)]
+    slots = []
+    for _ in range(turns):
+        if scattered:
+            drawn = torch.randperm(case.num_blocks * size, generator=generator)
+        else:
+            blocks = torch.randperm(case.num_blocks, generator=generator)
+            drawn = (blocks[:, None] * size + torch.arange(size)).flatten()
+        slots.append(drawn[: case.num_tokens].contiguous())
     key, value = (huge_empty((turns, *arguments[name].shape), case.dtype) for name in ("key", "value"))
     key.copy_(arguments["key"])
     value.copy_(arguments["value"])
@@ -90,4 +103,5 @@ def work(case: WriteCase, settings: Settings) -> Work:
         "kv_heads": case.num_kv_heads,
         "head_dim": case.head_dim,
     }
-    return Work("cache-write", "cache-write", case.name, columns, calls, turns, check, bytes=rows)
+    variant = "scattered" if scattered else ""
+    return Work("cache-write", "cache-write", case.name, columns, calls, turns, check, bytes=rows, variant=variant)

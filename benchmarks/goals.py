@@ -200,7 +200,7 @@ def _prefill_goals(select: Callable[..., list[Cell]]) -> Iterable[Goal]:
 
 
 def _call_goals(select: Callable[..., list[Cell]]) -> Iterable[Goal]:
-    many, one = (select("cache-write", "cache-write", batch=tokens) for tokens in (512, 1))
+    many, one = (select("cache-write", "cache-write", batch=tokens, variant="") for tokens in (512, 1))
     index_put = faster_than("index_put_")
     yield Goal("cache write, 512 tokens", "against index_put_", 2, _each(index_put, many))
     yield Goal("cache write, 1 token", "against index_put_", 2.5, _each(index_put, one))

@@ -1,7 +1,7 @@
 """Tables of a run, for the terminal and in Markdown, and the CSV files they are made of."""
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -12,8 +12,11 @@ from benchmarks.goals import JUDGED_BYTES, Cell, cells, goals, limit_share
 from benchmarks.work import OURS, PEAK, Row
 
 READS = ("paged read", "sequential read")
-ABSOLUTE = ("overhead", "generate")
-"""Benchmarks whose ways are shown in microseconds, not as ratios."""
+ABSOLUTE: dict[str, tuple[str, Callable[[Row], str]]] = {
+    "overhead": ("us", lambda row: f"{row.median_us:.1f}"),
+    "generate": ("tokens/s", lambda row: f"{row.batch * row.context / row.median_us * 1e6:.0f}"),
+}
+"""Benchmarks whose ways are shown in a unit of their own, not as ratios."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def goal_table(rows: Iterable[Row], *, unmeasured: bool) -> Table:
         worst = goal.show(goal.worst) if len(goal.values) > 1 else ""
         lines.append((goal.work, goal.quantity, goal.asked, goal.show(goal.reached), worst, str(len(goal.values)), met))
     header = ("work", "quantity", "goal", "reached", "worst cell", "cells", "met")
-    return Table("Goals: geometric mean over the cells, and no cell below 0.8 of it", header, tuple(lines))
+    return Table("goals", header, tuple(lines))
 
 
 def subject_tables(rows: Iterable[Row]) -> list[Table]:
@@ -63,10 +66,12 @@ def _table(benchmark: str, group: str, chosen: list[Cell]) -> Table:
     others = dict.fromkeys(name for cell in chosen for name in cell if name not in (OURS, PEAK, *READS))
     rated = any(cell[OURS].bytes or cell[OURS].flops for cell in chosen)
     limited = any(limit_share(cell) is not None for cell in chosen)
-    absolute = benchmark in ABSOLUTE
+    unit, absolute = ABSOLUTE.get(benchmark, ("time over ours", None))
+    if absolute:
+        others = {OURS: None, **others}
     header = ["case", "threads", "us", "fastest us"]
     header += (["rate"] if rated else []) + (["of the limit"] if limited else [])
-    header += [f"{name}, us" if absolute else f"{name}, time over ours" for name in others]
+    header += [f"{name}, {unit}" for name in others]
     lines = []
     for cell in chosen:
         ours = cell[OURS]
@@ -79,10 +84,8 @@ def _table(benchmark: str, group: str, chosen: list[Cell]) -> Table:
             line.append("" if share is None else f"{100 * share:.0f} %{' (small)' if small else ''}")
         for name in others:
             row = cell.get(name)
-            text = (
-                "" if row is None else f"{row.median_us:.1f}" if absolute else f"{row.median_us / ours.median_us:.2f}"
-            )
-            line.append(text)
+            ratio = "" if row is None else f"{row.median_us / ours.median_us:.2f}"
+            line.append(absolute(row) if absolute and row else ratio)
         lines.append(tuple(line))
     return Table(benchmark if group == benchmark else f"{benchmark}: {group}", tuple(header), tuple(lines))
 
@@ -102,7 +105,7 @@ def memory_table(rows: Iterable[Row]) -> Table:
             key = (row.benchmark, row.contender)
             most[key] = max(most.get(key, 0), row.peak_bytes)
     lines = tuple((*key, f"{num_bytes / 2**20:.1f}") for key, num_bytes in most.items())
-    return Table("Peak memory beyond the inputs", ("benchmark", "way", "MiB"), lines)
+    return Table("peak memory beyond the inputs", ("benchmark", "way", "MiB"), lines)
 
 
 def write_csv(path: Path, head: dict[str, str], rows: Iterable[Row]) -> None:
