@@ -90,60 +90,60 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
     rule.key_scale = scales.key;
     rule.value_scale = scales.value;
   }
-  KeyBlock blocks[2];
-  UnitRows units[2];
   Poisoned poisoned(s.zeros);
-  int which = 0, now = 0;
-  next_block(args, seq, item, sight, item.key_begin / kBlockKeys * kBlockKeys, blocks[0]);
-  locate_unit(args, blocks[0], item.head_begin, s.zeros, units[0]);
-  while (blocks[which].live) {
-    const KeyBlock& block = blocks[which];
-    KeyBlock& following = blocks[1 - which];
-    next_block(args, seq, item, sight, block.key0 + kBlockKeys, following);
-    for (int64_t h = 0; h < heads; ++h, now = 1 - now) {
-      const int64_t head = item.head_begin + h;
-      UnitRows& unit = units[now];
-      UnitRows& next = units[1 - now];
-      if (h + 1 < heads)
-        locate_unit(args, block, head + 1, s.zeros, next);
-      else
-        locate_unit(args, following, item.head_begin, s.zeros, next);
+  // Units in the order of their blocks, heads inside; the rows of a unit are prefetched two units ahead.
+  KeyBlock blocks[3];
+  UnitRows units[3];
+  const auto locate = [&](int64_t n) {
+    KeyBlock& block = blocks[n / heads % 3];
+    if (n == 0)
+      next_block(args, seq, item, sight, item.key_begin / kBlockKeys * kBlockKeys, block);
+    else if (n % heads == 0)
+      next_block(args, seq, item, sight, blocks[(n / heads - 1) % 3].key0 + kBlockKeys, block);
+    locate_unit(args, block, item.head_begin + n % heads, s.zeros, units[n % 3]);
+  };
+  locate(0);
+  locate(1);
+  for (int64_t n = 0; blocks[n / heads % 3].live; ++n) {
+    locate(n + 2);
+    const KeyBlock& block = blocks[n / heads % 3];
+    const int64_t h = n % heads, head = item.head_begin + h;
+    UnitRows& unit = units[n % 3];
+    const UnitRows& next = units[(n + 2) % 3];
 
-      uint64_t seen = 0, common = ~0ull, bits[kMaxDirectRows];
-      float slopes[kMaxDirectRows];
-      int64_t distances[kMaxDirectRows];
-      for (int64_t r = 0; r < rows; ++r) {
-        seen |= bits[r] = row_bits(args, seq, item, sight, head, r, group, block.key0);
-        common &= bits[r];
-        slopes[r] = args.alibi_slopes ? args.alibi_slopes[head * group + r % group] : 0.0f;
-        distances[r] = sight.positions[r / group] - block.key0;
-      }
-      if (!seen) continue;
-      if (seen != block.live) point_dead_keys(~seen, s.zeros, unit);
-      if (quantized) scales.load(args, block, seen, head);
-      const int64_t at = h * rows;
-      const auto run = [&](auto kernel, int64_t key_dim, int64_t value_dim) {
-        direct_unit<decltype(kernel)>(args, key_dim, value_dim, unit, next, seen, common, poisoned, rule,
-                                      query + at * query_ld, query_ld, rows, bits, slopes, distances, s.logits,
-                                      s.max + at, s.sum + at, s.acc + at * lanes);
-      };
-      if constexpr (quantized) {
-        if (block.live & ~low_bits(block.split)) {  // some keys lie beside the cache, in another type
-          using Staged = typename Kernel::Staged;
-          const int64_t key_dim = round_up(args.head_dim, Kernel::kStagedPad);
-          const int64_t value_dim = round_up(args.value_dim, Kernel::kStagedPad);
-          stage_rows<Staged::kStorage>(args, block, s.zeros, args.head_dim, widest, s.staged_key, unit.key, unit.count);
-          stage_rows<Staged::kStorage>(args, block, s.zeros, args.value_dim, lanes, s.staged_value, unit.value,
-                                       unit.count);
-          Kernel::arrange(s.staged_key, unit.count * widest);
-          Kernel::arrange(s.staged_value, unit.count * lanes);
-          run(Staged(), key_dim, value_dim);
-          continue;
-        }
-      }
-      run(Kernel(), args.head_dim, args.value_dim);
+    uint64_t seen = 0, common = ~0ull, bits[kMaxDirectRows];
+    float slopes[kMaxDirectRows];
+    int64_t distances[kMaxDirectRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      seen |= bits[r] = row_bits(args, seq, item, sight, head, r, group, block.key0);
+      common &= bits[r];
+      slopes[r] = args.alibi_slopes ? args.alibi_slopes[head * group + r % group] : 0.0f;
+      distances[r] = sight.positions[r / group] - block.key0;
     }
-    which = 1 - which;
+    if (!seen) continue;
+    if (seen != block.live) point_dead_keys(~seen, s.zeros, unit);
+    if (quantized) scales.load(args, block, head);
+    const int64_t at = h * rows;
+    const auto run = [&](auto kernel, int64_t key_dim, int64_t value_dim) {
+      direct_unit<decltype(kernel)>(args, key_dim, value_dim, unit, next, seen, common, poisoned, rule,
+                                    query + at * query_ld, query_ld, rows, bits, slopes, distances, s.logits,
+                                    s.max + at, s.sum + at, s.acc + at * lanes);
+    };
+    if constexpr (quantized) {
+      if (block.live & ~low_bits(block.split)) {  // some keys lie beside the cache, in another type
+        using Staged = typename Kernel::Staged;
+        const int64_t key_dim = round_up(args.head_dim, Kernel::kStagedPad);
+        const int64_t value_dim = round_up(args.value_dim, Kernel::kStagedPad);
+        stage_rows<Staged::kStorage>(args, block, s.zeros, args.head_dim, widest, s.staged_key, unit.key, unit.count);
+        stage_rows<Staged::kStorage>(args, block, s.zeros, args.value_dim, lanes, s.staged_value, unit.value,
+                                     unit.count);
+        Kernel::arrange(s.staged_key, unit.count * widest);
+        Kernel::arrange(s.staged_value, unit.count * lanes);
+        run(Staged(), key_dim, value_dim);
+        continue;
+      }
+    }
+    run(Kernel(), args.head_dim, args.value_dim);
   }
   for (int64_t h = 0; h < heads; ++h)
     write_rows<Kernel>(args, seq, item, item.head_begin + h, partials, s.max + h * rows, s.sum + h * rows,

@@ -137,18 +137,26 @@ void stage_rows(const AttentionArgs& args, const KeyBlock& block, const char* ze
   }
 }
 
-// The scales of a unit's keys and values; 1 for keys that no row sees and for keys beside the cache.
+// The scales of a unit's keys and values; 1 for keys beside the cache. What a row does not see is selected away later.
 struct UnitScales {
   float key[64], value[64];
 
-  void load(const AttentionArgs& args, const KeyBlock& block, uint64_t seen, int64_t head) {
+  void load(const AttentionArgs& args, const KeyBlock& block, int64_t head) {
     const Cache& cache = args.cache;
-    const float* scales = cache.scales + head * cache.scale_stride_head;
-    for (int i = 0; i < block.count; ++i) {
-      const bool scaled = i < block.split && (seen >> i & 1);
-      key[i] = scaled ? scales[block.scale[i]] : 1.0f;
-      value[i] = scaled ? scales[block.scale[i] + (cache.latent ? 0 : cache.scale_stride_kv)] : 1.0f;
+    const float* keys = cache.scales + head * cache.scale_stride_head;
+    const float* values = keys + (cache.latent ? 0 : cache.scale_stride_kv);
+    if (cache.scales_rank == 4) {
+      for (int i = 0; i < block.split; ++i) {
+        key[i] = keys[block.scale[i]];
+        value[i] = values[block.scale[i]];
+      }
+    } else {
+      for (int i = 0; i < block.split; i += W) {
+        storeu(key + i, set1(*keys));
+        storeu(value + i, set1(*values));
+      }
     }
+    for (int i = block.split; i < block.count; ++i) key[i] = value[i] = 1.0f;
   }
 };
 

@@ -58,7 +58,7 @@ void tile_item(const AttentionArgs& args, const Sequence& seq, const Item& item,
     locate_unit(args, block, head, s.zeros, unit);
     point_dead_keys(~seen, s.zeros, unit);
     for (int i = unit.count; i < 64; ++i) unit.key[i] = unit.value[i] = s.zeros;
-    if (quantized) scales.load(args, block, seen, head);
+    if (quantized) scales.load(args, block, head);
     if (stage_keys)
       stage_rows<Kernel::kStorage>(args, block, s.zeros, args.head_dim, widest, s.staged_key, unit.key, unit.count);
     if (stage_values)
