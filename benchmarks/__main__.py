@@ -71,9 +71,14 @@ def tables(rows: list[Row], *, all_goals: bool) -> Iterator[report.Table]:
 
 def print_markdown(args: argparse.Namespace) -> None:
     """Print the tables of an earlier run in Markdown, and draw its plots again."""
-    rows = [row for path in sorted(args.out.glob("*.csv")) for row in report.read_csv(path)[1]]
+    runs = [report.read_csv(path) for path in sorted(args.out.glob("*.csv"))]
+    if not runs:
+        raise SystemExit(f"benchmarks: --out must be a folder with CSV files of a run, got {args.out}")
+    for key in ("processor", "processors", "kernels", "torch", "transformers", "commit", "seed", "size"):
+        print(f"- {key}: {', '.join(dict.fromkeys(head[key] for head, _ in runs))}")
+    rows = [row for _, found in runs for row in found]
     for table in tables(rows, all_goals=True):
-        print(table.markdown())
+        print("\n" + table.markdown(), end="")
     plots.draw(rows, args.out)
 
 

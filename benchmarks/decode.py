@@ -110,7 +110,7 @@ def quantised_works(settings: Settings) -> Iterator[Callable[[], Work]]:
 def option_works(settings: Settings) -> Iterator[Callable[[], Work]]:
     """Options, and what a window costs: keys behind it must cost nothing."""
     window = {"full": 512, "quick": 512, "tiny": 16}[settings.size]
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in variant_dtypes(settings):
         base = base_case(settings, dtype)
         batch, context = BASE[settings.size]
         assert base.context_lens is not None
@@ -134,7 +134,7 @@ def option_works(settings: Settings) -> Iterator[Callable[[], Work]]:
 def shape_works(settings: Settings) -> Iterator[Callable[[], Work]]:
     """Groups and head sizes other than the usual ones, about the same bytes each."""
     batch, context = BASE[settings.size]
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in variant_dtypes(settings):
         for variant, group, kv_heads, head_dim in (
             ("", 4, 8, 128),
             ("G = 1", 1, 8, 128),
@@ -146,6 +146,11 @@ def shape_works(settings: Settings) -> Iterator[Callable[[], Work]]:
             case = sized(settings, batch, context, 16, head_dim, dtype)
             case = replace(case, name=f"{case.name}_g{group}", group=group, num_kv_heads=kv_heads)
             yield partial(work, "shapes", case, settings, variant=variant)
+
+
+def variant_dtypes(settings: Settings) -> tuple[torch.dtype, ...]:
+    """Return the dtypes in which options and shapes are compared with the plain case."""
+    return (torch.bfloat16,) if settings.size == "quick" else (torch.bfloat16, torch.float32)
 
 
 def sized(

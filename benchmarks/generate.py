@@ -28,7 +28,7 @@ def work(settings: Settings) -> Work:
     sys.path.insert(0, str(ROOT / "examples"))
     demo = runpy.run_path(str(ROOT / "examples" / "02_generate.py"))
     sys.path.pop(0)
-    new_tokens = 4 if settings.size == "tiny" else 96
+    new_tokens = {"full": 96, "quick": 32, "tiny": 4}[settings.size]
     with torch.inference_mode(False):
         plain, tokenizer = demo["load"](demo["CHECKPOINT"], torch.float32)
         paged = patch_model(demo["load"](demo["CHECKPOINT"], torch.float32)[0])

@@ -30,6 +30,8 @@ def works(settings: Settings) -> Iterator[Callable[[], Work]]:
         f"8x{unit // 8}": {"query_lens": (unit // 8,) * 8},
         f"{unit}_after_{3 * unit}": {"query_lens": (unit,), "context_lens": (3 * unit,)},
     }
+    if settings.size == "quick":
+        del shapes[f"{4 * unit}"]
     for dtype in DTYPES.values():
         base = AttentionCase(
             "prefill",

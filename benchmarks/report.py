@@ -38,7 +38,7 @@ class Table:
     def markdown(self) -> str:
         """Return it in Markdown."""
         rows = [self.header, ("---",) * len(self.header), *self.lines]
-        return f"### {self.title}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+        return f"## {self.title}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
 def goal_table(rows: Iterable[Row], *, unmeasured: bool) -> Table:
