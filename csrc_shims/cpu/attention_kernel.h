@@ -72,7 +72,7 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
   const int64_t heads = item.head_end - item.head_begin, lanes = acc_dim(args);
   const int64_t query_ld = round_up(args.head_dim, Kernel::kQueryPad), widest = round_up(args.head_dim, 64);
   Carver carver{memory};
-  const Scratch s = Scratch::carve(carver, args, heads * rows, false);
+  const Scratch s = Scratch::carve(carver, args, heads * rows);
   __builtin_memset(s.zeros, 0, (widest > lanes ? widest : lanes) * 4);
   clear_rows(heads * rows, lanes, s);
   auto* query = (typename Kernel::Query*)s.query;
@@ -208,8 +208,8 @@ void attention_merge(const AttentionArgs& args, const Sequence& seq, int64_t hea
 
 int64_t attention_scratch_bytes(const AttentionArgs& args, int64_t direct_rows, int64_t tile_rows) {
   Carver direct{nullptr}, tile{nullptr};
-  if (direct_rows > 0) Scratch::carve(direct, args, direct_rows, false);
-  if (tile_rows > 0) Scratch::carve(tile, args, tile_rows, true);
+  if (direct_rows > 0) Scratch::carve(direct, args, direct_rows);
+  if (tile_rows > 0) TileScratch::carve(tile, args, tile_rows);
   return direct.used > tile.used ? direct.used : tile.used;
 }
 

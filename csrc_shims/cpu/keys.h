@@ -163,6 +163,7 @@ struct UnitScales {
 // What the queries of an item see: one interval per token.
 struct Sight {
   Interval keys[kTileRows];
+  Interval shared{0, INT64_MAX};  // keys that every token sees
   int64_t positions[kTileRows];
   int64_t num_tokens;
 
@@ -171,9 +172,14 @@ struct Sight {
       positions[t] = query_position(args, seq, item.token_begin + t);
       keys[t] = visible_keys(args, positions[t], seq.kv_len());
       if (keys[t].hi > item.key_end) keys[t].hi = item.key_end;
+      if (keys[t].lo > shared.lo) shared.lo = keys[t].lo;
+      if (keys[t].hi < shared.hi) shared.hi = keys[t].hi;
     }
   }
+  // Every token sees every key of the block.
+  bool all(int64_t key0) const { return shared.lo <= key0 && shared.hi >= key0 + kBlockKeys; }
   uint64_t live(int64_t key0) const {
+    if (all(key0)) return ~0ull;
     uint64_t bits = 0;
     for (int64_t t = 0; t < num_tokens; ++t) bits |= interval_bits(keys[t], key0);
     return bits;

@@ -3,7 +3,6 @@
 
 #include "plan.h"
 #include "rows.h"
-#include "tile.h"
 
 namespace torch_paged {
 namespace {
@@ -20,17 +19,16 @@ struct Carver {
   }
 };
 
-// Rows = query rows of all kv heads of the item, padded to whole register tiles.
+// Few query rows. Rows = query rows of all kv heads of the item, padded to whole register tiles.
 struct Scratch {
   float *acc, *max, *sum, *logits;
   char* query;
   char *staged_key, *staged_value;
-  uint32_t *packed_key, *packed_value;
   uint64_t* bits;
   char* zeros;
 
-  static Scratch carve(Carver& c, const AttentionArgs& args, int64_t rows, bool tile) {
-    const int64_t padded = round_up(rows, kTileRowsAtOnce);
+  static Scratch carve(Carver& c, const AttentionArgs& args, int64_t rows) {
+    const int64_t padded = round_up(rows, 4);
     const int64_t dim = round_up(args.head_dim, 64), acc = acc_dim(args), widest = dim > acc ? dim : acc;
     Scratch s;
     s.acc = c.take<float>(padded * acc);
@@ -38,11 +36,9 @@ struct Scratch {
     s.sum = c.take<float>(padded);
     s.query = c.take<char>(padded * dim * 4);
     s.bits = c.take<uint64_t>(padded);
-    s.logits = c.take<float>(64 * (tile ? kTileRowsAtOnce : kMaxDirectRows));
+    s.logits = c.take<float>(64 * kMaxDirectRows);
     s.staged_key = c.take<char>(64 * widest * 4);
     s.staged_value = c.take<char>(64 * widest * 4);
-    s.packed_key = c.take<uint32_t>(tile ? 64 * dim : 0);
-    s.packed_value = c.take<uint32_t>(tile ? 64 * acc : 0);
     s.zeros = c.take<char>(widest * 4);
     return s;
   }

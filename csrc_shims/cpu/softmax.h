@@ -93,6 +93,23 @@ struct Poisoned {
   }
 };
 
+// A row of the accumulator, divided by its sum, in the output's type.
+template <class Kernel, DType S>
+TP_INLINE void put_row(const float* acc, float factor, int64_t dim, char* out) {
+  int64_t i = 0;
+  for (; i + W <= dim; i += W) {
+    const vf x = Kernel::natural(acc, i) * factor;
+#if defined(__AVX512BF16__)
+    if constexpr (S == DType::bf16) {
+      _mm256_storeu_si256((__m256i*)(out + 2 * i), (__m256i)_mm512_cvtneps_pbh(x));
+      continue;
+    }
+#endif
+    encode<S>(out + i * size_of<S>(), x);
+  }
+  if (i < dim) encode_partial<S>(out + i * size_of<S>(), Kernel::natural(acc, i) * factor, (int)(dim - i));
+}
+
 template <class Kernel>
 void write_row(const AttentionArgs& args, int64_t token, int64_t head, float max, float sum, const float* acc) {
   const float sink = args.sinks ? args.sinks[head] : kNegInf;
@@ -101,17 +118,23 @@ void write_row(const AttentionArgs& args, int64_t token, int64_t head, float max
   float factor = 0.0f, lse = top;
   if (top != kNegInf || sum != 0.0f) {  // sum != 0 with no max: NaN, which stays visible
     const float base = top == kNegInf ? 0.0f : top;
-    const float shrink = max == kNegInf ? (sum != 0.0f ? 1.0f : 0.0f) : exp1(max - base);
+    const float shrink = max == top ? 1.0f : max == kNegInf ? (sum != 0.0f ? 1.0f : 0.0f) : exp1(max - base);
     const float total = sum * shrink + (args.sinks ? exp1(sink - base) : 0.0f);
     factor = shrink / total;
-    lse = base + __builtin_logf(total);
+    if (args.lse) lse = base + __builtin_logf(total);
   }
   if (args.lse) args.lse[row] = lse;
   if (args.max_logits) args.max_logits[row] = max;
-  const int64_t dim = args.value_dim;
-  char* out = (char*)args.out + row * dim * element_size(args.dtype);
-  for (int64_t i = 0; i < dim; i += W)
-    store_lanes(args.dtype, out, i, factor == 0.0f ? vf{} : Kernel::natural(acc, i) * factor, lanes_left(dim, i));
+  const int64_t row_bytes = args.value_dim * element_size(args.dtype);
+  char* out = (char*)args.out + row * row_bytes;
+  if (factor == 0.0f)
+    __builtin_memset(out, 0, row_bytes);
+  else if (args.dtype == DType::f32)
+    put_row<Kernel, DType::f32>(acc, factor, args.value_dim, out);
+  else if (args.dtype == DType::bf16)
+    put_row<Kernel, DType::bf16>(acc, factor, args.value_dim, out);
+  else
+    put_row<Kernel, DType::f16>(acc, factor, args.value_dim, out);
 }
 
 // Rows of one kv head leave the item: to the output, or to the partial buffers.

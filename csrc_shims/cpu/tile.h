@@ -1,6 +1,6 @@
-// Products on a tile of many query rows (prefill): 64 keys and values are packed once and used by all rows of the tile.
-// Keys are transposed, so that a register tile of kTileRowsAtOnce rows x kTileVectors vectors of keys needs one
-// broadcast per row and step; values are laid out row by row (float32) or as interleaved pairs of rows (bf16).
+// Products on a tile of many query rows (prefill). A block of 64 keys and values is packed once, converted to the
+// kernel's words on the way: float32, or pairs of bf16. Both products then are the same loop: a register tile of MR
+// rows x NV vectors, one broadcast word per row and one packed vector per column and step.
 #pragma once
 
 #include "rows.h"
@@ -15,10 +15,20 @@ constexpr int kTileVectors = 4;
 constexpr int kTileVectors = 2;
 #endif
 
+TP_INLINE void prefetch_for_write(const char* p) {
+#if defined(__AVX2__)
+  asm volatile("prefetchw %0" ::"m"(*p));
+#else
+  __builtin_prefetch(p, 1, 2);
+#endif
+}
+
+// Transpose W x W words in registers.
 #if defined(__AVX512F__)
-// Transpose 16 x 16 words in registers.
-TP_INLINE void transpose16(__m512i* v) {
-  __m512i t[16];
+TP_INLINE void transpose(vf* words) {
+  __m512i v[16], t[16];
+  TP_UNROLL
+  for (int i = 0; i < 16; ++i) v[i] = (__m512i)words[i];
   TP_UNROLL
   for (int i = 0; i < 8; ++i) {
     t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
@@ -45,172 +55,280 @@ TP_INLINE void transpose16(__m512i* v) {
     v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
     v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
   }
+  TP_UNROLL
+  for (int i = 0; i < 16; ++i) words[i] = (vf)v[i];
 }
-#endif
-
-// rows[64] of `words` 32-bit words (readable up to a multiple of 16) -> out[word][row]
-TP_INLINE void transpose_rows(const char* const* rows, int64_t words, uint32_t* out) {
-#if defined(__AVX512F__)
-  for (int r = 0; r < 64; r += 16)
-    for (int64_t w = 0; w < words; w += 16) {
-      __m512i v[16];
-      TP_UNROLL
-      for (int i = 0; i < 16; ++i) v[i] = _mm512_loadu_si512(rows[r + i] + 4 * w);
-      transpose16(v);
-      TP_UNROLL
-      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + (w + i) * 64 + r, v[i]);
-    }
+#elif defined(__AVX2__)
+TP_INLINE void transpose(vf* v) {
+  __m256 t[8], u[8];
+  TP_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+  }
+  TP_UNROLL
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  TP_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    v[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+}
 #else
-  for (int r = 0; r < 64; r += 8)
-    for (int64_t w = 0; w < words; ++w)
-      for (int i = 0; i < 8; ++i) __builtin_memcpy(out + w * 64 + r + i, rows[r + i] + 4 * w, 4);
-#endif
+TP_INLINE void transpose(vf* v) {
+  for (int i = 0; i < W; ++i)
+    for (int j = i + 1; j < W; ++j) {
+      const float x = v[i][j];
+      v[i][j] = v[j][i];
+      v[j][i] = x;
+    }
 }
+#endif
 
 struct TileF32 {
   using Direct = RowsF32<DType::f32>;  // with the same order of the accumulator's lanes
-  static constexpr DType kStorage = DType::f32;
-  static constexpr int kQueryPad = W;
-  static constexpr int kLanesPerWord = 1;
   using Query = float;
+  static constexpr DType kStorage = DType::f32;
+  static constexpr int kLanesPerWord = 1;
+  static constexpr int kValuePad = W;  // accumulator lanes come in multiples of it
 
-  static void load_query(DType dtype, const void* source, int64_t dim, float* out) {
-    RowsF32<DType::f32>::load_query(dtype, source, dim, out);
+  // Words [w, w + W) of a row stored as S; zeros from `dim` lanes on, where no byte is read.
+  template <DType S, bool kPartial>
+  static TP_INLINE vf load_words(const char* row, int64_t w, int64_t dim) {
+    const char* p = row + w * size_of<S>();
+    return kPartial ? decode_partial<S>(p, (int)(dim - w)) : decode<S>(p);
   }
 
-  static TP_INLINE void pack_values(const char* const* rows, int64_t dim, uint32_t* out) {
-    for (int t = 0; t < 64; ++t)
-      for (int64_t h = 0; h < dim; h += W) storeu((float*)out + t * dim + h, loadu((const float*)rows[t] + h));
+  template <DType S, bool kPartial>
+  static TP_INLINE void pack_values_at(const char* const* rows, int count, int64_t w, int64_t dim, int64_t ld,
+                                       uint32_t* out) {
+    for (int t = 0; t < count; ++t) storeu((float*)out + t * ld + w, load_words<S, kPartial>(rows[t], w, dim));
   }
 
-  // s (6, 64) = query (6, ld) . keys. Sums of at most kChain products are added up: the rounding error of one long
-  // chain would grow with head_dim.
-  static TP_INLINE void logits(const float* query, int64_t ld, const uint32_t* keys, int64_t words, int count,
-                               float* s) {
-    constexpr int MR = kTileRowsAtOnce, NV = kTileVectors;
-    constexpr int64_t kChain = 128;
-    for (int col = 0; col < count; col += NV * W) {
-      for (int64_t begin = 0; begin < words; begin += kChain) {
-        const int64_t end = begin + kChain < words ? begin + kChain : words;
-        vf c[MR * NV];
-        TP_UNROLL
-        for (int i = 0; i < MR * NV; ++i) c[i] = vf{};
-        for (int64_t k = begin; k < end; ++k) {
-          vf b[NV];
-          TP_UNROLL
-          for (int j = 0; j < NV; ++j) b[j] = loadu((const float*)keys + k * 64 + col + j * W);
-          TP_UNROLL
-          for (int m = 0; m < MR; ++m) {
-            const vf a = set1(query[m * ld + k]);
-            TP_UNROLL
-            for (int j = 0; j < NV; ++j) c[m * NV + j] += a * b[j];
-          }
-        }
-        TP_UNROLL
-        for (int i = 0; i < MR * NV; ++i) {
-          float* to = s + (i / NV) * 64 + col + (i % NV) * W;
-          storeu(to, begin == 0 ? c[i] : loadu(to) + c[i]);
-        }
-      }
-    }
-  }
-
-  // acc (6, dim) += p (6, 64) . values (64, dim)
-  static TP_INLINE void accumulate(const float* p, const uint32_t* values, int count, int64_t dim, float* acc) {
-    constexpr int MR = kTileRowsAtOnce, NV = kTileVectors;
-    for (int64_t h = 0; h < dim; h += NV * W) {
-      vf c[MR * NV];
-      TP_UNROLL
-      for (int i = 0; i < MR * NV; ++i) c[i] = loadu(acc + (i / NV) * dim + h + (i % NV) * W);
-      for (int t = 0; t < count; ++t) {
-        vf b[NV];
-        TP_UNROLL
-        for (int j = 0; j < NV; ++j) b[j] = loadu((const float*)values + t * dim + h + j * W);
-        TP_UNROLL
-        for (int m = 0; m < MR; ++m) {
-          const vf a = set1(p[m * 64 + t]);
-          TP_UNROLL
-          for (int j = 0; j < NV; ++j) c[m * NV + j] += a * b[j];
-        }
-      }
-      TP_UNROLL
-      for (int i = 0; i < MR * NV; ++i) storeu(acc + (i / NV) * dim + h + (i % NV) * W, c[i]);
-    }
-  }
-
+  static TP_INLINE vf step(vf c, uint32_t a, vf b) { return c + set1(load_bits<float>(&a)) * b; }
+  static TP_INLINE void put_probabilities(uint32_t* p, int i, vf x) { storeu((float*)p + i, x); }
+  static TP_INLINE void get_probabilities(const uint32_t* p, float* out) { __builtin_memcpy(out, p, 64 * 4); }
   static TP_INLINE vf natural(const float* acc, int64_t i) { return loadu(acc + i); }
 };
 
 #if defined(__AVX512BF16__)
 struct TileDot {
   using Direct = RowsDot;
-  static constexpr DType kStorage = DType::bf16;
-  static constexpr int kQueryPad = 32;
-  static constexpr int kLanesPerWord = 2;
   using Query = uint16_t;
+  static constexpr DType kStorage = DType::bf16;
+  static constexpr int kLanesPerWord = 2;
+  static constexpr int kValuePad = 32;
 
-  static void load_query(DType dtype, const void* source, int64_t dim, uint16_t* out) {
-    RowsDot::load_query(dtype, source, dim, out);
-  }
-
-  static TP_INLINE void pack_values(const char* const* rows, int64_t dim, uint32_t* out) {
-    for (int t = 0; t < 64; t += 2)
-      for (int64_t h = 0; h < dim; h += 32) {
-        const __m512i a = _mm512_loadu_si512(rows[t] + 2 * h), b = _mm512_loadu_si512(rows[t + 1] + 2 * h);
-        uint32_t* to = out + t / 2 * dim + h;
-        _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a, b));
-        _mm512_storeu_si512(to + 16, _mm512_unpackhi_epi16(a, b));
-      }
-  }
-
-  static TP_INLINE void logits(const uint16_t* query, int64_t ld, const uint32_t* keys, int64_t words, int, float* s) {
-    constexpr int MR = kTileRowsAtOnce, NV = kTileVectors;
-    vf c[MR * NV];
-    TP_UNROLL
-    for (int i = 0; i < MR * NV; ++i) c[i] = vf{};
-    for (int64_t k = 0; k < words; ++k) {
-      __m512bh b[NV];
-      TP_UNROLL
-      for (int j = 0; j < NV; ++j) b[j] = (__m512bh)_mm512_loadu_si512(keys + k * 64 + j * W);
-      TP_UNROLL
-      for (int m = 0; m < MR; ++m) {
-        const __m512bh a = (__m512bh)_mm512_set1_epi32(load_bits<int32_t>(query + m * ld + 2 * k));
-        TP_UNROLL
-        for (int j = 0; j < NV; ++j) c[m * NV + j] = _mm512_dpbf16_ps(c[m * NV + j], a, b[j]);
-      }
-    }
-    TP_UNROLL
-    for (int i = 0; i < MR * NV; ++i) storeu(s + i * W, c[i]);
-  }
-
-  static TP_INLINE void accumulate(const float* p, const uint32_t* values, int count, int64_t dim, float* acc) {
-    constexpr int MR = kTileRowsAtOnce, NV = kTileVectors;
-    alignas(64) uint32_t pairs[MR][32];
-    TP_UNROLL
-    for (int m = 0; m < MR; ++m) pack_pairs(p + m * 64, count, pairs[m]);
-    for (int64_t h = 0; h < dim; h += NV * W) {
-      vf c[MR * NV];
-      TP_UNROLL
-      for (int i = 0; i < MR * NV; ++i) c[i] = loadu(acc + (i / NV) * dim + h + (i % NV) * W);
-      for (int t = 0; t < count / 2; ++t) {
-        __m512bh b[NV];
-        TP_UNROLL
-        for (int j = 0; j < NV; ++j) b[j] = (__m512bh)_mm512_loadu_si512(values + t * dim + h + j * W);
-        TP_UNROLL
-        for (int m = 0; m < MR; ++m) {
-          const __m512bh a = (__m512bh)_mm512_set1_epi32((int)pairs[m][t]);
-          TP_UNROLL
-          for (int j = 0; j < NV; ++j) c[m * NV + j] = _mm512_dpbf16_ps(c[m * NV + j], a, b[j]);
-        }
-      }
-      TP_UNROLL
-      for (int i = 0; i < MR * NV; ++i) storeu(acc + (i / NV) * dim + h + (i % NV) * W, c[i]);
+  template <DType S, bool kPartial>
+  static TP_INLINE __m512i load_words(const char* row, int64_t w, int64_t dim) {
+    const char* p = row + 2 * w * size_of<S>();
+    const int left = (int)(dim - 2 * w);
+    if constexpr (S == DType::bf16) {
+      return kPartial ? _mm512_maskz_loadu_epi16(lanes_mask(left), p) : _mm512_loadu_si512(p);
+    } else {
+      vf lo = vf{}, hi = vf{};
+      lo = !kPartial || left >= W ? decode<S>(p) : decode_partial<S>(p, left);
+      if (!kPartial || left >= 2 * W)
+        hi = decode<S>(p + W * size_of<S>());
+      else if (left > W)
+        hi = decode_partial<S>(p + W * size_of<S>(), left - W);
+      return (__m512i)_mm512_cvtne2ps_pbh(hi, lo);
     }
   }
 
+  template <DType S, bool kPartial>
+  static TP_INLINE void pack_values_at(const char* const* rows, int count, int64_t w, int64_t dim, int64_t ld,
+                                       uint32_t* out) {
+    for (int t = 0; t < count; t += 2) {
+      const __m512i a = load_words<S, kPartial>(rows[t], w, dim), b = load_words<S, kPartial>(rows[t + 1], w, dim);
+      uint32_t* to = out + t / 2 * ld + 2 * w;
+      _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a, b));
+      _mm512_storeu_si512(to + W, _mm512_unpackhi_epi16(a, b));
+    }
+  }
+
+  static TP_INLINE vf step(vf c, uint32_t a, vf b) {
+    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+  }
+  static TP_INLINE void put_probabilities(uint32_t* p, int i, vf x) {
+    _mm256_storeu_si256((__m256i*)(p + i / 2), (__m256i)_mm512_cvtneps_pbh(x));
+  }
+  static TP_INLINE void get_probabilities(const uint32_t* p, float* out) {
+    for (int i = 0; i < 64; i += W) storeu(out + i, decode<DType::bf16>(p + i / 2));
+  }
   static TP_INLINE vf natural(const float* acc, int64_t i) { return natural_from_unpacked(acc, i); }
 };
 #endif
+
+// 64 rows of keys -> out[word][64]
+template <class Kernel, DType S>
+void pack_keys(const char* const* rows, int count, int64_t dim, uint32_t* out) {
+  constexpr int kLanes = W * Kernel::kLanesPerWord;
+  for (int r = 0; r < count; r += W)
+    for (int64_t i = 0; i < dim; i += kLanes) {
+      const int64_t w = i / Kernel::kLanesPerWord;
+      vf v[W];
+      if (dim - i >= kLanes) {
+        TP_UNROLL
+        for (int k = 0; k < W; ++k) v[k] = (vf)Kernel::template load_words<S, false>(rows[r + k], w, dim);
+      } else {
+        TP_UNROLL
+        for (int k = 0; k < W; ++k) v[k] = (vf)Kernel::template load_words<S, true>(rows[r + k], w, dim);
+      }
+      transpose(v);
+      TP_UNROLL
+      for (int k = 0; k < W; ++k) storeu((float*)out + (w + k) * 64 + r, v[k]);
+    }
+}
+
+// Rows of values -> out[step][ld]: row by row, or interleaved pairs of rows.
+template <class Kernel, DType S>
+void pack_values(const char* const* rows, int count, int64_t dim, int64_t ld, uint32_t* out) {
+  constexpr int kLanes = W * Kernel::kLanesPerWord;
+  int64_t i = 0;
+  for (; i + kLanes <= dim; i += kLanes)
+    Kernel::template pack_values_at<S, false>(rows, count, i / Kernel::kLanesPerWord, dim, ld, out);
+  if (i < dim) Kernel::template pack_values_at<S, true>(rows, count, i / Kernel::kLanesPerWord, dim, ld, out);
+}
+
+// Both for a storage type known at run time: one of the caches' types, or the kernel's own.
+#define TP_WITH_STORAGE(CALL)                                  \
+  switch (from) {                                              \
+    case DType::f32:                                           \
+      if constexpr (Kernel::kStorage == DType::f32) CALL(f32); \
+      break;                                                   \
+    case DType::f16:                                           \
+      if constexpr (Kernel::kStorage == DType::f32) CALL(f16); \
+      break;                                                   \
+    case DType::bf16:                                          \
+      CALL(bf16);                                              \
+      break;                                                   \
+    case DType::i8:                                            \
+      CALL(i8);                                                \
+      break;                                                   \
+    case DType::e4m3:                                          \
+      CALL(e4m3);                                              \
+      break;                                                   \
+    default:                                                   \
+      CALL(e5m2);                                              \
+      break;                                                   \
+  }
+template <class Kernel>
+TP_INLINE void pack_keys(DType from, const char* const* rows, int count, int64_t dim, uint32_t* out) {
+#define TP_PACK(S) pack_keys<Kernel, DType::S>(rows, count, dim, out)
+  TP_WITH_STORAGE(TP_PACK)
+#undef TP_PACK
+}
+
+template <class Kernel>
+TP_INLINE void pack_values(DType from, const char* const* rows, int count, int64_t dim, int64_t ld, uint32_t* out) {
+#define TP_PACK(S) pack_values<Kernel, DType::S>(rows, count, dim, ld, out)
+  TP_WITH_STORAGE(TP_PACK)
+#undef TP_PACK
+}
+
+// One row, unpacked.
+template <class Kernel, DType S>
+TP_INLINE void load_words(const char* row, int64_t dim, uint32_t* out) {
+  constexpr int kLanes = W * Kernel::kLanesPerWord;
+  int64_t i = 0, w = 0;
+  for (; i + kLanes <= dim; i += kLanes, w += W)
+    storeu((float*)out + w, (vf)Kernel::template load_words<S, false>(row, w, dim));
+  if (i < dim) storeu((float*)out + w, (vf)Kernel::template load_words<S, true>(row, w, dim));
+}
+
+template <class Kernel>
+TP_INLINE void load_words(DType from, const char* row, int64_t dim, uint32_t* out) {
+#define TP_LOAD(S) load_words<Kernel, DType::S>(row, dim, out)
+  TP_WITH_STORAGE(TP_LOAD)
+#undef TP_LOAD
+}
+#undef TP_WITH_STORAGE
+
+// c (MR, NV vectors) += a (MR, steps) . b (steps, NV vectors)
+template <class Kernel, int MR, int NV>
+TP_INLINE void multiply(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t steps, vf* c) {
+  for (int64_t k = 0; k < steps; ++k) {
+    vf v[NV];
+    TP_UNROLL
+    for (int j = 0; j < NV; ++j) v[j] = loadu((const float*)b + k * ldb + j * W);
+    TP_UNROLL
+    for (int m = 0; m < MR; ++m) {
+      TP_UNROLL
+      for (int j = 0; j < NV; ++j) c[m * NV + j] = Kernel::step(c[m * NV + j], a[m * lda + k], v[j]);
+    }
+  }
+}
+
+// s (MR, 64) = query (MR, ld) . keys, in NV vectors of columns. Sums of at most kChain words are added up: the rounding
+// error of one long chain would grow with head_dim.
+template <class Kernel, int MR, int NV>
+TP_INLINE void logit_columns(const uint32_t* query, int64_t ld, const uint32_t* keys, int64_t words, float* s) {
+  constexpr int64_t kChain = 128;
+  for (int64_t begin = 0; begin < words; begin += kChain) {
+    vf c[MR * NV];
+    TP_UNROLL
+    for (int i = 0; i < MR * NV; ++i) c[i] = vf{};
+    multiply<Kernel, MR, NV>(query + begin, ld, keys + begin * 64, 64, begin + kChain < words ? kChain : words - begin,
+                             c);
+    TP_UNROLL
+    for (int i = 0; i < MR * NV; ++i) {
+      float* to = s + (i / NV) * 64 + (i % NV) * W;
+      storeu(to, begin == 0 ? c[i] : loadu(to) + c[i]);
+    }
+  }
+}
+
+// Columns [begin, end), multiples of 16.
+template <class Kernel, int MR>
+void logits(const uint32_t* query, int64_t ld, const uint32_t* keys, int64_t words, int begin, int end, float* s) {
+  constexpr int NV = kTileVectors;
+  for (; begin + NV * W <= end; begin += NV * W)
+    logit_columns<Kernel, MR, NV>(query, ld, keys + begin, words, s + begin);
+  if constexpr (NV > 2)
+    for (; begin + 2 * W <= end; begin += 2 * W)
+      logit_columns<Kernel, MR, 2>(query, ld, keys + begin, words, s + begin);
+  if constexpr (NV * W > 16)
+    for (; begin < end; begin += W) logit_columns<Kernel, MR, 1>(query, ld, keys + begin, words, s + begin);
+}
+
+template <class Kernel, int MR, int NV>
+TP_INLINE void accumulate_columns(const uint32_t* p, const uint32_t* values, int64_t ld, int begin, int end,
+                                  const float* shrink, bool first, float* acc) {
+  constexpr int kSteps = 64 / Kernel::kLanesPerWord;
+  vf c[MR * NV];
+  if (first) {
+    TP_UNROLL
+    for (int i = 0; i < MR * NV; ++i) c[i] = vf{};
+  } else {
+    TP_UNROLL
+    for (int i = 0; i < MR * NV; ++i) c[i] = loadu(acc + (i / NV) * ld + (i % NV) * W) * shrink[i / NV];
+  }
+  multiply<Kernel, MR, NV>(p + begin, kSteps, values + begin * ld, ld, end - begin, c);
+  TP_UNROLL
+  for (int i = 0; i < MR * NV; ++i) storeu(acc + (i / NV) * ld + (i % NV) * W, c[i]);
+}
+
+// acc (MR, ld) = acc * shrink + p . values of the keys [begin, end); 0 instead of acc at first.
+template <class Kernel, int MR>
+void accumulate(const uint32_t* p, const uint32_t* values, int64_t ld, int begin, int end, int64_t dim,
+                const float* shrink, bool first, float* acc) {
+  constexpr int NV = kTileVectors;
+  begin /= Kernel::kLanesPerWord;
+  end = (end + Kernel::kLanesPerWord - 1) / Kernel::kLanesPerWord;
+  int64_t h = 0;
+  for (; h + NV * W <= dim; h += NV * W)
+    accumulate_columns<Kernel, MR, NV>(p, values + h, ld, begin, end, shrink, first, acc + h);
+  if constexpr (NV > 2)
+    for (; h + 2 * W <= dim; h += 2 * W)
+      accumulate_columns<Kernel, MR, 2>(p, values + h, ld, begin, end, shrink, first, acc + h);
+  for (; h < dim; h += W) accumulate_columns<Kernel, MR, 1>(p, values + h, ld, begin, end, shrink, first, acc + h);
+}
 
 }  // namespace
 }  // namespace torch_paged
