@@ -58,8 +58,8 @@ def measure(args: argparse.Namespace) -> None:
     for table in tables(rows, all_goals=args.subject == "all"):
         if table.lines:
             table.print(console)
-    plots.draw(rows, args.out)
-    console.print(f"{time.monotonic() - began:.0f} s; CSV files and plots are in {args.out}")
+    write_report(args)
+    console.print(f"{time.monotonic() - began:.0f} s; tables, CSV files and plots are in {args.out}")
 
 
 def tables(rows: list[Row], *, all_goals: bool) -> Iterator[report.Table]:
@@ -69,16 +69,22 @@ def tables(rows: list[Row], *, all_goals: bool) -> Iterator[report.Table]:
     yield report.goal_table(rows, unmeasured=all_goals)
 
 
-def print_markdown(args: argparse.Namespace) -> None:
-    """Print the tables of an earlier run in Markdown, and draw its plots again."""
+def write_report(args: argparse.Namespace) -> None:
+    """Write what the CSV files of a folder say: ``README.md`` with every table, and the plots."""
     runs = [report.read_csv(path) for path in sorted(args.out.glob("*.csv"))]
     if not runs:
         raise SystemExit(f"benchmarks: --out must be a folder with CSV files of a run, got {args.out}")
-    for key in ("processor", "processors", "kernels", "torch", "transformers", "commit", "seed", "size"):
-        print(f"- {key}: {', '.join(dict.fromkeys(head[key] for head, _ in runs))}")
     rows = [row for _, found in runs for row in found]
-    for table in tables(rows, all_goals=True):
-        print("\n" + table.markdown(), end="")
+    lines = [
+        "# Results",
+        "",
+        "Written by `python -m benchmarks`; [performance.md](../../../docs/performance.md) explains it.",
+        "",
+    ]
+    for key in ("processor", "processors", "kernels", "torch", "transformers", "commit", "seed", "size"):
+        lines.append(f"- {key}: {', '.join(dict.fromkeys(head[key] for head, _ in runs))}")
+    lines += ["", *(table.markdown() for table in reversed(list(tables(rows, all_goals=True))))]
+    (args.out / "README.md").write_text("\n".join(lines))
     plots.draw(rows, args.out)
 
 
@@ -105,8 +111,8 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(do=measure)
     everything = subjects.add_parser("all", parents=[common, measured], help="all of them, and the goals (default)")
     everything.set_defaults(do=measure)
-    again = subjects.add_parser("report", parents=[common], help="print the tables of --out in Markdown")
-    again.set_defaults(do=print_markdown)
+    again = subjects.add_parser("report", parents=[common], help="write README.md and the plots of --out again")
+    again.set_defaults(do=write_report)
     return top
 
 

@@ -31,7 +31,7 @@ class Table:
         """Print it in the terminal."""
         table = RichTable(*self.header, title=self.title, title_justify="left")
         for line in self.lines:
-            style = {"yes": "green", "no": "red"}.get(line[-1], "")
+            style = {"yes": "green", "mean only": "yellow", "no": "red"}.get(line[-1], "")
             table.add_row(*line, style=style)
         console.print(table)
 
@@ -47,7 +47,9 @@ def goal_table(rows: Iterable[Row], *, unmeasured: bool) -> Table:
     for goal in goals(rows):
         if not goal.values and not unmeasured:
             continue
-        met = {True: "yes", False: "no", None: "not measured"}[goal.met]
+        met = {True: "yes", False: "mean only" if goal.mean_met else "no", None: ""}[goal.met]
+        if not goal.values:
+            met = "not measured"
         worst = goal.show(goal.worst) if len(goal.values) > 1 else ""
         lines.append((goal.work, goal.quantity, goal.asked, goal.show(goal.reached), worst, str(len(goal.values)), met))
     header = ("work", "quantity", "goal", "reached", "worst cell", "cells", "met")

@@ -60,8 +60,11 @@ def test_every_subject_runs_and_writes_its_file(
     assert any(row.contender == OURS for row in rows)
     lines = (tmp_path / f"{subject}.csv").read_text().splitlines()
     assert ",".join(field.name for field in fields(Row)) in lines
-    command.main(["report", "--out", str(tmp_path)])
+    written = (tmp_path / "README.md").read_text()
     assert rows[0].case in capsys.readouterr().out
+    assert f"| {rows[0].case} | 1 |" in written
+    command.main(["report", "--out", str(tmp_path)])
+    assert (tmp_path / "README.md").read_text() == written
 
 
 def test_sizes_of_decode_can_be_chosen(tmp_path: Path) -> None:
