@@ -12,7 +12,7 @@ QEMU ?= qemu-aarch64
 KERNELS := $(wildcard csrc_shims/*.cpp csrc_shims/*.h csrc_shims/cpu/*.cpp csrc_shims/cpu/*.h)
 LIBRARY := torch_paged/_C.abi3.so
 
-.PHONY: demo test lint bench wheel clean mutants test-wheel test-torch29 test-aarch64 help
+.PHONY: demo test lint bench instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test           run all tests"
 	@echo "make lint           ruff, mypy, clang-format"
 	@echo "make bench          measure the kernels beside peers and limits (ARGS=--quick: minutes)"
+	@echo "make instructions   count the kernels' instructions and compare them with committed figures"
 	@echo "make mutants        plant faults in the kernels and see the tests catch them"
 	@echo "make wheel          build dist/*.whl"
 	@echo "make test-wheel     install the wheel into a fresh environment and use it"
@@ -60,6 +61,9 @@ lint: $(VENV)/.lint
 
 bench: $(LIBRARY) $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
+
+instructions: $(LIBRARY)
+	$(BIN)/python -m benchmarks.instructions $(ARGS)
 
 mutants: $(LIBRARY)
 	$(BIN)/python tests/mutants.py $(ARGS)

@@ -80,16 +80,22 @@ void merge_row(const MergeArgs& args, int64_t token, int64_t head) {
   float total = (args.sinks ? exp1(sink - base) : 0.0f) + poison;
   for (int64_t p = 0; p < args.num_parts; ++p) total += exp1(args.lses[p * rows + row] - base);
   args.lse[row] = total == 0.0f ? kNegInf : base + __builtin_logf(total);
-  for (int64_t i = 0; i < dim; i += W) {
-    const int n = lanes_left(dim, i);
-    vf sum = vf{};
+  constexpr int64_t kLanes = 8 * W;  // of the sums that share one weight
+  for (int64_t begin = 0; begin < dim; begin += kLanes) {
+    const int64_t end = begin + kLanes < dim ? begin + kLanes : dim;
+    vf sums[kLanes / W] = {};
     for (int64_t p = 0; p < args.num_parts; ++p) {
       const float lse = args.lses[p * rows + row];
       if (lse == kNegInf) continue;
+      const float weight = exp1(lse - base);
       const char* part = (const char*)args.outs + (p * rows + row) * dim * element_size(args.dtype);
-      sum = sum + load_lanes(args.dtype, part, i, n) * exp1(lse - base);
+      vf* sum = sums;
+      for (int64_t i = begin; i < end; i += W, ++sum)
+        *sum = *sum + load_lanes(args.dtype, part, i, lanes_left(dim, i)) * weight;
     }
-    store_lanes(args.dtype, args.out, row * dim + i, total == 0.0f ? vf{} : sum / total, n);
+    const vf* sum = sums;
+    for (int64_t i = begin; i < end; i += W, ++sum)
+      store_lanes(args.dtype, args.out, row * dim + i, total == 0.0f ? vf{} : *sum / total, lanes_left(dim, i));
   }
 }
 
