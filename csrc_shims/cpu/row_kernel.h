@@ -44,18 +44,34 @@ void decode_row(DType dtype, const void* source, float scale, float* out, int64_
   }
 }
 
-void quantize_row(DType source_dtype, const void* source, float scale, DType dtype, void* out, int64_t dim) {
-  for (int64_t i = 0; i < dim; i += W) {
-    const int n = lanes_left(dim, i);
-    const vf x = load_lanes(source_dtype, source, i, n);
-    uint8_t* to = (uint8_t*)out + i;
-    if (dtype == DType::i8)
-      quantize_lanes<DType::i8>(x, scale, to, n);
-    else if (dtype == DType::e4m3)
-      quantize_lanes<DType::e4m3>(x, scale, to, n);
-    else
-      quantize_lanes<DType::e5m2>(x, scale, to, n);
+template <DType From, DType To>
+void quantize_lanes_of_row(const void* source, float scale, void* out, int64_t dim) {
+  int64_t i = 0;
+  for (; i + W <= dim; i += W)
+    quantize_lanes<To>(decode<From>((const char*)source + i * size_of<From>()), scale, (uint8_t*)out + i, W);
+  if (i < dim) {
+    const int n = (int)(dim - i);
+    quantize_lanes<To>(decode_partial<From>((const char*)source + i * size_of<From>(), n), scale, (uint8_t*)out + i, n);
   }
+}
+
+template <DType From>
+void quantize_row_of(const void* source, float scale, DType dtype, void* out, int64_t dim) {
+  if (dtype == DType::i8)
+    quantize_lanes_of_row<From, DType::i8>(source, scale, out, dim);
+  else if (dtype == DType::e4m3)
+    quantize_lanes_of_row<From, DType::e4m3>(source, scale, out, dim);
+  else
+    quantize_lanes_of_row<From, DType::e5m2>(source, scale, out, dim);
+}
+
+void quantize_row(DType source_dtype, const void* source, float scale, DType dtype, void* out, int64_t dim) {
+  if (source_dtype == DType::f32)
+    quantize_row_of<DType::f32>(source, scale, dtype, out, dim);
+  else if (source_dtype == DType::bf16)
+    quantize_row_of<DType::bf16>(source, scale, dtype, out, dim);
+  else
+    quantize_row_of<DType::f16>(source, scale, dtype, out, dim);
 }
 
 // The largest magnitude of a row, leaving NaN out: a scale must be a number.
