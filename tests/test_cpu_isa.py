@@ -24,17 +24,30 @@ CHECK = """
 import sys
 import torch
 from torch_paged.backends.cpu.support import isa
-from torch_paged.testing import assert_merged, assert_same, build, option_pairs, random_case
+from torch_paged.testing import AttentionCase, assert_merged, assert_same, build, option_pairs, random_case
 from torch_paged.testing.backends import REFERENCE, backends_here
-from torch_paged.testing.named import ATTENTION_CASES, MERGE_CASES, WRITE_CASES
+from torch_paged.testing.named import ATTENTION_CASES, GATHER_CASES, MERGE_CASES, WRITE_CASES
 
 torch.set_num_threads(1)
 assert isa() == sys.argv[1], isa()
 backend, = backends_here()
-for case in (*ATTENTION_CASES[::3], *option_pairs()):
+for case in (*ATTENTION_CASES, *option_pairs()):
     backend.check(case)
-for seed in range(1000, 1060):
+for seed in range(1000, 1040):
     backend.check(random_case(seed))
+for dtype, cache_dtype, rank in (
+    (torch.float32, None, None), (torch.bfloat16, None, None), (torch.float16, None, None),
+    (torch.bfloat16, torch.int8, 4), (torch.float16, torch.float8_e4m3fn, 2), (torch.float32, torch.float8_e5m2, 1),
+):
+    kind = dict(dtype=dtype, cache_dtype=cache_dtype, scales_rank=rank, num_kv_heads=1, head_dim=40)
+    backend.check_batch_invariance(AttentionCase("decode", (1100, 5, 600, 64), **kind))
+    backend.check_batch_invariance(AttentionCase("varlen", (100, 0, 2100, 9), (40, 3, 5, 9), group=2, **kind))
+torch.set_num_threads(1)
+for case in GATHER_CASES:
+    arguments = build(case)
+    results, expected = (run("gather_cache", arguments) for run in (backend, REFERENCE))
+    for result, wanted in zip(results, expected):
+        assert_same(result, wanted, case.name)
 for case in WRITE_CASES:
     arguments, expected = build(case), build(case)
     backend(case.op, arguments)
