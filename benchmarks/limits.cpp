@@ -5,8 +5,10 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 constexpr int kVectorBytes = 64;
-#else
+#elif defined(__AVX__)
 constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
 #endif
 
 namespace {

@@ -26,4 +26,5 @@ def kernel_objects() -> list[Path]:
     """Return the object files of the kernels that the build of the extension left, or nothing."""
     folders = [path.parent for path in ROOT.glob("build/temp.*/csrc_shims/cpu/attention.o")]
     newest = max(folders, key=lambda folder: (folder / "attention.o").stat().st_mtime, default=None)
-    return [] if newest is None else sorted(newest.glob("*.o"))
+    sources = sorted((ROOT / "csrc_shims" / "cpu").glob("*.cpp"))
+    return [] if newest is None else [built for path in sources if (built := newest / f"{path.stem}.o").exists()]
