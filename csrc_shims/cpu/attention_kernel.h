@@ -12,19 +12,22 @@
 namespace torch_paged {
 namespace {
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 template <class Kernel, int RG>
-TP_INLINE void direct_rows(const AttentionArgs& args, int64_t key_dim, int64_t value_dim, const UnitRows& unit,
-                           const UnitRows& next, const Poisoned& poisoned, const LogitRule& rule,
-                           const typename Kernel::Query* query, int64_t query_ld, const uint64_t* bits,
-                           const float* slopes, const int64_t* distances, float* s, float* max, float* sum,
-                           float* acc) {
+void direct_rows(const AttentionArgs& args, int64_t key_dim, int64_t value_dim, const UnitRows& unit,
+                 const UnitRows& next, const Poisoned& poisoned, const LogitRule& rule,
+                 const typename Kernel::Query* query, int64_t query_ld, const RowSight* rows, float* s, float* max,
+                 float* sum, float* acc) {
   const int64_t lanes = acc_dim(args), es = element_size(args.has_cache ? args.cache.dtype : args.dtype);
   Kernel::template logits<RG>(query, query_ld, unit, key_dim, s, next, args.head_dim * es);
-  for (int g = 0; g < RG; ++g)
-    softmax_row(rule, bits[g], unit.count, slopes[g], distances[g], s + g * 64, max + g, sum + g, acc + g * lanes,
-                lanes);
+  softmax_rows<RG>(rule, rows, unit.count, s, max, sum, acc, lanes);
   Kernel::template accumulate<RG>(s, unit, value_dim, acc, lanes, next, args.value_dim * es);
-  for (int g = 0; g < RG; ++g) poisoned.add<Kernel>(bits[g], unit.count, s + g * 64, value_dim, acc + g * lanes, lanes);
+  for (int g = 0; g < RG; ++g)
+    poisoned.add<Kernel>(rows[g].bits, unit.count, s + g * 64, value_dim, acc + g * lanes, lanes);
 }
 
 // All query rows of one kv head on one unit.
@@ -32,35 +35,28 @@ template <class Kernel>
 TP_INLINE void direct_unit(const AttentionArgs& args, int64_t key_dim, int64_t value_dim, UnitRows& unit,
                            const UnitRows& next, uint64_t seen, uint64_t common, Poisoned& poisoned,
                            const LogitRule& rule, const typename Kernel::Query* query, int64_t query_ld, int64_t rows,
-                           const uint64_t* bits, const float* slopes, const int64_t* distances, float* logits,
-                           float* max, float* sum, float* acc) {
+                           const RowSight* sights, float* logits, float* max, float* sum, float* acc) {
   const int64_t lanes = acc_dim(args);
   poisoned.take<Kernel::kStorage>(seen, common, value_dim, unit);
-  UnitRows none;
+  const UnitRows none;
   for (int64_t r = 0; r < rows;) {
-    const UnitRows& ahead = r == 0 ? next : none;
-#define TP_DIRECT_ROWS(RG)                                                                                       \
-  direct_rows<Kernel, RG>(args, key_dim, value_dim, unit, ahead, poisoned, rule, query + r * query_ld, query_ld, \
-                          bits + r, slopes + r, distances + r, logits, max + r, sum + r, acc + r * lanes)
-    switch (rows - r) {
-      case 1:
-        TP_DIRECT_ROWS(1);
-        r += 1;
-        break;
-      case 2:
-        TP_DIRECT_ROWS(2);
-        r += 2;
-        break;
-      case 3:
-        TP_DIRECT_ROWS(3);
-        r += 3;
-        break;
-      default:
-        TP_DIRECT_ROWS(4);
-        r += 4;
-        break;
-    }
-#undef TP_DIRECT_ROWS
+    const auto group = [&](auto count) {
+      direct_rows<Kernel, count.value>(args, key_dim, value_dim, unit, r == 0 ? next : none, poisoned, rule,
+                                       query + r * query_ld, query_ld, sights + r, logits, max + r, sum + r * W,
+                                       acc + r * lanes);
+      r += count.value;
+    };
+    const int64_t left = rows - r;
+    if (left >= Kernel::kMaxRows)
+      group(Count<Kernel::kMaxRows>());
+    else if (left >= 4)
+      group(Count<4>());
+    else if (left == 3)
+      group(Count<3>());
+    else if (left == 2)
+      group(Count<2>());
+    else
+      group(Count<1>());
   }
 }
 
@@ -75,6 +71,7 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
   const Scratch s = Scratch::carve(carver, args, heads * rows);
   __builtin_memset(s.zeros, 0, (widest > lanes ? widest : lanes) * 4);
   clear_rows(heads * rows, lanes, s);
+  __builtin_memset(s.sum, 0, heads * rows * W * sizeof(float));
   auto* query = (typename Kernel::Query*)s.query;
   for (int64_t i = 0; i < heads * rows; ++i) {
     const int64_t head = (item.head_begin + i / rows) * group + i % rows % group;
@@ -102,6 +99,8 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
       next_block(args, seq, item, sight, blocks[(n / heads - 1) % 3].key0 + kBlockKeys, block);
     locate_unit(args, block, item.head_begin + n % heads, s.zeros, units[n % 3]);
   };
+  RowSight sights[kMaxDirectRows];
+  uint64_t seen = 0, common = 0;
   locate(0);
   locate(1);
   for (int64_t n = 0; blocks[n / heads % 3].live; ++n) {
@@ -111,23 +110,26 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
     UnitRows& unit = units[n % 3];
     const UnitRows& next = units[(n + 2) % 3];
 
-    uint64_t seen = 0, common = ~0ull, bits[kMaxDirectRows];
-    float slopes[kMaxDirectRows];
-    int64_t distances[kMaxDirectRows];
-    for (int64_t r = 0; r < rows; ++r) {
-      seen |= bits[r] = row_bits(args, seq, item, sight, head, r, group, block.key0);
-      common &= bits[r];
-      slopes[r] = args.alibi_slopes ? args.alibi_slopes[head * group + r % group] : 0.0f;
-      distances[r] = sight.positions[r / group] - block.key0;
+    if (h == 0 || args.attn_mask) {
+      seen = 0;
+      common = ~0ull;
+      for (int64_t r = 0; r < rows; ++r) {
+        sights[r].bits = row_bits(args, seq, item, sight, head, r, group, block.key0);
+        sights[r].distance = sight.positions[r / group] - block.key0;
+        seen |= sights[r].bits;
+        common &= sights[r].bits;
+      }
     }
+    for (int64_t r = 0; r < rows; ++r)
+      sights[r].slope = args.alibi_slopes ? args.alibi_slopes[head * group + r % group] : 0.0f;
     if (!seen) continue;
     if (seen != block.live) point_dead_keys(~seen, s.zeros, unit);
     if (quantized) scales.load(args, block, head);
     const int64_t at = h * rows;
     const auto run = [&](auto kernel, int64_t key_dim, int64_t value_dim) {
       direct_unit<decltype(kernel)>(args, key_dim, value_dim, unit, next, seen, common, poisoned, rule,
-                                    query + at * query_ld, query_ld, rows, bits, slopes, distances, s.logits,
-                                    s.max + at, s.sum + at, s.acc + at * lanes);
+                                    query + at * query_ld, query_ld, rows, sights, s.logits, s.max + at, s.sum + at * W,
+                                    s.acc + at * lanes);
     };
     if constexpr (quantized) {
       if (block.live & ~low_bits(block.split)) {  // some keys lie beside the cache, in another type
@@ -145,6 +147,7 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
     }
     run(Kernel(), args.head_dim, args.value_dim);
   }
+  for (int64_t i = 0; i < heads * rows; ++i) s.sum[i] = hsum(loadu(s.sum + i * W));
   for (int64_t h = 0; h < heads; ++h)
     write_rows<Kernel>(args, seq, item, item.head_begin + h, partials, s.max + h * rows, s.sum + h * rows,
                        s.acc + h * rows * lanes);

@@ -1,6 +1,10 @@
-// Products on a few query rows, keys and values used in place (decode, speculative tokens). A group of up to four rows
-// times a few keys is one register tile of dot products; the value product keeps 4 rows x kValueVectors vectors of the
-// output in registers. Prefetches of the next unit's rows are spread through both products.
+// Products on a few query rows, keys and values used in place (decode, speculative tokens). A group of up to eight rows
+// times a few keys is one register tile of dot products; the value product keeps as many rows x a few vectors of the
+// output in registers.
+//
+// What is read comes from memory in two steps, both spread evenly through both products: the rows of the next unit are
+// prefetched into L2, one line after the other, and those needed a few keys later from L2 into L1. Without the second
+// step the loads wait behind the first one's misses.
 #pragma once
 
 #include "lanes.h"
@@ -8,11 +12,8 @@
 namespace torch_paged {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kValueVectors = 4;
-#else
-constexpr int kValueVectors = 2;
-#endif
+constexpr int kMaxRowsAtOnce = kReduce >= 8 ? 8 : 4;
+constexpr int kKeysAhead = 8, kValuesAhead = 16;  // rows from a load back to its prefetch into L1
 
 // Rows of a (key block, kv head) unit, and those of the unit after it.
 struct UnitRows {
@@ -23,22 +24,46 @@ struct UnitRows {
   UnitRows() {}  // the pointers stay unset: `count` says how many are
 };
 
-TP_INLINE void prefetch_bytes(const char* row, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += 64) prefetch_l2(row + i);
-}
+// The lines of some rows, prefetched into L2 a few at a time.
+struct LinesAhead {
+  const char* const* row;
+  const char* const* end;
+  int64_t row_bytes, offset = 0;
 
-// One cache line of each of N rows: a burst of whole rows would fill the line buffers and stall the product.
+  LinesAhead(const char* const* rows, int count, int64_t row_bytes)
+      : row(rows), end(rows + count), row_bytes(row_bytes) {}
+
+  TP_INLINE void fetch(int lines) {
+    for (int i = 0; i < lines && row != end; ++i) {
+      prefetch_l2(*row + offset);
+      offset += 64;
+      if (offset >= row_bytes) {
+        offset = 0;
+        ++row;
+      }
+    }
+  }
+};
+
+TP_INLINE int lines_of(int64_t bytes) { return (int)((bytes + 63) / 64); }
+
+// Bytes [begin, begin + bytes) of N rows into L1.
 template <int N>
-TP_INLINE void prefetch_lines(const char* const* rows, int64_t offset, int64_t row_bytes) {
-  if (offset >= row_bytes) return;
+TP_INLINE void fetch_rows(const char* const* rows, int64_t begin, int64_t bytes) {
   TP_UNROLL
-  for (int i = 0; i < N; ++i) prefetch_l2(rows[i] + offset);
+  for (int i = 0; i < N; ++i)
+    for (int64_t j = 0; j < bytes; j += 64) prefetch_l1(rows[i] + begin + j);
 }
 
-// Keys in a register tile of RG query rows.
+// Keys in a register tile of RG query rows, and vectors of the output.
 template <int RG>
 constexpr int keys_per_tile() {
-  return RG == 1 ? kReduce : RG == 2 ? kReduce / 2 : kReduce / 4;
+  return RG == 1 ? kReduce : RG == 2 ? kReduce / 2 : RG <= 4 ? kReduce / 4 : kReduce / 8;
+}
+template <int RG>
+constexpr int vectors_per_tile() {
+  constexpr int kAccumulators = kReduce > 8 ? kReduce : 8;
+  return kAccumulators / (RG <= 2 ? 2 : RG <= 4 ? 4 : 8);
 }
 
 // acc[i] of row i / NK, key i % NK -> s[row * 64 + key]
@@ -55,6 +80,7 @@ template <DType S>
 struct RowsF32 {
   using Staged = RowsF32<DType::f32>;
   static constexpr DType kStorage = S;
+  static constexpr int kMaxRows = kMaxRowsAtOnce;
   static constexpr int kQueryPad = W, kStagedPad = 1;
   using Query = float;
 
@@ -64,52 +90,66 @@ struct RowsF32 {
     for (int64_t i = 0; i < dim; i += W) storeu(out + i, load_lanes(dtype, source, i, lanes_left(dim, i)));
   }
 
+  // acc[g][i] += query row g . key i over lanes [c, c + W), or the first `partial` of them.
+  template <int RG>
+  static TP_INLINE void dot_step(const float* query, int64_t ld, const char* const* key, int64_t c, int partial,
+                                 vf* acc) {
+    constexpr int NK = keys_per_tile<RG>();
+    vf k[NK];
+    TP_UNROLL
+    for (int i = 0; i < NK; ++i) {
+      const char* from = key[i] + c * size_of<S>();
+      k[i] = partial ? decode_partial<S>(from, partial) : decode<S>(from);
+    }
+    TP_UNROLL
+    for (int g = 0; g < RG; ++g) {
+      const vf q = loadu(query + g * ld + c);
+      TP_UNROLL
+      for (int i = 0; i < NK; ++i) acc[g * NK + i] += q * k[i];
+    }
+  }
+
   // s[g][t] = query row g . key t; query (RG, ld) padded with zeros to a multiple of W.
   template <int RG>
   static TP_INLINE void logits(const float* query, int64_t ld, const UnitRows& unit, int64_t dim, float* s,
                                const UnitRows& next, int64_t next_bytes) {
-    constexpr int NK = keys_per_tile<RG>();
-    const int64_t whole = dim / W * W;
+    constexpr int NK = keys_per_tile<RG>(), kLine = 64 / size_of<S>(), kAhead = NK > kKeysAhead ? NK : kKeysAhead;
+    LinesAhead ahead(next.key, next.count, next_bytes);
     for (int t = 0; t < unit.count; t += NK) {
       vf acc[kReduce];
       TP_UNROLL
       for (int i = 0; i < kReduce; ++i) acc[i] = vf{};
-      const int64_t ahead = t < next.count ? next_bytes : 0;
-      for (int64_t c = 0; c < whole; c += W) {
-        prefetch_lines<NK>(next.key + t, c / W * 64, ahead);
-        vf k[NK];
+      int64_t c = 0;
+      for (; c + kLine <= dim; c += kLine) {
+        ahead.fetch(NK);
+        if (t + kAhead < unit.count) fetch_rows<NK>(unit.key + t + kAhead, c * size_of<S>(), 64);
         TP_UNROLL
-        for (int i = 0; i < NK; ++i) k[i] = decode<S>(unit.key[t + i] + c * size_of<S>());
-        TP_UNROLL
-        for (int g = 0; g < RG; ++g) {
-          const vf q = loadu(query + g * ld + c);
-          TP_UNROLL
-          for (int i = 0; i < NK; ++i) acc[g * NK + i] += q * k[i];
-        }
+        for (int i = 0; i < kLine; i += W) dot_step<RG>(query, ld, unit.key + t, c + i, 0, acc);
       }
-      if (whole < dim) {
-        TP_UNROLL
-        for (int i = 0; i < NK; ++i) {
-          const vf k = decode_partial<S>(unit.key[t + i] + whole * size_of<S>(), (int)(dim - whole));
-          TP_UNROLL
-          for (int g = 0; g < RG; ++g) acc[g * NK + i] += loadu(query + g * ld + whole) * k;
-        }
-      }
+      ahead.fetch(NK);
+      for (; c + W <= dim; c += W) dot_step<RG>(query, ld, unit.key + t, c, 0, acc);
+      if (c < dim) dot_step<RG>(query, ld, unit.key + t, c, (int)(dim - c), acc);
       store_logits<RG, NK>(acc, s + t);
     }
   }
 
+  // Output lanes [h, h + NV * W), or the first `partial` of W.
   template <int RG, int NV>
-  static TP_INLINE void accumulate_columns(const float* p, const UnitRows& unit, int64_t h, float* acc, int64_t ld,
-                                           const UnitRows& next, int64_t next_begin, int64_t next_end) {
+  static TP_INLINE void accumulate_columns(const float* p, const UnitRows& unit, int64_t h, int partial, float* acc,
+                                           int64_t ld, LinesAhead& ahead, int lines) {
     vf a[RG * NV];
     TP_UNROLL
     for (int i = 0; i < RG * NV; ++i) a[i] = loadu(acc + (i / NV) * ld + h + (i % NV) * W);
     for (int t = 0; t < unit.count; ++t) {
-      if (t < next.count) prefetch_bytes(next.value[t], next_begin, next_end);
+      ahead.fetch(lines);
+      if (t + kValuesAhead < unit.count)
+        fetch_rows<1>(unit.value + t + kValuesAhead, h * size_of<S>(), partial ? 1 : NV * W * size_of<S>());
       vf v[NV];
       TP_UNROLL
-      for (int j = 0; j < NV; ++j) v[j] = decode<S>(unit.value[t] + (h + j * W) * size_of<S>());
+      for (int j = 0; j < NV; ++j) {
+        const char* from = unit.value[t] + (h + j * W) * size_of<S>();
+        v[j] = partial ? decode_partial<S>(from, partial) : decode<S>(from);
+      }
       TP_UNROLL
       for (int g = 0; g < RG; ++g) {
         const vf pg = set1(p[g * 64 + t]);
@@ -121,28 +161,25 @@ struct RowsF32 {
     for (int i = 0; i < RG * NV; ++i) storeu(acc + (i / NV) * ld + h + (i % NV) * W, a[i]);
   }
 
+  // The columns from h on, in groups of NV vectors as long as they fit.
+  template <int RG, int NV>
+  static TP_INLINE void accumulate_from(int64_t h, const float* p, const UnitRows& unit, int64_t dim, float* acc,
+                                        int64_t ld, LinesAhead& ahead, int lines) {
+    for (; h + NV * W <= dim; h += NV * W) accumulate_columns<RG, NV>(p, unit, h, 0, acc, ld, ahead, lines);
+    if constexpr (NV > 1)
+      accumulate_from<RG, NV / 2>(h, p, unit, dim, acc, ld, ahead, lines);
+    else if (h < dim)
+      accumulate_columns<RG, 1>(p, unit, h, (int)(dim - h), acc, ld, ahead, lines);
+  }
+
   // acc[g] += sum over t of p[g][t] * value t
   template <int RG>
   static TP_INLINE void accumulate(const float* p, const UnitRows& unit, int64_t dim, float* acc, int64_t ld,
                                    const UnitRows& next, int64_t next_bytes) {
-    constexpr int NV = kValueVectors;
-    const int64_t groups = dim / (NV * W);
-    const int64_t slice = groups ? round_up(next_bytes / groups, 64) : next_bytes;
-    int64_t h = 0;
-    for (int64_t i = 0; i < groups; ++i, h += NV * W) {
-      const int64_t begin = i * slice, end = begin + slice < next_bytes ? begin + slice : next_bytes;
-      accumulate_columns<RG, NV>(p, unit, h, acc, ld, next, begin, end);
-    }
-    const UnitRows none;
-    for (; h + W <= dim; h += W)
-      accumulate_columns<RG, 1>(p, unit, h, acc, ld, groups ? none : next, 0, h ? 0 : next_bytes);
-    if (h < dim) {
-      for (int t = 0; t < unit.count; ++t) {
-        const vf v = decode_partial<S>(unit.value[t] + h * size_of<S>(), (int)(dim - h));
-        TP_UNROLL
-        for (int g = 0; g < RG; ++g) storeu(acc + g * ld + h, loadu(acc + g * ld + h) + p[g * 64 + t] * v);
-      }
-    }
+    constexpr int NV = vectors_per_tile<RG>();
+    LinesAhead ahead(next.value, next.count, next_bytes);
+    const int64_t groups = (dim + NV * W - 1) / (NV * W);
+    accumulate_from<RG, NV>(0, p, unit, dim, acc, ld, ahead, (int)((lines_of(next_bytes) + groups - 1) / groups));
   }
 
   // Accumulator lanes [i, i + W) in their natural order.
@@ -170,6 +207,7 @@ TP_INLINE void pack_pairs(const float* p, int count, uint32_t* pairs) {
 // bf16 rows through vdpbf16ps, which multiplies pairs and accumulates in float32.
 struct RowsDot {
   static constexpr DType kStorage = DType::bf16;
+  static constexpr int kMaxRows = kMaxRowsAtOnce;
   static constexpr int kQueryPad = 32;
   using Query = uint16_t;
 
@@ -198,36 +236,37 @@ struct RowsDot {
   template <int RG>
   static TP_INLINE void logits(const uint16_t* query, int64_t ld, const UnitRows& unit, int64_t dim, float* s,
                                const UnitRows& next, int64_t next_bytes) {
-    constexpr int NK = keys_per_tile<RG>();
+    constexpr int NK = keys_per_tile<RG>(), kAhead = NK > kKeysAhead ? NK : kKeysAhead;
     const int64_t whole = dim / 32 * 32;
+    LinesAhead ahead(next.key, next.count, next_bytes);
     for (int t = 0; t < unit.count; t += NK) {
       vf acc[kReduce];
       TP_UNROLL
       for (int i = 0; i < kReduce; ++i) acc[i] = vf{};
-      const int64_t ahead = t < next.count ? next_bytes : 0;
       for (int64_t c = 0; c < whole; c += 32) {
-        prefetch_lines<NK>(next.key + t, c / 32 * 64, ahead);
+        ahead.fetch(NK);
+        if (t + kAhead < unit.count) fetch_rows<NK>(unit.key + t + kAhead, 2 * c, 64);
         dot_step<RG, false>(query, ld, unit.key + t, c, 0, acc);
       }
-      if (whole < dim) dot_step<RG, true>(query, ld, unit.key + t, whole, lanes_mask(dim - whole), acc);
+      if (whole < dim) {
+        ahead.fetch(NK);
+        dot_step<RG, true>(query, ld, unit.key + t, whole, lanes_mask(dim - whole), acc);
+      }
       store_logits<RG, NK>(acc, s + t);
     }
   }
 
-  // N = 1 or 2 chunks of 32 lanes
+  // N chunks of 32 lanes, the last one masked when they reach beyond dim.
   template <int RG, int N, bool kPartial>
   static TP_INLINE void accumulate_columns(const uint32_t (*pairs)[32], const UnitRows& unit, int64_t h, int64_t dim,
-                                           float* acc, int64_t ld, const UnitRows& next, int64_t next_begin,
-                                           int64_t next_end) {
+                                           float* acc, int64_t ld, LinesAhead& ahead, int lines) {
     vf a[RG * 2 * N];
     TP_UNROLL
     for (int i = 0; i < RG * 2 * N; ++i) a[i] = loadu(acc + (i / (2 * N)) * ld + h + (i % (2 * N)) * W);
     const __mmask32 lanes = lanes_mask(dim - h);
     for (int t = 0; t < unit.count; t += 2) {
-      if (t < next.count) {
-        prefetch_bytes(next.value[t], next_begin, next_end);
-        prefetch_bytes(next.value[t + 1], next_begin, next_end);
-      }
+      ahead.fetch(lines);
+      if (t + kValuesAhead < unit.count) fetch_rows<2>(unit.value + t + kValuesAhead, 2 * h, kPartial ? 1 : 64 * N);
       __m512bh v[2 * N];
       TP_UNROLL
       for (int j = 0; j < N; ++j) {
@@ -249,24 +288,27 @@ struct RowsDot {
     for (int i = 0; i < RG * 2 * N; ++i) storeu(acc + (i / (2 * N)) * ld + h + (i % (2 * N)) * W, a[i]);
   }
 
+  template <int RG, int N>
+  static TP_INLINE void accumulate_from(int64_t h, const uint32_t (*pairs)[32], const UnitRows& unit, int64_t dim,
+                                        float* acc, int64_t ld, LinesAhead& ahead, int lines) {
+    for (; h + 32 * N <= dim; h += 32 * N) accumulate_columns<RG, N, false>(pairs, unit, h, dim, acc, ld, ahead, lines);
+    if constexpr (N > 1)
+      accumulate_from<RG, N / 2>(h, pairs, unit, dim, acc, ld, ahead, lines);
+    else if (h < dim)
+      accumulate_columns<RG, 1, true>(pairs, unit, h, dim, acc, ld, ahead, lines);
+  }
+
   template <int RG>
   static TP_INLINE void accumulate(const float* p, const UnitRows& unit, int64_t dim, float* acc, int64_t ld,
                                    const UnitRows& next, int64_t next_bytes) {
+    constexpr int N = vectors_per_tile<RG>() / 2;
     alignas(64) uint32_t pairs[RG][32];
     TP_UNROLL
     for (int g = 0; g < RG; ++g) pack_pairs(p + g * 64, unit.count, pairs[g]);
-    int64_t h = 0, done = 0;
-    for (; h + 64 <= dim; h += 64) {
-      const int64_t end = h + 128 <= dim ? round_up(next_bytes * (h + 64) / dim, 64) : next_bytes;
-      accumulate_columns<RG, 2, false>(pairs, unit, h, dim, acc, ld, next, done, end);
-      done = end;
-    }
-    if (h + 32 <= dim) {
-      accumulate_columns<RG, 1, false>(pairs, unit, h, dim, acc, ld, next, done, next_bytes);
-      h += 32;
-      done = next_bytes;
-    }
-    if (h < dim) accumulate_columns<RG, 1, true>(pairs, unit, h, dim, acc, ld, next, done, next_bytes);
+    LinesAhead ahead(next.value, next.count, next_bytes);
+    const int64_t groups = (dim + 32 * N - 1) / (32 * N);
+    accumulate_from<RG, N>(0, pairs, unit, dim, acc, ld, ahead,
+                           (int)((2 * lines_of(next_bytes) + groups - 1) / groups));
   }
 
   static TP_INLINE vf natural(const float* acc, int64_t i) { return natural_from_unpacked(acc, i); }

@@ -82,6 +82,7 @@ template <DType S>
 struct RowsBytes {
   using Staged = RowsDot;
   static constexpr DType kStorage = S;
+  static constexpr int kMaxRows = 4;
   static constexpr int kQueryPad = 64, kStagedPad = 64;
   using Query = uint16_t;
 
@@ -138,13 +139,14 @@ struct RowsBytes {
     constexpr int N = RG > 2 ? 1 : 2;
     const ByteReader<S> reader;
     const int64_t whole = dim / 32 * 32;
+    LinesAhead ahead(next.key, next.count, next_bytes);
     for (int t = 0; t < unit.count; t += 8 * N) {
       vf acc[RG * 4 * N];
       TP_UNROLL
       for (int i = 0; i < RG * 4 * N; ++i) acc[i] = vf{};
-      const int64_t ahead = t < next.count ? next_bytes : 0;
       for (int64_t c = 0; c < whole; c += 32) {
-        prefetch_lines<4 * N>(next.key + t + c % 64 / 8 * N, c / 64 * 64, ahead);
+        ahead.fetch(4 * N);
+        if (c % 64 == 0 && t + 8 * N < unit.count) fetch_rows<8 * N>(unit.key + t + 8 * N, c, 64);
         dot_step<RG, N, false>(reader, query, ld, unit.key + t, c, 0, acc);
       }
       if (whole < dim) dot_step<RG, N, true>(reader, query, ld, unit.key + t, whole, (1u << (dim - whole)) - 1, acc);
@@ -168,16 +170,14 @@ struct RowsBytes {
   template <int RG, bool kPartial>
   static TP_INLINE void accumulate_columns(const ByteReader<S>& reader, const uint32_t (*pairs)[32],
                                            const UnitRows& unit, int64_t h, int64_t dim, float* acc, int64_t ld,
-                                           const UnitRows& next, int64_t next_begin, int64_t next_end) {
+                                           LinesAhead& ahead, int lines) {
     vf a[RG * 4];
     TP_UNROLL
     for (int i = 0; i < RG * 4; ++i) a[i] = loadu(acc + (i / 4) * ld + h + (i % 4) * W);
     const __mmask64 lanes = dim - h >= 64 ? ~0ull : (1ull << (dim - h)) - 1;
     for (int t = 0; t < unit.count; t += 2) {
-      if (t < next.count) {
-        prefetch_bytes(next.value[t], next_begin, next_end);
-        prefetch_bytes(next.value[t + 1], next_begin, next_end);
-      }
+      ahead.fetch(lines);
+      if (t + kValuesAhead < unit.count) fetch_rows<2>(unit.value + t + kValuesAhead, h, kPartial ? 1 : 64);
       const __m512i x = load_bytes<kPartial>(unit.value[t] + h, lanes);
       const __m512i y = load_bytes<kPartial>(unit.value[t + 1] + h, lanes);
       __m512bh v[4];
@@ -201,9 +201,12 @@ struct RowsBytes {
     TP_UNROLL
     for (int g = 0; g < RG; ++g) pack_pairs(p + g * 64, unit.count, pairs[g]);
     const ByteReader<S> reader;
+    LinesAhead ahead(next.value, next.count, next_bytes);
+    const int64_t groups = (dim + 63) / 64;
+    const int lines = (int)((2 * lines_of(next_bytes) + groups - 1) / groups);
     int64_t h = 0;
-    for (; h + 64 <= dim; h += 64) accumulate_columns<RG, false>(reader, pairs, unit, h, dim, acc, ld, next, h, h + 64);
-    if (h < dim) accumulate_columns<RG, true>(reader, pairs, unit, h, dim, acc, ld, next, h, next_bytes);
+    for (; h + 64 <= dim; h += 64) accumulate_columns<RG, false>(reader, pairs, unit, h, dim, acc, ld, ahead, lines);
+    if (h < dim) accumulate_columns<RG, true>(reader, pairs, unit, h, dim, acc, ld, ahead, lines);
   }
 
   static TP_INLINE vf natural(const float* acc, int64_t i) {

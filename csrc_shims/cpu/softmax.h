@@ -53,6 +53,74 @@ TP_INLINE void softmax_row(const LogitRule& rule, uint64_t bits, int count, floa
   *sum += hsum(total);
 }
 
+// What the softmax of a few rows needs to know about one of them.
+struct RowSight {
+  uint64_t bits;     // the keys of the block that it sees
+  int64_t distance;  // from the block's first key to the query
+  float slope;       // ALiBi
+};
+
+// Logits of one row in base 2, stored to s; returns their maximum a lane.
+TP_INLINE vf masked_logits(const LogitRule& rule, const RowSight& row, int count, float* s) {
+  const vf lanes = __builtin_convertvector(lane_index(), vf);
+  vf top = set1(kNegInf);
+  for (int i = 0; i < count; i += W) {
+    vf x = loadu(s + i) * rule.scale;
+    if (rule.key_scale) x = x * loadu(rule.key_scale + i);
+    if (rule.cap != 0.0f) x = rule.cap * vtanh(x / rule.cap);
+    if (row.slope != 0.0f) x = x - row.slope * vabs((float)(row.distance - i) - lanes);
+    x = select_bits((uint32_t)(row.bits >> i), x, set1(kNegInf));
+    top = vmax(top, x);
+    storeu(s + i, x * kLog2E);
+  }
+  return top;
+}
+
+// The same as softmax_row for RG rows at once, with the running sum kept a vector per row: lanes are added up at the
+// end. The usual case, nothing but a scale and all keys visible, needs one pass to find the maximum.
+template <int RG>
+TP_INLINE void softmax_rows(const LogitRule& rule, const RowSight* rows, int count, float* s, float* max, float* sum,
+                            float* acc, int64_t acc_lanes) {
+  bool plain = !rule.key_scale && rule.cap == 0.0f && rule.scale > 0.0f;
+  TP_UNROLL
+  for (int g = 0; g < RG; ++g) plain = plain && rows[g].bits == low_bits(count) && rows[g].slope == 0.0f;
+  vf top[RG];
+  if (plain) {
+    TP_UNROLL
+    for (int g = 0; g < RG; ++g) {
+      top[g] = loadu(s + g * 64);
+      for (int i = W; i < count; i += W) top[g] = vmax(top[g], loadu(s + g * 64 + i));
+      top[g] = top[g] * rule.scale;
+    }
+  } else {
+    for (int g = 0; g < RG; ++g) top[g] = masked_logits(rule, rows[g], count, s + g * 64);
+  }
+  float block_max[RG];
+  TP_UNROLL
+  for (int g = 0; g < RG; ++g) block_max[g] = hmax(top[g]);
+  const float factor = plain ? rule.scale * kLog2E : 1.0f;
+  for (int g = 0; g < RG; ++g) {
+    if (block_max[g] > max[g]) {
+      if (max[g] != kNegInf) {
+        const vf shrink = vexp2(set1(max[g] * kLog2E) - block_max[g] * kLog2E);
+        storeu(sum + g * W, loadu(sum + g * W) * shrink);
+        for (int64_t i = 0; i < acc_lanes; i += W)
+          storeu(acc + g * acc_lanes + i, loadu(acc + g * acc_lanes + i) * shrink);
+      }
+      max[g] = block_max[g];
+    }
+    const float base = max[g] == kNegInf ? 0.0f : max[g] * kLog2E;
+    vf total = loadu(sum + g * W);
+    for (int i = 0; i < count; i += W) {
+      vf p = vexp2(loadu(s + g * 64 + i) * factor - base);
+      total = total + p;
+      if (rule.value_scale) p = select_bits((uint32_t)(rows[g].bits >> i), p * loadu(rule.value_scale + i), vf{});
+      storeu(s + g * 64 + i, p);
+    }
+    storeu(sum + g * W, total);
+  }
+}
+
 template <DType S>
 TP_INLINE bool is_finite(const char* row, int64_t dim) {
   vf zero = vf{};  // x * 0 is NaN for an infinity or NaN
