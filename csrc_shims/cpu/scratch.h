@@ -33,7 +33,7 @@ struct Scratch {
     Scratch s;
     s.acc = c.take<float>(padded * acc);
     s.max = c.take<float>(padded);
-    s.sum = c.take<float>(tile ? padded : padded * W);  // a vector of partial sums for each direct row
+    s.sum = c.take<float>(padded * W);  // a vector of partial sums for each row
     s.query = c.take<char>(padded * dim * 4);
     s.bits = c.take<uint64_t>(padded);
     s.logits = c.take<float>(64 * kMaxDirectRows);
