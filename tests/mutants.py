@@ -40,8 +40,8 @@ CACHE = (
     "tests/test_merge_attention_states.py",
 )
 CAP = "    if (rule.cap != 0.0f) x = rule.cap * vtanh(x / rule.cap);\n"
-ALIBI = "    if (slope != 0.0f) x = x - slope * vabs((float)(distance - i) - lanes);\n"
-MASK = "    if (!all) x = select_bits((uint32_t)(bits >> i), x, set1(kNegInf));\n"
+ALIBI = "    if (row.slope != 0.0f) x = x - row.slope * vabs((float)(row.distance - i) - lanes);\n"
+MASK = "    x = select_bits((uint32_t)(row.bits >> i), x, set1(kNegInf));\n"
 FAR_FUTURE = time.time() + 10**8
 
 
@@ -75,7 +75,7 @@ MUTANTS = [
     Mutant("dead slots are read", KEYS, "  point_dead_keys(~block.live, zeros, unit);\n", ""),
     Mutant("NaN reaches rows that do not see it", SOFTMAX, "mixed = seen_by_some & ~seen_by_all;", "mixed = 0;"),
     Mutant("NaN scale reaches rows that do not see it", SOFTMAX,
-           "p = select_bits((uint32_t)(bits >> i), p * loadu(rule.value_scale + i), vf{});",
+           "p = select_bits((uint32_t)(rows[g].bits >> i), p * loadu(rule.value_scale + i), vf{});",
            "p = p * loadu(rule.value_scale + i);"),
     Mutant("new keys shifted by one", KEYS, "block.key0 + i - seq.context_len : 0;",
            "block.key0 + (i > block.split ? i - 1 : i) - seq.context_len : 0;"),
@@ -88,13 +88,13 @@ MUTANTS = [
     Mutant("keys' scale for values", KEYS, "(cache.latent ? 0 : cache.scale_stride_kv)", "0"),
     Mutant("cap after ALiBi", SOFTMAX, CAP + ALIBI, ALIBI + CAP),
     Mutant("cap after mask", SOFTMAX, CAP + ALIBI + MASK, ALIBI + MASK + CAP),
-    Mutant("ALiBi without the absolute value", SOFTMAX, "vabs((float)(distance - i) - lanes)",
-           "((float)(distance - i) - lanes)"),
+    Mutant("ALiBi without the absolute value", SOFTMAX, "vabs((float)(row.distance - i) - lanes)",
+           "((float)(row.distance - i) - lanes)"),
     Mutant("mask of the wrong head", KEYS, "args.mask_heads == args.num_heads ? query_head : kv_head",
            "args.mask_heads == args.num_heads ? kv_head : kv_head"),
     Mutant("mask read one column late", KEYS, "+ row * args.mask_stride_row + key0;",
            "+ row * args.mask_stride_row + (key0 ? key0 - 1 : 0);"),
-    Mutant("row sum not rescaled", SOFTMAX, "      *sum *= shrink;\n", ""),
+    Mutant("row sum not rescaled", SOFTMAX, "        storeu(sum + g * W, loadu(sum + g * W) * shrink);\n", ""),
     Mutant("splits merged unweighted", KERNEL, "right = other == kNegInf ? 1.0f : exp1(other - base);",
            "right = 1.0f;"),
     Mutant("query head reads the wrong kv head", KERNEL, "item.head_begin + i / rows) * group + i % rows % group;",

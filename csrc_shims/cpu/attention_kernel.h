@@ -70,8 +70,9 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
   Carver carver{memory};
   const Scratch s = Scratch::carve(carver, args, heads * rows);
   __builtin_memset(s.zeros, 0, (widest > lanes ? widest : lanes) * 4);
-  clear_rows(heads * rows, lanes, s);
+  __builtin_memset(s.acc, 0, heads * rows * lanes * sizeof(float));
   __builtin_memset(s.sum, 0, heads * rows * W * sizeof(float));
+  for (int64_t r = 0; r < heads * rows; ++r) s.max[r] = kNegInf;
   auto* query = (typename Kernel::Query*)s.query;
   for (int64_t i = 0; i < heads * rows; ++i) {
     const int64_t head = (item.head_begin + i / rows) * group + i % rows % group;

@@ -24,7 +24,6 @@ struct Scratch {
   float *acc, *max, *sum, *logits;
   char* query;
   char *staged_key, *staged_value;
-  uint64_t* bits;
   char* zeros;
 
   static Scratch carve(Carver& c, const AttentionArgs& args, int64_t rows) {
@@ -35,7 +34,6 @@ struct Scratch {
     s.max = c.take<float>(padded);
     s.sum = c.take<float>(padded * W);  // a vector of partial sums for each row
     s.query = c.take<char>(padded * dim * 4);
-    s.bits = c.take<uint64_t>(padded);
     s.logits = c.take<float>(64 * kMaxDirectRows);
     s.staged_key = c.take<char>(64 * widest * 4);
     s.staged_value = c.take<char>(64 * widest * 4);
@@ -43,12 +41,6 @@ struct Scratch {
     return s;
   }
 };
-
-TP_INLINE void clear_rows(int64_t rows, int64_t lanes, const Scratch& s) {
-  __builtin_memset(s.acc, 0, rows * lanes * sizeof(float));
-  __builtin_memset(s.sum, 0, rows * sizeof(float));
-  for (int64_t r = 0; r < rows; ++r) s.max[r] = kNegInf;
-}
 
 TP_INLINE const char* query_row(const AttentionArgs& args, int64_t token, int64_t head) {
   return (const char*)args.query.data +

@@ -14,45 +14,6 @@ struct LogitRule {
   const float* value_scale = nullptr;
 };
 
-// Logits of one row and block become probabilities, and the row's running max, sum and accumulator move to the new max.
-TP_INLINE void softmax_row(const LogitRule& rule, uint64_t bits, int count, float slope, int64_t distance, float* s,
-                           float* max, float* sum, float* acc, int64_t acc_lanes) {
-  if (bits == 0) {
-    for (int i = 0; i < count; i += W) storeu(s + i, vf{});
-    return;
-  }
-  const bool all = bits == low_bits(count);
-  const vf lanes = __builtin_convertvector(lane_index(), vf);
-  vf top = set1(kNegInf);
-  for (int i = 0; i < count; i += W) {
-    vf x = loadu(s + i) * rule.scale;
-    if (rule.key_scale) x = x * loadu(rule.key_scale + i);
-    if (rule.cap != 0.0f) x = rule.cap * vtanh(x / rule.cap);
-    if (slope != 0.0f) x = x - slope * vabs((float)(distance - i) - lanes);
-    if (!all) x = select_bits((uint32_t)(bits >> i), x, set1(kNegInf));
-    storeu(s + i, x);
-    top = vmax(top, x);
-  }
-  const float new_max = hmax(top);
-  if (new_max > *max) {
-    if (*max != kNegInf) {
-      const float shrink = exp1(*max - new_max);
-      *sum *= shrink;
-      for (int64_t i = 0; i < acc_lanes; i += W) storeu(acc + i, loadu(acc + i) * shrink);
-    }
-    *max = new_max;
-  }
-  const float base = *max == kNegInf ? 0.0f : *max;
-  vf total = vf{};
-  for (int i = 0; i < count; i += W) {
-    vf p = vexp(loadu(s + i) - base);
-    total = total + p;
-    if (rule.value_scale) p = select_bits((uint32_t)(bits >> i), p * loadu(rule.value_scale + i), vf{});
-    storeu(s + i, p);
-  }
-  *sum += hsum(total);
-}
-
 // What the softmax of a few rows needs to know about one of them.
 struct RowSight {
   uint64_t bits;     // the keys of the block that it sees
@@ -76,8 +37,9 @@ TP_INLINE vf masked_logits(const LogitRule& rule, const RowSight& row, int count
   return top;
 }
 
-// The same as softmax_row for RG rows at once, with the running sum kept a vector per row: lanes are added up at the
-// end. The usual case, nothing but a scale and all keys visible, needs one pass to find the maximum.
+// Logits of RG rows and a block become probabilities, and each row's running max, sum and accumulator move to the new
+// max. The sum is a vector per row, whose lanes are added up at the end. The usual case, nothing but a scale and all
+// keys visible, needs one pass to find the maximum.
 template <int RG>
 TP_INLINE void softmax_rows(const LogitRule& rule, const RowSight* rows, int count, float* s, float* max, float* sum,
                             float* acc, int64_t acc_lanes) {

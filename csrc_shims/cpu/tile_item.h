@@ -323,10 +323,10 @@ struct Tile {
     for (int i = 0; i < MR; ++i) {
       const int64_t row = r + i;
       float* x = s.logits + i * 64;
-      const float slope = args.alibi_slopes ? args.alibi_slopes[head_at(row)] : 0.0f;
-      const int64_t distance = sight.positions[s.tokens[row]] - block.key0;
+      const RowSight seen{all ? ~0ull : s.bits[row], sight.positions[s.tokens[row]] - block.key0,
+                          args.alibi_slopes ? args.alibi_slopes[head_at(row)] : 0.0f};
       const float old = max[i];
-      softmax_row(rule, all ? ~0ull : s.bits[row], block.count, slope, distance, x, max + i, sum + i * W, nullptr, 0);
+      softmax_rows<1>(rule, &seen, block.count, x, max + i, sum + i * W, nullptr, 0);
       shrink[i] = max[i] > old ? exp1(old - max[i]) : 1.0f;
       for (int k = keys.begin; k < end; k += W) Kernel::put_probabilities(p + i * kProbabilityWords, k, loadu(x + k));
     }
