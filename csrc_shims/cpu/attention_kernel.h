@@ -133,7 +133,8 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
                                     s.acc + at * lanes);
     };
     if constexpr (quantized) {
-      if (block.live & ~low_bits(block.split)) {  // some keys lie beside the cache, in another type
+      // Some keys lie beside the cache, in another type, or the rows would widen every key several times.
+      if ((block.live & ~low_bits(block.split)) || rows > Kernel::kRowsInPlace) {
         using Staged = typename Kernel::Staged;
         const int64_t key_dim = round_up(args.head_dim, Kernel::kStagedPad);
         const int64_t value_dim = round_up(args.value_dim, Kernel::kStagedPad);

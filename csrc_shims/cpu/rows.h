@@ -84,7 +84,7 @@ template <DType S>
 struct RowsF32 {
   using Staged = RowsF32<DType::f32>;
   static constexpr DType kStorage = S;
-  static constexpr int kMaxRows = kMaxRowsAtOnce;
+  static constexpr int kMaxRows = kMaxRowsAtOnce, kRowsInPlace = kMaxRows;
   static constexpr int kQueryPad = W, kStagedPad = 1;
   using Query = float;
 

@@ -177,16 +177,18 @@ TP_INLINE vf decode(const void* p) {
   } else if constexpr (S == DType::i8) {
 #if defined(__AVX512F__)
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_bits<__m128i>(p)));
+#elif defined(__AVX2__)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
     return __builtin_convertvector(__builtin_convertvector(load_bits<vi8>(p), vi), vf);
 #endif
   } else if constexpr (S == DType::e5m2) {
     return half_to_float(bytes_to_words(p) << 8);
   } else {
-    // e4m3fn placed in a half has its exponent bias off by 8; its one NaN pattern would read as 480.
-    const vu16 u = bytes_to_words(p);
-    const vf x = half_to_float(((u & 0x80) << 8) | ((u & 0x7f) << 7)) * 256.0f;
-    return vabs(x) == 480.0f ? set1(__builtin_nanf("")) : x;
+    // e4m3fn placed in a half has its exponent bias off by 8. Its one NaN, all ones, is the only pattern that carries:
+    // into the top exponent bit, which makes the half NaN too.
+    const vu16 u = bytes_to_words(p), magnitude = u & 0x7f;
+    return half_to_float(((u & 0x80) << 8) | (magnitude << 7) | (((magnitude + 1) << 7) & 0x4000)) * 256.0f;
   }
 }
 
