@@ -45,10 +45,6 @@ struct LinesAhead {
   }
 };
 
-TP_INLINE void prefetch_bytes(const char* row, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += 64) prefetch_l2(row + i);
-}
-
 TP_INLINE int lines_of(int64_t bytes) { return (int)((bytes + 63) / 64); }
 
 // Bytes [begin, begin + bytes) of N rows into L1.
