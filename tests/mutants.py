@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 KEYS = "keys.h"
 SOFTMAX = "softmax.h"
 KERNEL = "attention_kernel.h"
+TILE = "tile_item.h"
 ATTENTION = (
     "tests/test_paged_attention.py",
     "tests/test_flash_attn_varlen.py",
@@ -99,6 +100,20 @@ MUTANTS = [
            "right = 1.0f;"),
     Mutant("query head reads the wrong kv head", KERNEL, "item.head_begin + i / rows) * group + i % rows % group;",
            "item.head_begin + i / rows) * group + (group - 1 - i % rows % group);"),
+    Mutant("tile's sum not rescaled", TILE, "loadu(sum + m * W) * shrink[m];", "loadu(sum + m * W);"),
+    Mutant("tile ignores the mask", TILE, "all = plain && !args.attn_mask && ", "all = plain && "),
+    Mutant("tile drops its last keys", TILE, "keys.end = (uint8_t)(64 - __builtin_clzll(some));",
+           "keys.end = (uint8_t)(__builtin_clzll(some) ? 63 - __builtin_clzll(some) : 64);"),
+    Mutant("tile shrinks though the maximum stays", TILE, "vexp2((old - finite) * kLog2E)",
+           "vexp2(old * kLog2E - finite * kLog2E)"),
+    Mutant("tile reads probabilities that were not written", TILE,
+           "        if (!(s.bits[r + i] >> k & 1)) weights[k] = 0.0f;\n", "        (void)k;\n"),
+    Mutant("sign of a quantised row lost", "rows_bytes.h", "magnitude, bytes, _mm512_set1_epi8((char)0x80), 0xf8",
+           "magnitude, bytes, _mm512_set1_epi8((char)0x80), 0xf0"),
+    Mutant("int8 -128 read as 0", "rows_bytes.h", "_mm512_movepi8_mask(index), _mm512_set1_epi8((char)0xc3)",
+           "_mm512_movepi8_mask(index), _mm512_set1_epi8((char)0x80)"),
+    Mutant("a group of rows sees what its first row sees", SOFTMAX, "masked_logits(rule, rows[g], count",
+           "masked_logits(rule, rows[0], count"),
     Mutant("half of the lanes swapped", "rows.h", "i % 32 ? second : first", "i % 32 ? first : second"),
     Mutant("e4m3 without NaN", "simd.h", " | (((magnitude + 1) << 7) & 0x4000)", "", CACHE),
     Mutant("quantisation rounds half up", "row_kernel.h", "((u >> kDrop) & 1u)", "1u", CACHE),

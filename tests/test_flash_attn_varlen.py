@@ -1,5 +1,7 @@
 """Packed ragged queries with the three key sources, against the reference."""
 
+import math
+
 import pytest
 import torch
 
@@ -89,6 +91,36 @@ def test_new_keys_beside_the_cache_equal_the_same_keys_in_it(backend: Backend, d
         context_lens=arguments["context_lens"] + torch.tensor(queries, dtype=torch.int32),
     )
     assert_attention(both.op, arguments, *backend(both.op, written, stats=True))
+
+
+@pytest.mark.parametrize("query_len", [1, 64])
+def test_two_equal_peaks_far_apart_weigh_the_same(backend: Backend, query_len: int) -> None:
+    num_keys, peak = 16384, 97.3
+    key, value = torch.zeros(num_keys, 1, 16), torch.zeros(num_keys, 1, 16)
+    key[0, 0, 0] = key[-query_len, 0, 0] = peak
+    value[0, 0, 0] = value[-query_len, 0, 1] = 1.0
+    query = torch.zeros(query_len, 1, 16)
+    query[:, :, 0] = 1.0
+    out, lse, _ = backend(
+        "flash_attn_varlen",
+        {
+            "query": query,
+            "cu_seqlens_q": torch.tensor([0, query_len], dtype=torch.int32),
+            "key": key,
+            "value": value,
+            "cu_seqlens_k": torch.tensor([0, num_keys], dtype=torch.int32),
+            "kv_cache": None,
+            "block_tables": None,
+            "context_lens": None,
+            "max_seqlen_q": query_len,
+            "max_seqlen_k": num_keys,
+            "softmax_scale": 1.0,
+            "causal": True,
+        },
+        stats=True,
+    )
+    torch.testing.assert_close(out[:, 0, :2], torch.full((query_len, 2), 0.5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(lse[:, 0], torch.full((query_len,), peak + math.log(2.0)), rtol=0, atol=3e-5)
 
 
 def test_inputs_are_not_written(backend: Backend) -> None:

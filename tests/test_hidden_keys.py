@@ -106,3 +106,22 @@ def test_a_live_key_reaches_only_the_rows_that_see_it(
         result[reached] = unspoilt[reached]
         hidden.append(result)
     assert_attention(case.op, clean, *hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_infinite_value_spoils_its_own_lane_whatever_ran_before(backend: Backend, dtype: torch.dtype) -> None:
+    case = AttentionCase(
+        "lane", context_lens=(64,), query_lens=(32,), num_kv_heads=1, group=1, dtype=dtype, mask="shared"
+    )
+    arguments = build(case)
+    mask = (torch.arange(64) < 16).repeat(32, 1)
+    mask[0] = torch.arange(64) >= 48
+    arguments.update(causal=False, attn_mask=mask)
+    clean = dict(arguments, kv_cache=arguments["kv_cache"].clone())
+    block, offset = int(arguments["block_tables"][0, 60 // case.block_size]), 60 % case.block_size
+    arguments["kv_cache"][1, block, 0, offset, 0] = math.inf
+    backend(case.op, dict(arguments, query=torch.full_like(arguments["query"], math.nan), attn_mask=None))
+    out, expected = backend(case.op, arguments), backend(case.op, clean)
+    assert out[0, 0, 0] == math.inf
+    out[0, 0, 0] = expected[0, 0, 0]
+    torch.testing.assert_close(out, expected)

@@ -12,11 +12,6 @@
 namespace torch_paged {
 namespace {
 
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
 template <class Kernel, int RG>
 void direct_rows(const AttentionArgs& args, int64_t key_dim, int64_t value_dim, const UnitRows& unit,
                  const UnitRows& next, const Poisoned& poisoned, const LogitRule& rule,

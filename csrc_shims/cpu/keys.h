@@ -145,7 +145,9 @@ struct UnitScales {
     const Cache& cache = args.cache;
     const float* keys = cache.scales + head * cache.scale_stride_head;
     const float* values = keys + (cache.latent ? 0 : cache.scale_stride_kv);
-    if (cache.scales_rank == 4) {
+    if (!(block.live & low_bits(block.split))) {
+      for (int i = 0; i < block.split; ++i) key[i] = value[i] = 1.0f;
+    } else if (cache.scales_rank == 4) {
       for (int i = 0; i < block.split; ++i) {
         key[i] = keys[block.scale[i]];
         value[i] = values[block.scale[i]];

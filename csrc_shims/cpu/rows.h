@@ -2,12 +2,13 @@
 // times a few keys is one register tile of dot products; the value product keeps as many rows x a few vectors of the
 // output in registers.
 //
-// What is read comes from memory in two steps, both spread evenly through both products: the rows of the next unit are
+// What is read comes from memory in two steps, both spread evenly through both products: the rows of a later unit are
 // prefetched into L2, one line after the other, and those needed a few keys later from L2 into L1. Without the second
 // step the loads wait behind the first one's misses.
 #pragma once
 
 #include "lanes.h"
+#include "plan.h"
 
 namespace torch_paged {
 namespace {
@@ -15,7 +16,13 @@ namespace {
 constexpr int kMaxRowsAtOnce = kReduce >= 8 ? 8 : 4;
 constexpr int kKeysAhead = 8, kValuesAhead = 16;  // rows from a load back to its prefetch into L1
 
-// Rows of a (key block, kv head) unit, and those of the unit after it.
+// A number that a generic lambda can use as a template argument.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Rows of a (key block, kv head) unit.
 struct UnitRows {
   const char* key[64];
   const char* value[64];

@@ -19,7 +19,7 @@ struct Carver {
   }
 };
 
-// Few query rows. Rows = query rows of all kv heads of the item, padded to whole register tiles.
+// Few query rows. Rows = query rows of all kv heads of the item.
 struct Scratch {
   float *acc, *max, *sum, *logits;
   char* query;
@@ -27,13 +27,12 @@ struct Scratch {
   char* zeros;
 
   static Scratch carve(Carver& c, const AttentionArgs& args, int64_t rows) {
-    const int64_t padded = round_up(rows, 4);
     const int64_t dim = round_up(args.head_dim, 64), acc = acc_dim(args), widest = dim > acc ? dim : acc;
     Scratch s;
-    s.acc = c.take<float>(padded * acc);
-    s.max = c.take<float>(padded);
-    s.sum = c.take<float>(padded * W);  // a vector of partial sums for each row
-    s.query = c.take<char>(padded * dim * 4);
+    s.acc = c.take<float>(rows * acc);
+    s.max = c.take<float>(rows);
+    s.sum = c.take<float>(rows * W);  // a vector of partial sums for each row
+    s.query = c.take<char>(rows * dim * 4);
     s.logits = c.take<float>(64 * kMaxDirectRows);
     s.staged_key = c.take<char>(64 * widest * 4);
     s.staged_value = c.take<char>(64 * widest * 4);

@@ -1,8 +1,7 @@
 // From dot products to an output row: logits, online softmax, what NaN may reach, the division at the end.
 #pragma once
 
-#include "plan.h"
-#include "rows.h"
+#include "keys.h"
 
 namespace torch_paged {
 namespace {
@@ -64,7 +63,7 @@ TP_INLINE void softmax_rows(const LogitRule& rule, const RowSight* rows, int cou
   for (int g = 0; g < RG; ++g) {
     if (block_max[g] > max[g]) {
       if (max[g] != kNegInf) {
-        const vf shrink = vexp2(set1(max[g] * kLog2E) - block_max[g] * kLog2E);
+        const vf shrink = vexp2(set1((max[g] - block_max[g]) * kLog2E));
         storeu(sum + g * W, loadu(sum + g * W) * shrink);
         for (int64_t i = 0; i < acc_lanes; i += W)
           storeu(acc + g * acc_lanes + i, loadu(acc + g * acc_lanes + i) * shrink);

@@ -12,7 +12,7 @@
 namespace torch_paged {
 namespace {
 
-// Of one register tile: the keys [begin, end) of the block, in multiples of 16, that some of its rows see.
+// Of one register tile: the keys [begin, end) of the block that some of its rows see; begin is a multiple of 16.
 struct KeyRange {
   uint8_t begin, end;
   bool loaded, started;  // the queries lie in scratch; the accumulator holds a sum
@@ -54,21 +54,16 @@ struct TileScratch {
 
 constexpr int64_t kRowsAhead = 16;  // query and output rows are prefetched so far ahead
 
-template <int N>
-struct RowCount {
-  static constexpr int value = N;
-};
-
-// body(RowCount, first row) for each register tile of the rows.
+// body(Count, first row) for each register tile of the rows.
 template <class Body>
 TP_INLINE void for_register_tiles(int64_t rows, const Body& body) {
   int64_t r = 0;
-  for (; r + kTileRowsAtOnce <= rows; r += kTileRowsAtOnce) body(RowCount<kTileRowsAtOnce>(), r);
+  for (; r + kTileRowsAtOnce <= rows; r += kTileRowsAtOnce) body(Count<kTileRowsAtOnce>(), r);
   if (rows - r > 2) {
-    body(RowCount<4>(), r);
+    body(Count<4>(), r);
     r += 4;
   }
-  if (r < rows) body(RowCount<2>(), r);
+  if (r < rows) body(Count<2>(), r);
 }
 
 // The largest lane of each of MR <= 8 vectors, in the first lanes of vectors of W.
@@ -99,8 +94,8 @@ TP_INLINE void largest_lanes(const vf* x, vf* largest) {
 // factors by which that shrinks earlier sums are left in `shrink`. top: largest logits of each lane, in base e. A row's
 // sum is kept in W lanes.
 template <class Kernel, int MR, bool kAll>
-TP_INLINE void exponentiate(const float* s, const vf* top, float factor, const uint64_t* bits, int begin, int end,
-                            float* max, float* shrink, float* sum, uint32_t* p) {
+TP_INLINE void exponentiate(const float* s, const vf* top, float factor, const float* value_scale, const uint64_t* bits,
+                            int begin, int end, float* max, float* shrink, float* sum, uint32_t* p) {
   constexpr int kVectors = (MR + W - 1) / W;
   alignas(64) float base[kVectors * W];
   vf largest[kVectors];
@@ -113,7 +108,7 @@ TP_INLINE void exponentiate(const float* s, const vf* top, float factor, const u
     const vf finite = now == kNegInf ? vf{} : now;
     storeu(max + i * W, now);
     storeu(base + i * W, finite * kLog2E);
-    storeu(shrink + i * W, vexp2(old * kLog2E - finite * kLog2E));
+    storeu(shrink + i * W, vexp2((old - finite) * kLog2E));  // exactly 1 where the maximum stays
   }
   vf total[MR];
   TP_UNROLL
@@ -123,8 +118,9 @@ TP_INLINE void exponentiate(const float* s, const vf* top, float factor, const u
     TP_UNROLL
     for (int m = 0; m < MR; ++m) {
       const vf x = loadu(s + m * 64 + i) * factor - base[m];
-      const vf e = vexp2(kAll ? x : select_bits((uint32_t)(bits[m] >> i), x, set1(kNegInf)));
+      vf e = vexp2(kAll ? x : select_bits((uint32_t)(bits[m] >> i), x, set1(kNegInf)));
       total[m] = total[m] + e;
+      if (value_scale) e = select_bits((uint32_t)(bits[m] >> i), e * loadu(value_scale + i), vf{});
       Kernel::put_probabilities(p + m * (64 / Kernel::kLanesPerWord), i, e);
     }
   }
@@ -132,7 +128,7 @@ TP_INLINE void exponentiate(const float* s, const vf* top, float factor, const u
   for (int m = 0; m < MR; ++m) storeu(sum + m * W, total[m]);
 }
 
-// Logits that are products times a scale >= 0 and nothing more.
+// Logits that are products times a scale > 0 and nothing more.
 template <class Kernel, int MR, bool kAll>
 TP_INLINE void plain_softmax(float scale, const uint64_t* bits, int begin, int end, const float* s, float* max,
                              float* shrink, float* sum, uint32_t* p) {
@@ -149,7 +145,7 @@ TP_INLINE void plain_softmax(float scale, const uint64_t* bits, int begin, int e
   }
   TP_UNROLL
   for (int m = 0; m < MR; ++m) top[m] = top[m] * scale;
-  exponentiate<Kernel, MR, kAll>(s, top, scale * kLog2E, bits, begin, end, max, shrink, sum, p);
+  exponentiate<Kernel, MR, kAll>(s, top, scale * kLog2E, nullptr, bits, begin, end, max, shrink, sum, p);
 }
 
 // Poisoned values in the kernel's type: the rows that see them add them one by one.
@@ -170,7 +166,6 @@ TP_INLINE void take_poisoned(const AttentionArgs& args, DType stored, uint64_t s
       poisoned.take<DType::f16>(seen, common, args.value_dim, unit);
       break;
     case DType::i8:
-      poisoned.keys = 0;
       break;
     case DType::e4m3:
       poisoned.take<DType::e4m3>(seen, common, args.value_dim, unit);
@@ -221,7 +216,7 @@ struct Tile {
   UnitScales scales;
   LogitRule rule;
   Poisoned poisoned;
-  bool all = false;  // every row sees every key of the block: s.bits is not filled
+  bool all = false;  // plain, and every row sees every key of the block: s.bits is not filled
 
   Tile(const AttentionArgs& args, const Sequence& seq, const Item& item, char* memory)
       : args(args),
@@ -235,7 +230,7 @@ struct Tile {
         s(carve(args, rows, memory)),
         sight(args, seq, item),
         quantized(args.has_cache && is_quantized(args.cache.dtype)),
-        plain(!quantized && !args.alibi_slopes && args.logits_soft_cap == 0.0f && args.softmax_scale >= 0.0f),
+        plain(!quantized && !args.alibi_slopes && args.logits_soft_cap == 0.0f && args.softmax_scale > 0.0f),
         rule{args.softmax_scale, args.logits_soft_cap},
         poisoned(s.zeros) {
     if (quantized) {
@@ -261,7 +256,7 @@ struct Tile {
   // Returns the keys that some row sees; `common`: that every row sees.
   uint64_t look(int64_t key0, uint64_t* common) {
     *common = ~0ull;
-    all = !args.attn_mask && sight.all(key0);
+    all = plain && !args.attn_mask && sight.all(key0);
     if (all) return ~0ull;
     uint64_t seen = 0;
     for (int64_t t = 0, r = 0; t < item.num_tokens; ++t) {
@@ -320,16 +315,14 @@ struct Tile {
       return plain_softmax<Kernel, MR, true>(rule.scale, nullptr, 0, 64, s.logits, max, shrink, sum, p);
     if (plain)
       return plain_softmax<Kernel, MR, false>(rule.scale, s.bits + r, keys.begin, end, s.logits, max, shrink, sum, p);
+    vf top[MR];
     for (int i = 0; i < MR; ++i) {
-      const int64_t row = r + i;
-      float* x = s.logits + i * 64;
-      const RowSight seen{all ? ~0ull : s.bits[row], sight.positions[s.tokens[row]] - block.key0,
-                          args.alibi_slopes ? args.alibi_slopes[head_at(row)] : 0.0f};
-      const float old = max[i];
-      softmax_rows<1>(rule, &seen, block.count, x, max + i, sum + i * W, nullptr, 0);
-      shrink[i] = max[i] > old ? exp1(old - max[i]) : 1.0f;
-      for (int k = keys.begin; k < end; k += W) Kernel::put_probabilities(p + i * kProbabilityWords, k, loadu(x + k));
+      const RowSight row{s.bits[r + i], sight.positions[s.tokens[r + i]] - block.key0,
+                         args.alibi_slopes ? args.alibi_slopes[head_at(r + i)] : 0.0f};
+      top[i] = masked_logits(rule, row, block.count, s.logits + i * 64);
     }
+    exponentiate<Kernel, MR, false>(s.logits, top, 1.0f, rule.value_scale, s.bits + r, keys.begin, end, max, shrink,
+                                    sum, p);
   }
 
   // Sums of values for MR rows from r on.
@@ -345,6 +338,8 @@ struct Tile {
     for (int i = 0; i < MR; ++i) {
       alignas(64) float weights[64];
       Kernel::get_probabilities(p + i * kProbabilityWords, weights);
+      for (int k = 0; k < 64; ++k)  // those of other keys were not written
+        if (!(s.bits[r + i] >> k & 1)) weights[k] = 0.0f;
       poisoned.add<typename Kernel::Direct>(s.bits[r + i], block.count, weights, args.value_dim,
                                             s.acc + (r + i) * lanes, lanes);
     }

@@ -37,6 +37,29 @@ ATTENTION_CASES: tuple[AttentionCase, ...] = (
     AttentionCase("odd_lengths_decode", context_lens=_ODD_LENS),
     AttentionCase("odd_lengths_cache", context_lens=_ODD_LENS, query_lens=(100, 63, 17, 16, 15, 1, 0)),
     AttentionCase("odd_lengths_both", context_lens=_ODD_LENS, query_lens=(1, 16, 0, 3, 17, 33, 64), new_lens=_ODD_LENS),
+    *(
+        case
+        for name, scale in (("zero", 0.0), ("negative", -0.3))
+        for case in (
+            AttentionCase(f"scale_{name}_decode", softmax_scale=scale, sinks=True),
+            AttentionCase(f"scale_{name}_prefill", query_lens=(17, 0, 40, 1), softmax_scale=scale, sinks=True),
+            AttentionCase(f"scale_{name}_mask", query_lens=(17, 0, 40, 1), softmax_scale=scale, mask="heads"),
+        )
+    ),
+    *(
+        AttentionCase(f"rows_{rows}_{name}", group=rows, num_kv_heads=3, dtype=dtype, context_lens=(80, 33, 100, 1))
+        for rows in (8, 11, 15)
+        for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16))
+    ),
+    AttentionCase(
+        "scales_of_hidden_blocks",
+        context_lens=(16,),
+        query_lens=(3,),
+        new_lens=(30,),
+        cache_dtype=torch.int8,
+        scales_rank=4,
+        sliding_window=4,
+    ),
     AttentionCase("long_decode", context_lens=(1030, 5), dtype=torch.bfloat16),
     AttentionCase("long_decode_float32", context_lens=(1030, 5), num_kv_heads=1),
     AttentionCase("long_prefill", context_lens=(200,), query_lens=(300,), new_lens=(300,), num_kv_heads=1),
