@@ -70,7 +70,7 @@ def describe() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
         "processor flags": fields.get("flags", fields.get("Features", "unknown")),
     }
 
