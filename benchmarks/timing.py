@@ -1,5 +1,6 @@
 """Time several ways to do the same work, in turns."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -35,6 +36,8 @@ class Times:
 def race(calls: Mapping[str, Call], pools: int, *, seconds: float, most_samples: int) -> dict[str, Times]:
     """Time calls in turns, so that what else the machine does weighs on all of them.
 
+    The order of a turn is drawn anew each time: what a call leaves to be written back would always burden the next one.
+
     Each call, whoever's it is, takes the next pool. A call leaves the race when it has had its seconds, so slow ones
     get fewer samples.
 
@@ -58,7 +61,9 @@ def race(calls: Mapping[str, Call], pools: int, *, seconds: float, most_samples:
         repeats[name] = max(1, int(SAMPLE_SECONDS / (time.perf_counter() - begin)))
     taken: dict[str, list[float]] = {name: [] for name in calls}
     racing = list(calls)
+    order = random.Random(0)
     while racing:
+        order.shuffle(racing)
         for name in racing:
             call, count = calls[name], repeats[name]
             turns = [(turn + i) % pools for i in range(count)]
