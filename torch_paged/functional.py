@@ -436,7 +436,7 @@ def merge_attention_states(outs: Tensor, lses: Tensor, *, sinks: Tensor | None =
         >>> outs = torch.tensor([1.0, 5.0]).reshape(2, 1, 1, 1)
         >>> lses = torch.tensor([math.log(3.0), 0.0]).reshape(2, 1, 1)  # the first part weighs 3 of 4
         >>> out, lse = torch_paged.merge_attention_states(outs, lses)
-        >>> out.item(), round(math.exp(lse.item()), 3)
+        >>> round(out.item(), 3), round(math.exp(lse.item()), 3)
         (2.0, 4.0)
     """
     if LOG:
