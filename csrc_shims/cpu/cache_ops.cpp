@@ -40,8 +40,7 @@ struct Place {
 void prefetch_rows(const Cache& cache, Place to, int64_t head) {
   const int64_t bytes = cache.stored_dim * element_size(cache.dtype);
   for (int kv = 0; kv < (cache.latent ? 1 : 2); ++kv) {
-    const char* row = cache_row(cache, kv, to.block, head, to.offset);
-    for (int64_t i = 0; i < bytes; i += 64) prefetch_l2(row + i);
+    prefetch_row(cache_row(cache, kv, to.block, head, to.offset), bytes);
   }
 }
 

@@ -82,7 +82,7 @@ template <DType S>
 struct RowsBytes {
   using Staged = RowsDot;
   static constexpr DType kStorage = S;
-  static constexpr int kMaxRows = 4, kRowsInPlace = 16;
+  static constexpr int kMaxRows = 4, kRowsInPlace = kMaxDirectRows;  // always
   static constexpr int kQueryPad = 64, kStagedPad = 64;
   using Query = uint16_t;
 

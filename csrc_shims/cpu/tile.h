@@ -15,18 +15,6 @@ constexpr int kTileVectors = 4;
 constexpr int kTileVectors = 2;
 #endif
 
-TP_INLINE void prefetch_bytes(const char* row, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += 64) prefetch_l2(row + i);
-}
-
-TP_INLINE void prefetch_for_write(const char* p) {
-#if defined(__AVX2__)
-  asm volatile("prefetchw %0" ::"m"(*p));
-#else
-  __builtin_prefetch(p, 1, 2);
-#endif
-}
-
 // Transpose W x W words in registers.
 #if defined(__AVX512F__)
 TP_INLINE void transpose(vf* words) {

@@ -191,7 +191,7 @@ class Ahead {
 
   TP_INLINE void fetch_some() {
     for (const int stop = at_ + step_ < count_ ? at_ + step_ : count_; at_ < stop; ++at_)
-      prefetch_bytes(rows_[at_], 0, row_bytes_);
+      prefetch_row(rows_[at_], row_bytes_);
   }
 
  private:
@@ -279,7 +279,7 @@ struct Tile {
         __builtin_memset(s.query + r * query_ld, 0, query_ld * 4);
         continue;
       }
-      if (r + kRowsAhead < rows) prefetch_bytes(query_at(r + kRowsAhead), 0, row_bytes);
+      if (r + kRowsAhead < rows) prefetch_row(query_at(r + kRowsAhead), row_bytes);
       load_words<Kernel>(args.dtype, query_at(r), args.head_dim, s.query + r * query_ld);
     }
   }
@@ -382,7 +382,7 @@ void tile_item(const AttentionArgs& args, const Sequence& seq, const Item& item,
   next_block(args, seq, item, tile.sight, item.key_begin / kBlockKeys * kBlockKeys, blocks[0]);
   locate_unit(args, blocks[0], head, s.zeros, units[0]);
   for (int i = 0; i < units[0].count; ++i)
-    prefetch_bytes(units[0].key[i], 0, args.head_dim * element_size(tile.stored(blocks[0])));
+    prefetch_row(units[0].key[i], args.head_dim * element_size(tile.stored(blocks[0])));
 
   bool last = false;
   for (int now = 0; !last; now = 1 - now) {
