@@ -108,16 +108,17 @@ def _check_paged_call(
 def _paged(
     layer: "PagedLayer", query: Tensor, kv_cache: Tensor, scale: float, cap: float, s_aux: Tensor | None
 ) -> Tensor:
-    group, cache = layer.group, layer.cache
+    group, step = layer.group, layer.cache.step
     batch, heads, new_tokens, head_dim = query.shape
+    tokens = query.transpose(1, 2).reshape(batch * new_tokens, heads, head_dim)
     sinks = None if s_aux is None else s_aux.float()
-    cache.pending_layer = None
-    if new_tokens == 1 and cache.query_positions is None:
+    layer.cache.pending_layer = None
+    if step.one_token_each:
         out = paged_attention(
-            query.reshape(batch, heads, head_dim),
+            tokens,
             kv_cache,
             group.block_tables,
-            cache.context_lens,
+            step.context_lens,
             sinks=sinks,
             softmax_scale=scale,
             logits_soft_cap=cap,
@@ -126,15 +127,15 @@ def _paged(
         )
     else:
         out = flash_attn_varlen(
-            query.transpose(1, 2).reshape(batch * new_tokens, heads, head_dim),
-            cu_seqlens_q=cache.cu_seqlens_q,
+            tokens,
+            cu_seqlens_q=step.cu_seqlens_q,
             kv_cache=kv_cache,
             block_tables=group.block_tables,
-            context_lens=cache.context_lens,
-            max_seqlen_q=new_tokens,
+            context_lens=step.context_lens,
+            max_seqlen_q=step.max_seqlen_q,
             max_seqlen_k=group.block_tables.shape[1] * group.block_size,
             sinks=sinks,
-            query_positions=cache.query_positions,
+            query_positions=step.query_positions,
             softmax_scale=scale,
             logits_soft_cap=cap,
             causal=True,

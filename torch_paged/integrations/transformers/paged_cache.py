@@ -1,6 +1,6 @@
 """A transformers cache that keeps keys and values in blocks, and prepares every forward on the host."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from torch_paged.integrations.transformers.attention import ATTENTION_NAME
 from torch_paged.integrations.transformers.block_group import BlockGroup
 from torch_paged.integrations.transformers.paged_layer import PagedLayer, layer_windows
+from torch_paged.integrations.transformers.step import Step
 
 
 class PagedCache(DynamicCache):
@@ -42,6 +43,7 @@ class PagedCache(DynamicCache):
         (19, 2)
     """
 
+    step: Step
     layers: list[PagedLayer]  # type: ignore[assignment]  # transformers has layers of several kinds
 
     def __init__(
@@ -74,7 +76,6 @@ class PagedCache(DynamicCache):
         self._real: list[list[bool]] | None = None
         self._history: list[bytearray] = []  # of each row, 1 for a column with a real token
         self.pending_layer: PagedLayer | None = None
-        self.query_positions: Tensor | None = None
         self.columns_tensor = torch.zeros((), dtype=torch.long, device=self.device)
 
     def prepare(self, batch_size: int, new_tokens: int, mask: Tensor | None = None) -> None:
@@ -117,17 +118,23 @@ class PagedCache(DynamicCache):
                 group.start(counts, new_tokens, self.max_cache_length)
             group.extend(counts, real)
         self._new_lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        self.context_lens = torch.tensor(self._new_lengths, dtype=torch.int32, device=self.device)
-        ends = range(0, (batch_size + 1) * new_tokens, new_tokens)
-        self.cu_seqlens_q = torch.tensor(ends, dtype=torch.int32, device=self.device)
-        self.query_positions = None
+        positions = None
         if real is not None and not _padded_before_all_tokens(self.lengths, real):
-            positions = _positions(self.lengths, real)
-            self.query_positions = torch.tensor(positions, dtype=torch.int32, device=self.device)
+            positions = self._int32(_positions(self.lengths, real))
+        self.step = Step(
+            cu_seqlens_q=self._int32(range(0, (batch_size + 1) * new_tokens, new_tokens)),
+            context_lens=self._int32(self._new_lengths),
+            max_seqlen_q=new_tokens,
+            one_token_each=new_tokens == 1 and positions is None,
+            query_positions=positions,
+        )
         self.columns_tensor.fill_(self.columns)
         self.new_tokens = new_tokens
         self._real = real
         self.prepared = True
+
+    def _int32(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=self.device)
 
     def _finish_step(self) -> None:
         self.check_no_pending_handle()
