@@ -22,7 +22,6 @@ class BlockGroup:
     Attributes:
         window: tokens that a query sees, itself included; None for all.
         block_size: S.
-        num_blocks: N, the pool's size.
         block_tables: (B, M) int32, what the ops read.
         slot_mapping: (B * Q,) int64, where the step's new tokens go, -1 at padding.
         peak_blocks: the most blocks that were in use at once.
@@ -31,21 +30,30 @@ class BlockGroup:
     block_tables: Tensor
     slot_mapping: Tensor
 
-    def __init__(self, window: int | None, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, window: int | None, block_size: int, device: torch.device, *, prefix_reuse: bool = False
+    ) -> None:
         self.window = window
         self.block_size = block_size
         self.device = device
         self.layers: list[PagedLayer] = []
-        self.num_blocks = 1
+        self.allocator = BlockAllocator(1, block_size, sliding_window=window, prefix_reuse=prefix_reuse)
+        self._seqs: list[int] = []
         self.clear()
 
     def clear(self) -> None:
-        """Forget all rows; the pool keeps its size."""
-        self.allocator = BlockAllocator(self.num_blocks, self.block_size, sliding_window=self.window)
+        """Forget all rows; the pool keeps its size, and what its blocks are published to hold."""
+        for seq in self._seqs:
+            self.allocator.free(seq)
         self.peak_blocks = 0
-        self._seqs: list[int] = []
+        self._seqs = []
         self._tables: list[tuple[int, ...]] = []
         self._width = 1
+
+    @property
+    def num_blocks(self) -> int:
+        """N, the pool's size."""
+        return self.allocator.num_blocks
 
     @property
     def started(self) -> bool:
@@ -73,7 +81,7 @@ class BlockGroup:
             seen_blocks = -(-(self.window - 1 + new_tokens) // self.block_size) + 1
             blocks = [min(count, seen_blocks) for count in blocks]
         if sum(blocks) > self.num_blocks:
-            self._grow(sum(blocks))
+            self.grow(sum(blocks))
 
     def extend(self, counts: list[int], real: list[list[bool]] | None) -> None:
         """Give every row the slots of its new tokens; blocks that no coming query sees are reused.
@@ -114,11 +122,11 @@ class BlockGroup:
             try:
                 return self.allocator.append(seq, count)
             except OutOfBlocks as error:
-                self._grow(max(2 * self.num_blocks, self.num_blocks + error.needed))
+                self.grow(max(2 * self.num_blocks, self.num_blocks + error.needed))
 
-    def _grow(self, num_blocks: int) -> None:
+    def grow(self, num_blocks: int) -> None:
+        """Make the pool larger, in every layer."""
         self.allocator.grow(num_blocks)
-        self.num_blocks = num_blocks
         for layer in self.layers:
             layer.grow(num_blocks)
 

@@ -26,6 +26,7 @@ class PagedCache(DynamicCache):
             once, which is what a compiled forward needs. None: they grow as needed.
         block_size: tokens in a block.
         device: where block tables and slots live: the model's device.
+        prefix_reuse: True to keep the blocks of prompts after ``reset``, for prompts that begin alike.
 
     Raises:
         ValueError: a size below 1.
@@ -53,6 +54,7 @@ class PagedCache(DynamicCache):
         max_cache_length: int | None = None,
         block_size: int = 16,
         device: torch.device | str = "cpu",
+        prefix_reuse: bool = False,
     ) -> None:
         for name, value in (("max_cache_length", max_cache_length), ("block_size", block_size)):
             if value is not None and value < 1:
@@ -63,7 +65,9 @@ class PagedCache(DynamicCache):
         self.groups: dict[int | None, BlockGroup] = {}
         layers: list[PagedLayer] = []
         for window in layer_windows(self.config):
-            group = self.groups.setdefault(window, BlockGroup(window, block_size, self.device))
+            if window not in self.groups:
+                self.groups[window] = BlockGroup(window, block_size, self.device, prefix_reuse=prefix_reuse)
+            group = self.groups[window]
             layers.append(PagedLayer(self, group))
         self._forget()
         Cache.__init__(self, layers=list(layers))
