@@ -10,11 +10,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import cache_write, decode, generate, machine, overhead, plots, prefill, report, scaling
+from benchmarks import cache_write, decode, generate, isa, machine, overhead, plots, prefill, report, scaling
 from benchmarks.work import DTYPES, Row, Settings, Work
 
 SUBJECTS: dict[str, tuple[Callable[[Settings], Iterable[Callable[[], Work]]], str]] = {
     "decode": (decode.works, "paged_attention beside peers and limits"),
+    "isa": (isa.works, "the instruction sets beside each other and contiguous SDPA"),
     "prefill": (prefill.works, "flash_attn_varlen beside SDPA and the register peak"),
     "cache-write": (cache_write.works, "reshape_and_cache beside plain PyTorch"),
     "overhead": (overhead.works, "what a call costs beyond its kernel"),

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from benchmarks.machine import ROOT
+from benchmarks.native import ROOT
 from benchmarks.timing import Call
 from benchmarks.work import OURS, Settings, Work
 from torch_paged.integrations.transformers import patch_model

@@ -101,7 +101,9 @@ def goals(rows: Iterable[Row]) -> list[Goal]:
 
     return [
         *_decode_goals(judged),
+        *_published_goals(judged),
         *_variant_goals(judged),
+        *_isa_goals(select),
         *_prefill_goals(select),
         *_call_goals(select),
         *_thread_goals(select),
@@ -146,6 +148,52 @@ def _decode_goals(judged: Callable[..., list[Cell]]) -> Iterable[Goal]:
             bound = DECODE_BOUNDS[cell[OURS].dtype][0] if threads == 1 else 0.8
             relative.append((limit_share(cell) or 0) / bound)
         yield Goal("decode, drawn shapes", f"of the dtype's goal, {_threads(threads)}", 1, tuple(relative), unit="%")
+
+
+@dataclass(frozen=True)
+class Published:
+    """The highest GB/s that was measured of a CPU kernel elsewhere, and the highest paged-read limit there."""
+
+    kernel: str
+    dtype: str
+    rate: float
+    limit: float
+    times: float
+    """That many times faster is asked."""
+
+
+PUBLISHED = (
+    Published("vLLM 0.33", "bfloat16", 8, 33, 2.5),
+    Published("SGLang", "bfloat16", 6, 33, 2.5),
+    Published("vLLM 0.33", "float32", 10, 29, 1.8),
+)
+"""The upper ends of what was seen on another Zen 4 machine: one thread, cold caches, 32 query heads and 8 kv heads."""
+
+
+def _published_goals(judged: Callable[..., list[Cell]]) -> Iterable[Goal]:
+    for known in PUBLISHED:
+        chosen = judged("grid", dtype=known.dtype, threads=1)
+        work = f"decode, {known.dtype}, {known.kernel} elsewhere"
+        share = known.rate / known.limit
+        found = tuple(value / share for value in _each(limit_share, chosen))
+        yield Goal(work, f"share of the limit over its {100 * share:.0f} %", known.times, found)
+        rates = tuple(cell[OURS].bytes / cell[OURS].median_us / 1e3 / known.rate for cell in chosen)
+        yield Goal(work, f"GB/s over its {known.rate:g}", None, rates)
+
+
+def _isa_goals(select: Callable[..., list[Cell]]) -> Iterable[Goal]:
+    for dtype, bound in (("bfloat16", 0.6), ("float32", 1 / 1.1), ("float16", None)):
+        chosen = select("isa", "isa", dtype=dtype)
+        found = _each(
+            lambda cell: cell["avx512"].median_us / cell["avx2"].median_us if {"avx512", "avx2"} <= set(cell) else None,
+            chosen,
+        )
+        yield Goal(f"AVX2 kernels, {dtype}", "speed over AVX-512", bound, found)
+        found = _each(
+            lambda cell: cell["contiguous SDPA"].median_us / cell["generic"].median_us if "generic" in cell else None,
+            chosen,
+        )
+        yield Goal(f"generic kernels, {dtype}", "against contiguous SDPA", 1, found)
 
 
 def _variant_goals(judged: Callable[..., list[Cell]]) -> Iterable[Goal]:

@@ -15,7 +15,6 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -26,13 +25,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.native import ISA_VARIABLE, ISAS, compiled
 from torch_paged.backends.cpu.support import LIBRARY, isa
 from torch_paged.testing import AttentionCase, build
 from torch_paged.testing.cache_cases import CopyCase, GatherCase, MergeCase, WriteCase
 
 HERE = Path(__file__).parent
 FIGURES = HERE / "instructions.json"
-ISAS = ("avx512", "avx2", "generic")
 TOLERANCE = 0.03
 ADDR_NO_RANDOMIZE = 0x0040000  # of <sys/personality.h>
 WARM_UP = 20  # the interpreter specialises its bytecode, torch and the kernels keep memory
@@ -130,7 +129,7 @@ def compare(counts: dict[str, dict[str, int]], figures: dict[str, dict[str, int]
 
 def counts_of(name: str) -> dict[str, int] | None:
     """Return the counts of one instruction set, taken in a process of its own, or None where it does not run here."""
-    environment = dict(os.environ, TORCH_PAGED_CPU_ISA=name, OMP_NUM_THREADS="1", PYTHONHASHSEED="0")
+    environment = dict(os.environ, **{ISA_VARIABLE: name}, OMP_NUM_THREADS="1", PYTHONHASHSEED="0")
     # One step of a string instruction is one byte or one line, as the processor likes: copy without them.
     environment["GLIBC_TUNABLES"] = "glibc.cpu.hwcaps=-ERMS,-FSRM"
     command = [sys.executable, "-m", "benchmarks.instructions", "--count"]
@@ -160,8 +159,8 @@ def count_all() -> dict[str, int] | None:
         return None
     torch.set_num_threads(1)
     gc.disable()
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        count = partial(steps, stepper(Path(folder)))
+    with torch.inference_mode():
+        count = partial(steps, stepper())
         before = [count(lambda: None) for _ in range(WARM_UP)][-1]
         if before == 0:
             raise SystemExit("instructions: this machine does not trap single steps, so that nothing can be counted")
@@ -195,12 +194,9 @@ def steps(library: ctypes.CDLL, function: Callable[[], object]) -> int:
     return int(library.end_steps())
 
 
-def stepper(folder: Path) -> ctypes.CDLL:
-    """Compile and load the counter."""
-    library = folder / "steps.so"
-    compiler = os.environ.get("CXX", "g++")
-    subprocess.run([compiler, "-O2", "-shared", "-fPIC", str(HERE / "steps.cpp"), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
+def stepper() -> ctypes.CDLL:
+    """Return the counter, compiled when that is out of date."""
+    loaded = compiled("steps")
     loaded.end_steps.restype = ctypes.c_int64
     return loaded
 

@@ -13,10 +13,10 @@ import transformers
 from torch import Tensor
 
 import torch_paged
+from benchmarks.native import ROOT
 from torch_paged.backends.cpu.support import isa
 from torch_paged.cache import allocate_kv_cache
 
-ROOT = Path(__file__).parents[1]
 COLD_FACTOR = 4
 """Memory that is rotated over, in sizes of the last-level cache."""
 

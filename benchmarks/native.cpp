@@ -1,9 +1,19 @@
 // The kernel alone, in a loop: what a call of the op is compared with. Linked with the objects of the extension.
 #include <cstdint>
+#include <exception>
 
 #include "params.h"
 
-extern "C" void decode_loop(const void* query, void* out, const void* kv_cache, const int32_t* block_tables,
+// The instruction set of all calls, chosen by the first of them; null where the one asked for does not run here.
+extern "C" const char* instruction_set() {
+  try {
+    return torch_paged::isa_name();
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+extern "C" void decode_loop(int dtype, const void* query, void* out, const void* kv_cache, const int32_t* block_tables,
                             const int32_t* context_lens, int64_t num_seqs, int64_t num_heads, int64_t num_blocks,
                             int64_t num_kv_heads, int64_t block_size, int64_t head_dim, int64_t table_width,
                             int64_t calls) {
@@ -13,7 +23,7 @@ extern "C" void decode_loop(const void* query, void* out, const void* kv_cache, 
   args.num_heads = num_heads;
   args.num_kv_heads = num_kv_heads;
   args.head_dim = args.value_dim = head_dim;
-  args.dtype = args.cache.dtype = DType::bf16;
+  args.dtype = args.cache.dtype = static_cast<DType>(dtype);
   args.query = {query, num_heads * head_dim, head_dim};
   args.out = out;
   args.has_cache = true;

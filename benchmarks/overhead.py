@@ -4,22 +4,20 @@ The kernel alone is a loop in C++ over the same inputs (``native.cpp``). The cas
 that the difference is not lost in the kernel's own time.
 """
 
-import ctypes
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import torch_paged
-from benchmarks.machine import ROOT
-from benchmarks.native import compiled, kernel_objects
+from benchmarks.native import decode_call, kernels
 from benchmarks.timing import Call
 from benchmarks.work import OURS, Settings, Work, attention_check, attention_columns
 from torch_paged.testing import AttentionCase, build
 
 GRAPH_CALLS = 32
 CALLS = 8 * GRAPH_CALLS
+POOLS = 2
 
 
 def works(settings: Settings) -> Iterator[Callable[[], Work]]:
@@ -53,19 +51,17 @@ def work(settings: Settings) -> Work:
     }
     if settings.size != "tiny":
         calls["op in a compiled graph"] = graph_loop(*needed)
-    objects = kernel_objects()
-    if objects:
-        calls["kernel alone"] = kernel_loop(
-            case, arguments, compiled("native", f"-I{ROOT}/csrc_shims/cpu", objects=objects)
-        )
+    library = kernels()
+    if library is not None:
+        calls["kernel alone"] = decode_call(library, [arguments] * POOLS, CALLS)
     return Work(
         "overhead",
         "overhead",
         case.name,
         attention_columns(case),
         calls,
-        pools=2,
-        check=attention_check("paged_attention", arguments),
+        POOLS,
+        attention_check("paged_attention", arguments),
         repeats=CALLS,
         threads=(1,),
     )
@@ -85,20 +81,5 @@ def graph_loop(first_query: Tensor, *others: Tensor) -> Call:
         for _ in range(CALLS // GRAPH_CALLS):
             chain(first_query)
         return first
-
-    return call
-
-
-def kernel_loop(case: AttentionCase, arguments: dict[str, Any], library: Any) -> Call:
-    """Return a call that runs the kernel without PyTorch."""
-    out = torch.empty_like(arguments["query"])
-    tensors = (arguments["query"], out, *(arguments[n] for n in ("kv_cache", "block_tables", "context_lens")))
-    sizes = (case.num_seqs, case.num_heads, *arguments["kv_cache"].shape[1:], arguments["block_tables"].size(1), CALLS)
-    library.decode_loop.argtypes = [*(ctypes.c_void_p for _ in tensors), *(ctypes.c_int64 for _ in sizes)]
-    library.decode_loop.restype = None
-
-    def call(_: int) -> Tensor:
-        library.decode_loop(*(tensor.data_ptr() for tensor in tensors), *sizes)
-        return out
 
     return call

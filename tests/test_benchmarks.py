@@ -1,5 +1,6 @@
 """The benchmarks run, write what they promise, catch a wrong peer, and judge goals rightly. Nothing here is timed."""
 
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import decode, goals, limits, peers, report
+from benchmarks import decode, goals, limits, native, peers, report
 from benchmarks.inputs import attention_pools
 from benchmarks.timing import race
 from benchmarks.work import OURS, PEAK, Row, Settings
@@ -35,7 +36,7 @@ ROW = Row(
     flops=0,
     peak_bytes=None,
 )
-SUBJECTS = ("decode", "prefill", "cache-write", "overhead", "generate", "scaling")
+SUBJECTS = ("decode", "isa", "prefill", "cache-write", "overhead", "generate", "scaling")
 
 
 def goal(rows: list[Row], work: str, quantity: str) -> goals.Goal:
@@ -183,6 +184,36 @@ def test_variants_are_compared_with_their_plain_case() -> None:
     ]
     assert goal(rows, "decode with cap", "time of the plain case").values == pytest.approx((1.08, 1.04))
     assert goal(rows, "decode, int8 cache", "against a bfloat16 cache").values == pytest.approx((2.0,))
+
+
+def test_instruction_sets_are_compared_with_each_other() -> None:
+    row = replace(ROW, benchmark="isa", group="isa")
+    times = {OURS: 50.0, "avx512": 48.0, "avx2": 60.0, "generic": 150.0, "contiguous SDPA": 300.0}
+    rows = [replace(row, contender=name, median_us=taken) for name, taken in times.items()]
+    assert goal(rows, "AVX2 kernels, bfloat16", "speed over AVX-512").values == pytest.approx((0.8,))
+    assert goal(rows, "generic kernels, bfloat16", "against contiguous SDPA").values == pytest.approx((2.0,))
+    assert goal(rows[:1], "AVX2 kernels, bfloat16", "speed over AVX-512").values == ()
+
+
+def test_each_instruction_set_runs_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(native.ISA_VARIABLE, raising=False)
+    if native.kernels() is None:
+        pytest.skip("no build left the kernels' object files here")
+    libraries = {name: library for name in native.ISAS if (library := native.kernels(name)) is not None}
+    assert {name: library.instruction_set().decode() for name, library in libraries.items()} == {
+        n: n for n in libraries
+    }
+    assert "generic" in libraries
+    assert native.ISA_VARIABLE not in os.environ
+    assert native.kernels("no such kernels") is None
+
+
+def test_published_rates_are_scaled_by_the_limit() -> None:
+    rows = [replace(ROW, bytes=16_000_000, median_us=1000.0), replace(ROW, contender="paged read", median_us=800.0)]
+    work = "decode, bfloat16, vLLM 0.33 elsewhere"
+    assert goal(rows, work, "share of the limit over its 24 %").values == pytest.approx((0.8 * 33 / 8,))
+    assert goal(rows, work, "GB/s over its 8").values == pytest.approx((2.0,))
+    assert goal(rows, work, "GB/s over its 8").met is None
 
 
 def test_shares_of_the_peak_count_what_each_row_did() -> None:
