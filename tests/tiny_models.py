@@ -72,6 +72,14 @@ def make_model(family: str) -> Any:
     return model
 
 
+def as_reference(model: Any) -> Any:
+    """Turn a model into one that computes in float64, experts included where they can be told apart."""
+    model.double()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model
+
+
 def ragged_batch() -> dict[str, Tensor]:
     """Return ids and mask of three left-padded prompts of 12, 17 and 6 tokens."""
     generator = torch.Generator().manual_seed(0)

@@ -4,10 +4,14 @@
 ``attn_implementation="torch_paged"`` and pass ``past_key_values=PagedCache(model.config)``.
 """
 
+from torch_paged.integrations.transformers.versions import LOWEST_VERSION
+
+# isort: split
+
 from torch_paged.integrations.transformers.attention import ATTENTION_NAME, register
 from torch_paged.integrations.transformers.paged_cache import PagedCache
 from torch_paged.integrations.transformers.patch import patch_model, unpatch_model
 
-__all__ = ["ATTENTION_NAME", "PagedCache", "patch_model", "unpatch_model"]
+__all__ = ["ATTENTION_NAME", "LOWEST_VERSION", "PagedCache", "patch_model", "unpatch_model"]
 
 register()

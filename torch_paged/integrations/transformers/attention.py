@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function
 
 from torch_paged.functional import flash_attn_varlen, paged_attention
+from torch_paged.integrations.transformers.versions import as_mask_function, dense_mask
 
 if TYPE_CHECKING:
     from torch_paged.integrations.transformers.paged_cache import PagedCache
@@ -207,8 +208,7 @@ def paged_mask(
             raise NotImplementedError("attention_mask: PagedCache does not support masks other than causal and window")
         kv_offset.cache.prepare(batch_size, q_length, attention_mask)
         return None
-    kwargs["allow_is_causal_skip"] = False
-    return sdpa_mask(
+    return dense_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -223,4 +223,4 @@ def paged_mask(
 def register() -> None:
     """Tell transformers the attention and the mask function, both under ``ATTENTION_NAME``."""
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, paged_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, as_mask_function(paged_mask))

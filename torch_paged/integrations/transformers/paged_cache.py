@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
 from torch_paged.integrations.transformers.attention import ATTENTION_NAME
 from torch_paged.integrations.transformers.block_group import BlockGroup
 from torch_paged.integrations.transformers.paged_layer import PagedLayer, layer_windows
 from torch_paged.integrations.transformers.step import Step
+from torch_paged.integrations.transformers.versions import PreTrainedConfig, columns_after_crop
 
 
 class PagedCache(DynamicCache):
@@ -247,15 +247,15 @@ class PagedCache(DynamicCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` columns; 0 forgets nothing.
 
+        Before transformers named it so, 0 and above are the columns to keep.
+
         Raises:
             ValueError: a positive number, more columns than are cached, or columns whose window is gone.
         """
         self._finish_step()
         self._forget_preparation()
-        columns = self.columns + tokens_to_remove
-        if tokens_to_remove > 0 or columns < 0:
-            raise ValueError(f"PagedCache: tokens_to_remove must be in [{-self.columns}, 0], got {tokens_to_remove}")
-        if tokens_to_remove == 0:
+        columns = columns_after_crop(self.columns, tokens_to_remove)
+        if columns == self.columns:
             return
         lengths = [length - sum(row[columns:]) for length, row in zip(self.lengths, self._history, strict=True)]
         for group in self.groups.values():

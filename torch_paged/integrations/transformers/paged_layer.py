@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from torch_paged import functional
 from torch_paged.cache import allocate_kv_cache
 from torch_paged.integrations.transformers.attention import HANDLE_ATTRIBUTE, MaskOffset
 from torch_paged.integrations.transformers.block_group import BlockGroup
+from torch_paged.integrations.transformers.versions import PreTrainedConfig, new_columns
 
 if TYPE_CHECKING:
     from torch_paged.integrations.transformers.paged_cache import PagedCache
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class PagedLayer(CacheLayerMixin):
     """The cache of one attention layer: a packed ``(2, N, KH, S, D)`` tensor; its group says where tokens lie."""
 
-    is_compileable = True
+    is_compileable = False  # PagedCache says it for all layers; transformers 4.57 asks each before assisted decoding
     is_croppable = True
     supports_early_init = False
 
@@ -101,10 +101,10 @@ class PagedLayer(CacheLayerMixin):
             return self.cache.columns_tensor  # type: ignore[return-value]  # an int here would recompile at each step
         return self.cache.columns + (self.cache.new_tokens if self.written else 0)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Return the dense length, and the cache itself in the place of the offset: the mask function needs it."""
         self.cache.check_implementation()
-        return self.get_seq_length() + query_length, MaskOffset(self.cache)  # type: ignore[return-value]
+        return self.get_seq_length() + new_columns(query_length), MaskOffset(self.cache)  # type: ignore[return-value]
 
     def get_max_length(self) -> int:
         """Return -1: the layer grows."""

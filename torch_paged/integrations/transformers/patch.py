@@ -56,6 +56,8 @@ def patch_model(model: Model, *, block_size: int = 16) -> Model:
         raise NotImplementedError(f"patch_model: encoder-decoder models ({name}) are not supported; use it unpatched")
     if not model.can_generate():
         raise NotImplementedError(f"patch_model: {name} cannot generate; load it with AutoModelForCausalLM")
+    if not model._supports_default_dynamic_cache():  # type: ignore[operator]  # nn.Module hides it
+        raise NotImplementedError(f"patch_model: {name} makes a cache of its own kind; use it unpatched")
     layer_windows(model.config.get_text_config(decoder=True))
     if not model._can_set_attn_implementation():
         raise NotImplementedError(
