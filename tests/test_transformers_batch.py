@@ -1,0 +1,222 @@
+"""Packed generation for many requests gives the tokens that generate() gives for each prompt alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, VOCAB_SIZE, make_model
+from torch import Tensor
+from transformers import GenerationConfig
+
+from torch_paged.integrations.transformers import (
+    ATTENTION_NAME,
+    BatchGenerator,
+    GenerationOutput,
+    GenerationRequest,
+    generate_batch,
+    patch_model,
+)
+
+PROMPT_LENGTHS = (12, 17, 6, 1, 40, 33, 25, 3)
+NEW_TOKENS = 20
+LEAST_DISTINCT_TOKENS = 8
+TIE = 1e-4
+"""Share of the logits' standard deviation; a smaller gap of the best two is a tie that either token may win."""
+BLOCK_SIZE = 4
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(2, VOCAB_SIZE, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+
+
+def generate_alone(model: Any, prompt: list[int], **options: Any) -> tuple[list[int], Tensor]:
+    """Return the new tokens of one prompt and the logits of each, (new tokens, V)."""
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), **settings, return_dict_in_generate=True, output_logits=True
+    )
+    return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits)
+
+
+def assert_same_tokens(outputs: Sequence[GenerationOutput], expected: list[tuple[list[int], Tensor]]) -> None:
+    """Every request has its tokens, or leaves them where the best two logits are a tie."""
+    ties = 0
+    for number, (output, (tokens, logits)) in enumerate(zip(outputs, expected, strict=True)):
+        assert output.error is None
+        if output.generated_tokens == tokens:
+            continue
+        pairs = zip(output.generated_tokens, tokens, strict=True)
+        first = next(index for index, (actual, wanted) in enumerate(pairs) if actual != wanted)
+        best, second = logits[first].topk(2).values
+        assert best - second < TIE * logits[first].std(), f"request {number} differs from token {first} on"
+        ties += 1
+    assert ties <= len(expected) // 100
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> tuple[Any, list[tuple[list[int], Tensor]]]:
+    """A model and what it generates alone and unpatched, then patched."""
+    model = make_model(request.param)
+    expected = [generate_alone(model, prompt) for prompt in prompts()]
+    assert max(len(set(tokens)) for tokens, _ in expected) >= LEAST_DISTINCT_TOKENS
+    return patch_model(model), expected
+
+
+@pytest.fixture
+def llama() -> Any:
+    return make_model("llama")
+
+
+def run(model: Any, requests: Sequence[Any], **options: Any) -> list[GenerationOutput]:
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "progress_bar": False, **options}
+    return generate_batch(model, requests, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"block_size": BLOCK_SIZE, "max_batch_tokens": 7},
+        {"block_size": BLOCK_SIZE, "num_blocks": 17, "max_batch_tokens": 16},
+        {"block_size": BLOCK_SIZE, "num_blocks": 24, "prefix_reuse": False},
+        {"max_requests_per_batch": 3},
+    ],
+    ids=["all at once", "small steps", "few blocks", "few blocks, no reuse", "few at once"],
+)
+def test_tokens_are_those_of_generate(family: tuple[Any, Any], settings: dict[str, Any]) -> None:
+    model, expected = family
+    assert_same_tokens(run(model, prompts(), **settings), expected)
+
+
+def test_a_swapped_block_is_caught(family: tuple[Any, Any]) -> None:
+    model, expected = family
+    batch = BatchGenerator(model, block_size=BLOCK_SIZE)
+    pack = batch.cache.pack
+
+    def swap(row: list[Any]) -> Tensor:
+        position_ids = pack(row)
+        for group in batch.cache.groups.values():
+            used = group.block_tables[0] >= 0
+            last = int(used.nonzero()[-1])
+            group.block_tables[0, last] = (group.block_tables[0, last] + 1) % group.num_blocks
+        return position_ids
+
+    batch.cache.pack = swap  # type: ignore[method-assign]
+    for prompt in prompts():
+        batch.add_request(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert list(batch)
+    with pytest.raises(AssertionError, match="differs"):
+        assert_same_tokens(list(batch.outputs.values()), expected)
+
+
+def test_an_unpatched_model_is_patched_only_for_the_call(llama: Any) -> None:
+    expected = [generate_alone(llama, prompt) for prompt in prompts()]
+    assert_same_tokens(run(llama, prompts()), expected)
+    assert llama.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match=r"must be 'torch_paged', got 'eager'; call patch_model\(model\)"):
+        BatchGenerator(llama)
+
+
+def test_few_blocks_mean_preemption_and_no_loss(llama: Any) -> None:
+    patch_model(llama)
+    outputs = run(llama, prompts(), block_size=BLOCK_SIZE, num_blocks=17)
+    assert sum(output.preemptions for output in outputs) > 1
+    assert all(len(output.generated_tokens) == NEW_TOKENS for output in outputs)
+
+
+def test_results_are_in_the_order_of_the_prompts(llama: Any) -> None:
+    requests = [
+        GenerationRequest(torch.tensor(prompt), GenerationConfig(max_new_tokens=30 - 3 * number, do_sample=False))
+        for number, prompt in enumerate(prompts())
+    ]
+    outputs = run(llama, requests)
+    assert [output.prompt_ids for output in outputs] == prompts()
+    assert [len(output.generated_tokens) for output in outputs] == list(range(30, 6, -3))
+    assert all(output.sequence == output.prompt_ids + output.generated_tokens for output in outputs)
+
+
+SAMPLING: dict[str, dict[str, Any]] = {
+    "temperature": {"temperature": 0.7},
+    "top_k and top_p": {"top_k": 20, "top_p": 0.8},
+    "min_p": {"min_p": 0.1, "temperature": 1.5},
+    "repetition_penalty": {"repetition_penalty": 1.3},
+}
+
+
+def sampled(model: Any, **options: Any) -> list[GenerationOutput]:
+    requests = [
+        GenerationRequest(prompt, GenerationConfig(do_sample=True, max_new_tokens=NEW_TOKENS, **settings), seed=seed)
+        for seed, (prompt, settings) in enumerate(zip(prompts(), 2 * list(SAMPLING.values()), strict=True))
+    ]
+    return run(model, requests, **options)
+
+
+def test_sampling_is_that_of_generate_with_the_same_seed(llama: Any) -> None:
+    expected = []
+    for seed, (prompt, settings) in enumerate(zip(prompts(), 2 * list(SAMPLING.values()), strict=True)):
+        torch.manual_seed(seed)
+        expected.append(generate_alone(llama, prompt, do_sample=True, **settings)[0])
+    assert [output.generated_tokens for output in sampled(llama)] == expected
+    crowded = sampled(llama, block_size=BLOCK_SIZE, num_blocks=17)
+    assert any(output.preemptions for output in crowded)
+    assert [output.generated_tokens for output in crowded] == expected
+
+
+def test_seeds_are_drawn_from_torch_where_none_is_given(llama: Any) -> None:
+    def tokens(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        return [output.generated_tokens for output in run(llama, prompts(), do_sample=True)]
+
+    assert tokens(1) == tokens(1) != tokens(2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 9, "eos_token_id": list(range(0, VOCAB_SIZE, 3))},
+        {"eos_token_id": 7, "suppress_tokens": list(range(8, VOCAB_SIZE, 2))},
+        {"max_length": 45},
+        {"max_length": 45, "forced_eos_token_id": 5},
+        {"begin_suppress_tokens": list(range(100))},
+        {"sequence_bias": [[[9], 4.0]]},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_processors_and_criteria_are_those_of_generate(llama: Any, options: dict[str, Any]) -> None:
+    options = {"max_new_tokens": None if "max_length" in options else NEW_TOKENS, "pad_token_id": 0, **options}
+    expected = [generate_alone(llama, prompt, **options)[0] for prompt in prompts()]
+    assert [output.generated_tokens for output in run(llama, prompts(), **options)] == expected
+
+
+def test_the_defaults_are_those_of_generate(llama: Any) -> None:
+    llama.generation_config.eos_token_id = list(range(0, VOCAB_SIZE, 9))
+    llama.generation_config.repetition_penalty = 1.2
+    with pytest.warns(UserWarning, match="default `max_length`"):
+        expected = [generate_alone(llama, prompt, max_new_tokens=None)[0] for prompt in prompts()]
+    assert len(set(map(len, expected))) > 2
+    outputs = generate_batch(llama, prompts(), progress_bar=False)
+    assert [output.generated_tokens for output in outputs] == expected
+
+
+def test_a_model_that_cannot_choose_its_logits(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [generate_alone(llama, prompt) for prompt in prompts()]
+    monkeypatch.setattr(llama, "_supports_logits_to_keep", lambda: False)
+    assert_same_tokens(run(llama, prompts(), max_batch_tokens=9), expected)
+
+
+def test_half_precision_and_one_prompt(llama: Any) -> None:
+    llama.bfloat16()
+    (output,) = run(llama, [[5, 6, 7]])
+    assert len(output.generated_tokens) == NEW_TOKENS
+    assert run(llama, []) == []
+
+
+def test_the_implementation_may_be_set_by_hand(llama: Any) -> None:
+    expected = [generate_alone(llama, prompt) for prompt in prompts()]
+    llama.set_attn_implementation(ATTENTION_NAME)
+    assert_same_tokens(run(llama, prompts()), expected)

@@ -1,0 +1,342 @@
+"""Requests come, stream, share prefixes, fail and go; each on its own."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from test_transformers_batch import BLOCK_SIZE, NEW_TOKENS, generate_alone, prompts, run
+from tiny_models import VOCAB_SIZE, make_model
+from torch import Tensor
+from transformers import BloomConfig, BloomForCausalLM, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from torch_paged.integrations.transformers import (
+    BatchGenerator,
+    GenerationOutput,
+    GenerationRequest,
+    generate_batch,
+    patch_model,
+)
+
+SETTINGS: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+
+
+class Recorder(BaseStreamer):
+    """Keeps what it is given; after some tokens it does something else."""
+
+    def __init__(self, tokens: int = 0, then: Any = None) -> None:
+        self.values: list[list[int]] = []
+        self.ended = 0
+        self._tokens, self._then = tokens, then
+
+    def put(self, value: Tensor) -> None:
+        self.values.append(value.flatten().tolist())
+        if self._then is not None and len(self.values) > self._tokens:
+            self._then()
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def fail(*args: Any, **kwargs: Any) -> Any:
+    raise ArithmeticError("a fault of the user's")
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return patch_model(make_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    model = make_model("llama")
+    return [generate_alone(model, prompt)[0] for prompt in prompts()]
+
+
+def blocks_in_use(batch: BatchGenerator) -> int:
+    return sum(group.blocks_in_use for group in batch.cache.groups.values())
+
+
+FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
+    "empty": ([], ValueError, "a prompt must have at least 1 token, got none"),
+    "vocabulary": ([5, VOCAB_SIZE], ValueError, r"token ids must be ints in \[0, 255\], got 256 at index 1"),
+    "no int": ([5, 6.5], ValueError, "token ids must be ints"),
+    "too long": ([5] * 200, ValueError, "must fit into the cache of 40 blocks of 4 tokens, got 200 tokens"),
+    "grows too long": (
+        GenerationRequest([5] * 150, GenerationConfig(max_new_tokens=20)),
+        ValueError,
+        "the cache of 40 blocks of 4 tokens is full after 161 tokens of this request; make num_blocks larger",
+    ),
+    "max_length": (
+        GenerationRequest([5] * 9, GenerationConfig(max_length=9)),
+        ValueError,
+        "max_length must be > the prompt's 9 tokens, got 9",
+    ),
+    "processor": (
+        GenerationRequest([5, 6], logits_processor=LogitsProcessorList([fail])),
+        ArithmeticError,
+        "a fault of the user's",
+    ),
+    "criterion": (
+        GenerationRequest([5, 6], stopping_criteria=StoppingCriteriaList([fail])),
+        ArithmeticError,
+        "a fault of the user's",
+    ),
+    "streamer": (
+        GenerationRequest([5, 6], streamer=Recorder(tokens=3, then=fail)),
+        ArithmeticError,
+        "a fault of the user's",
+    ),
+    "nan": (
+        GenerationRequest(
+            [5, 6],
+            GenerationConfig(do_sample=True),
+            logits_processor=LogitsProcessorList([lambda ids, scores: scores * float("nan")]),
+        ),
+        RuntimeError,
+        "probability tensor",
+    ),
+    "beams": (GenerationRequest([5], GenerationConfig(num_beams=2)), NotImplementedError, "beam search"),
+    "sequences": (
+        GenerationRequest([5], GenerationConfig(num_return_sequences=2, do_sample=True)),
+        NotImplementedError,
+        "num_return_sequences > 1 is not supported; make a request of each",
+    ),
+    "guidance": (GenerationRequest([5], GenerationConfig(guidance_scale=2.0)), NotImplementedError, "guidance_scale"),
+    "scores": (GenerationRequest([5], GenerationConfig(output_scores=True)), NotImplementedError, "output_scores"),
+    "stop strings": (GenerationRequest([5], GenerationConfig(stop_strings=["a"])), ValueError, "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_ends_its_request_and_no_other(llama: Any, expected: list[list[int]], fault: str) -> None:
+    request, kind, sentence = FAULTS[fault]
+    outputs = run(llama, [*prompts()[:4], request, *prompts()[4:]], block_size=BLOCK_SIZE, num_blocks=40)
+    failed = outputs.pop(4)
+    assert isinstance(failed.error, kind)
+    with pytest.raises(kind, match=sentence):
+        raise failed.error
+    assert failed.is_finished
+    assert [output.error for output in outputs] == [None] * len(outputs)
+    assert [output.generated_tokens for output in outputs] == expected
+
+
+def test_a_failed_request_keeps_its_tokens_and_ends_its_stream(llama: Any) -> None:
+    streamer = Recorder()
+    (output,) = run(llama, [GenerationRequest([5, 6, 7], streamer=streamer)], block_size=BLOCK_SIZE, num_blocks=4)
+    assert isinstance(output.error, ValueError)
+    assert len(output.generated_tokens) == 4 * BLOCK_SIZE + 1 - 3
+    assert streamer.ended == 1
+    streamer = Recorder()
+    run(llama, [GenerationRequest([], streamer=streamer)])
+    assert streamer.ended == 1
+
+
+def test_an_unknown_option_is_refused(llama: Any) -> None:
+    (output,) = run(llama, [[5]], max_new_token=3)
+    assert "options must be of a GenerationConfig, got max_new_token" in str(output.error)
+
+
+@pytest.mark.parametrize("option", ["num_blocks", "block_size", "max_batch_tokens", "max_requests_per_batch"])
+def test_sizes_are_checked(llama: Any, option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be >= 1, got 0"):
+        run(llama, [[5]], **{option: 0})
+
+
+def test_a_model_that_cannot_be_paged_is_refused_in_one_sentence() -> None:
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2))
+    with pytest.raises(NotImplementedError, match=r"Bloom|bloom"):
+        generate_batch(bloom, [[5, 6]], max_new_tokens=2)
+
+
+def test_cancelling(llama: Any, expected: list[list[int]]) -> None:
+    requests = [GenerationRequest(prompt) for prompt in prompts()]
+    requests[1].streamer = Recorder(tokens=5, then=requests[1].cancel)
+    requests[7].cancel()
+    outputs = run(llama, requests, max_requests_per_batch=3)
+    assert [output.is_cancelled for output in outputs] == [number in (1, 7) for number in range(8)]
+    assert outputs[1].generated_tokens == expected[1][:5]
+    assert requests[1].streamer.ended == 1
+    assert outputs[7].generated_tokens == []
+    for number in (0, 2, 3, 4, 5, 6):
+        assert outputs[number].generated_tokens == expected[number]
+        assert outputs[number].error is None
+
+
+def test_every_token_is_streamed_at_once(llama: Any, expected: list[list[int]]) -> None:
+    streamer = Recorder()
+    batch = BatchGenerator(llama, block_size=BLOCK_SIZE, num_blocks=20)
+    for number, prompt in enumerate(prompts()):
+        request = GenerationRequest(prompt, streamer=streamer if number == 2 else None)
+        assert batch.add_request(request, **SETTINGS) == number
+    seen: dict[int, list[int]] = {number: [] for number in range(8)}
+    for number, token_id in batch:
+        seen[number].append(token_id)
+        assert batch.outputs[number].generated_tokens[len(seen[number]) - 1] == token_id
+    assert list(seen.values()) == expected
+    assert streamer.values == [prompts()[2], *([token] for token in expected[2])]
+    assert streamer.ended == 1
+
+
+def test_requests_may_come_while_others_run(llama: Any, expected: list[list[int]]) -> None:
+    batch = BatchGenerator(llama)
+    for prompt in prompts():
+        batch.add_request(prompt, **SETTINGS)
+        batch.step()
+    assert 0 < batch.num_running <= 8
+    list(batch)
+    assert [batch.outputs[number].generated_tokens for number in range(8)] == expected
+    assert batch.step() == []
+    assert blocks_in_use(batch) == 0
+
+
+def test_a_step_that_fails_can_be_run_again(
+    llama: Any, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = BatchGenerator(llama, block_size=BLOCK_SIZE, max_batch_tokens=30)
+    for prompt in prompts():
+        batch.add_request(prompt, **SETTINGS)
+    for _ in range(3):
+        batch.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(llama.model.layers[2].mlp, "forward", fail)
+            with pytest.raises(ArithmeticError):
+                batch.step()
+    list(batch)
+    assert [batch.outputs[number].generated_tokens for number in range(8)] == expected
+
+
+def test_a_lost_handle_raises(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = BatchGenerator(llama)
+    update = batch.cache.layers[1].update
+    monkeypatch.setattr(batch.cache.layers[1], "update", lambda *args: tuple(part[:] for part in update(*args)))
+    batch.add_request([5, 6, 7], **SETTINGS)
+    with pytest.raises(RuntimeError, match="must be the handle"):
+        batch.step()
+
+
+def test_a_common_prefix_is_computed_once(llama: Any) -> None:
+    common = prompts()[4]
+    requests = [common + prompt for prompt in prompts()]
+    plain = make_model("llama")
+    computed: list[int] = []
+
+    def count(_: Any, __: Any, options: dict[str, Any]) -> None:
+        computed.append(options["input_ids"].numel())
+
+    hook = llama.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        outputs = run(llama, requests, block_size=BLOCK_SIZE)
+        with_reuse = sum(computed)
+        computed.clear()
+        others = run(llama, requests, block_size=BLOCK_SIZE, prefix_reuse=False)
+        without = sum(computed)
+    finally:
+        hook.remove()
+    alone = [generate_alone(plain, prompt)[0] for prompt in requests]
+    assert [output.generated_tokens for output in outputs] == alone
+    assert [output.generated_tokens for output in others] == alone
+    shared = len(common) // BLOCK_SIZE * BLOCK_SIZE
+    assert outputs[0].reused_tokens == 0
+    assert all(output.reused_tokens >= shared for output in outputs[1:])
+    assert without - with_reuse == sum(output.reused_tokens for output in outputs) >= 7 * shared
+    assert [output.reused_tokens for output in others] == [0] * 8
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_prefixes_are_shared_behind_windows_too(family: str) -> None:
+    model = make_model(family)
+    requests = [prompts()[4] + prompt for prompt in prompts()]
+    expected = [generate_alone(model, prompt)[0] for prompt in requests]
+    batch = BatchGenerator(patch_model(model), block_size=BLOCK_SIZE, num_blocks=200)
+    for turn in range(2):
+        for prompt in requests:
+            batch.add_request(prompt, **SETTINGS)
+        list(batch)
+        outputs = [batch.outputs[8 * turn + number] for number in range(8)]
+        assert [output.generated_tokens for output in outputs] == expected
+    assert all(output.reused_tokens > 30 for output in outputs)
+
+
+def test_blocks_and_memory(llama: Any) -> None:
+    batch = BatchGenerator(llama, block_size=BLOCK_SIZE, num_blocks=30)
+    for prompt in prompts():
+        batch.add_request(prompt, **SETTINGS)
+    in_use = []
+    while batch.has_unfinished:
+        batch.step()
+        in_use.append(blocks_in_use(batch))
+    assert 24 <= max(in_use) <= 30
+    assert in_use[-1] == 0
+    assert batch.cache.pool_bytes == 4 * 2 * 30 * 2 * BLOCK_SIZE * 16 * 4
+    outputs = run(llama, prompts(), block_size=BLOCK_SIZE)
+    assert all(output.preemptions == 0 for output in outputs)
+
+
+def test_blocks_behind_a_window_are_freed() -> None:
+    model = patch_model(make_model("mistral"))
+    batch = BatchGenerator(model, block_size=BLOCK_SIZE, num_blocks=40, max_batch_tokens=8, prefix_reuse=False)
+    batch.add_request([5] * 100, max_new_tokens=50, do_sample=False)
+    list(batch)
+    assert len(batch.outputs[0].generated_tokens) == 50
+    assert batch.cache.peak_blocks <= 5
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_storm_of_requests(family: str, seed: int) -> None:
+    """Requests arrive, are cancelled and preempted at random; whoever stays gets its tokens."""
+    draw = random.Random(seed)
+    model = make_model(family)
+    pool = [[draw.randrange(2, VOCAB_SIZE) for _ in range(draw.randrange(1, 30))] for _ in range(4)]
+    todo = []
+    for _ in range(14):
+        prompt = [*draw.choice(pool)[: draw.randrange(1, 30)], draw.randrange(2, VOCAB_SIZE)]
+        todo.append((prompt, draw.randrange(1, 16)))
+    expected = [generate_alone(model, prompt, max_new_tokens=count)[0] for prompt, count in todo]
+    batch = BatchGenerator(
+        patch_model(model),
+        block_size=draw.choice([1, 3, 4]),
+        num_blocks=draw.randrange(48, 70),
+        max_batch_tokens=draw.choice([3, 11, 64]),
+        max_requests_per_batch=draw.choice([2, 5, 20]),
+        prefix_reuse=draw.random() < 0.5,
+    )
+    requests: list[GenerationRequest] = []
+    while len(requests) < len(todo) or batch.has_unfinished:
+        while len(requests) < len(todo) and draw.random() < 0.5:
+            prompt, count = todo[len(requests)]
+            requests.append(GenerationRequest(prompt, GenerationConfig(max_new_tokens=count, do_sample=False)))
+            batch.add_request(requests[-1])
+        if requests and draw.random() < 0.02:
+            draw.choice(requests).cancel()
+        batch.step()
+    assert blocks_in_use(batch) == 0
+    for output, tokens in zip(batch.outputs.values(), expected, strict=True):
+        check_ended(output, tokens)
+
+
+def check_ended(output: GenerationOutput, tokens: list[int]) -> None:
+    assert output.is_finished
+    assert output.error is None
+    if output.is_cancelled:
+        assert output.generated_tokens == tokens[: len(output.generated_tokens)]
+    else:
+        assert output.generated_tokens == tokens
+
+
+def test_the_progress_bar_can_be_switched_off(
+    llama: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    run(llama, [[5]], progress_bar=False)
+    assert capsys.readouterr().err == ""
+    run(llama, [[5], [6]], progress_bar=True)
+    assert "2/2" in capsys.readouterr().err
+
+
+def test_no_gradient_is_recorded(llama: Any) -> None:
+    with torch.enable_grad():
+        run(llama, [[5]])
+    assert all(parameter.grad is None for parameter in llama.parameters())
