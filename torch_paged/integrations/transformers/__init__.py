@@ -18,10 +18,10 @@ from torch_paged.integrations.transformers.request import GenerationOutput, Gene
 
 __all__ = [
     "ATTENTION_NAME",
+    "LOWEST_VERSION",
     "BatchGenerator",
     "GenerationOutput",
     "GenerationRequest",
-    "LOWEST_VERSION",
     "NewToken",
     "PagedCache",
     "generate_batch",
