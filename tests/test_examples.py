@@ -112,6 +112,26 @@ def test_compiled_demo() -> None:
     assert "tokens equal: yes" in run("02_generate.py", "--max-new-tokens", "24", "--compile")
 
 
+def test_batch_generation() -> None:
+    printed = run("06_batch_generation.py", "--max-new-tokens", "12")
+    assert "failed: [2]; tokens of the others equal to generate(): yes" in printed
+    assert "this processor never works" in printed
+
+
+def test_batch_generation_with_few_blocks() -> None:
+    printed = run("06_batch_generation.py", "--num-blocks", "16", "--max-new-tokens", "24")
+    assert "tokens of the others equal to generate(): yes" in printed
+    assert any(int(count) for count in re.findall(r"│ +\d+ +│ +24 +│ +(\d+)", printed))
+
+
+def test_shared_prefix() -> None:
+    printed = run("07_shared_prefix.py", "--max-new-tokens", "8")
+    assert "tokens equal: yes" in printed
+    reused = [int(count) for count in re.findall(r"│ [a-z ]+ │ \d+ +│ (\d+)", printed)]
+    assert reused[0] == 0
+    assert 4500 < reused[1] < reused[2]
+
+
 def test_demo_takes_another_checkpoint(demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     folder = save_with_tokenizer(Qwen3ForCausalLM(Qwen3Config(**TINY)), tmp_path / "qwen3")
