@@ -30,7 +30,7 @@ console = Console(highlight=False)
 
 def function_prompts(count: int) -> list[str]:
     """Return the first lines of functions from held-out files: more lines from one prompt to the next."""
-    prompts = []
+    prompts: list[str] = []
     for name, path in stdlib_files():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         starts = [index for index, line in enumerate(lines) if line.lstrip().startswith("def ")]
