@@ -7,26 +7,29 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 EDITABLE := TORCH_PAGED_NO_EXT=1 $(PIP) install --no-build-isolation -e
 WHEEL_VENV := .venv-wheel
 TORCH29_VENV := .venv-torch29
+TRANSFORMERS ?= 5.23.0 5.6.0 4.57.6
 CROSS ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64
 KERNELS := $(wildcard csrc_shims/*.cpp csrc_shims/*.h csrc_shims/cpu/*.cpp csrc_shims/cpu/*.h)
 LIBRARY := torch_paged/_C.abi3.so
 
-.PHONY: demo test lint bench instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
+.PRECIOUS: .venv-transformers-%/.ready
+.PHONY: demo test test-transformers lint bench instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo           generate text with a small model through torch.ops.paged"
-	@echo "make test           run all tests"
-	@echo "make lint           ruff, mypy, clang-format"
-	@echo "make bench          measure the kernels beside peers and limits (ARGS=--quick: minutes)"
-	@echo "make instructions   count the kernels' instructions and compare them with committed figures"
-	@echo "make mutants        plant faults in the kernels and see the tests catch them"
-	@echo "make wheel          build dist/*.whl"
-	@echo "make test-wheel     install the wheel into a fresh environment and use it"
-	@echo "make test-torch29   the same with torch 2.9.0 (a download of several GB)"
-	@echo "make test-aarch64   cross-build the kernels and run their tests under qemu"
-	@echo "make clean          remove what these targets made"
+	@echo "make demo               generate text with a small model through torch.ops.paged"
+	@echo "make test               run all tests"
+	@echo "make test-transformers  every model and way to generate, on three versions of transformers"
+	@echo "make lint               ruff, mypy, clang-format"
+	@echo "make bench              measure the kernels beside peers and limits (ARGS=--quick: minutes)"
+	@echo "make instructions       count the kernels' instructions and compare them with committed figures"
+	@echo "make mutants            plant faults in the kernels and see the tests catch them"
+	@echo "make wheel              build dist/*.whl"
+	@echo "make test-wheel         install the wheel into a fresh environment and use it"
+	@echo "make test-torch29       the same with torch 2.9.0 (a download of several GB)"
+	@echo "make test-aarch64       cross-build the kernels and run their tests under qemu"
+	@echo "make clean              remove what these targets made"
 
 # Torch first: the build imports it. The package is linked without its kernels, which are built below, file by file.
 $(VENV)/.ready: pyproject.toml
@@ -52,6 +55,20 @@ demo: $(LIBRARY)
 
 test: $(LIBRARY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# One environment for each version of transformers; the kernels are those of $(VENV).
+.venv-transformers-%/.ready: pyproject.toml
+	test -x .venv-transformers-$*/bin/python || $(PYTHON) -m venv .venv-transformers-$*
+	.venv-transformers-$*/bin/python -m pip -q install "torch==$(TORCH)" "transformers==$*" "setuptools>=77" packaging
+	TORCH_PAGED_NO_EXT=1 .venv-transformers-$*/bin/python -m pip -q install --no-build-isolation -e \
+	  ".[test,transformers,test-transformers]" "transformers==$*"
+	touch $@
+
+test-transformers-%: .venv-transformers-%/.ready $(LIBRARY)
+	.venv-transformers-$*/bin/python -m pytest -m "transformers_matrix or not transformers_matrix" \
+	  $(wildcard tests/test_transformers*.py) $(ARGS)
+
+test-transformers: $(TRANSFORMERS:%=test-transformers-%)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -94,6 +111,6 @@ test-aarch64:
 	$(QEMU) build/kernels_test_aarch64
 
 clean:
-	rm -rf $(VENV) $(WHEEL_VENV) $(TORCH29_VENV) build dist *.egg-info torch_paged/*.so
+	rm -rf $(VENV) $(WHEEL_VENV) $(TORCH29_VENV) .venv-transformers-* build dist *.egg-info torch_paged/*.so
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
