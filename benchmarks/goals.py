@@ -265,7 +265,10 @@ def _call_goals(select: Callable[..., list[Cell]]) -> Iterable[Goal]:
     for name, contender, bound in (
         ("eager call, inference_mode", OURS, 3),
         ("eager call, no_grad", f"{OURS}, no_grad", 7),
-        ("call in a compiled graph", "op in a compiled graph", 5),
+        ("eager call of the op, inference_mode", "op", 3),
+        ("eager call of the op, no_grad", "op, no_grad", 7),
+        ("call in a compiled graph", f"{OURS} in a compiled graph", 5),
+        ("call of the op in a compiled graph", "op in a compiled graph", 5),
     ):
         found = tuple(
             cell[contender].median_us - cell["kernel alone"].median_us

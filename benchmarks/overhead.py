@@ -5,6 +5,7 @@ that the difference is not lost in the kernel's own time.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,14 +44,17 @@ def work(settings: Settings) -> Work:
         return call
 
     op = torch.ops.paged.paged_attention.default
+    defaults = {a.name: a.default_value for a in op._schema.arguments if a.has_default_value()}
     calls: dict[str, Call] = {
         OURS: loop(torch_paged.paged_attention, True),
         f"{OURS}, no_grad": loop(torch_paged.paged_attention, False),
         "op": loop(op, True),
         "op, no_grad": loop(op, False),
+        "op, every keyword": loop(partial(op, **defaults), True),
     }
     if settings.size != "tiny":
-        calls["op in a compiled graph"] = graph_loop(*needed)
+        calls[f"{OURS} in a compiled graph"] = graph_loop(torch_paged.paged_attention, needed)
+        calls["op in a compiled graph"] = graph_loop(torch.ops.paged.paged_attention, needed)
     library = kernels()
     if library is not None:
         calls["kernel alone"] = decode_call(library, [arguments] * POOLS, CALLS)
@@ -67,14 +71,15 @@ def work(settings: Settings) -> Work:
     )
 
 
-def graph_loop(first_query: Tensor, *others: Tensor) -> Call:
-    """Return a call of a compiled graph with a chain of ops, as in a model with that many layers."""
-    first = torch.ops.paged.paged_attention(first_query, *others)
+def graph_loop(function: Callable[..., Tensor], needed: tuple[Tensor, ...]) -> Call:
+    """Return a call of a compiled graph with a chain of calls, as in a model with that many layers."""
+    first_query, *others = needed
+    first = function(*needed)
 
     @torch.compile(fullgraph=True)
     def chain(query: Tensor) -> Tensor:
         for _ in range(GRAPH_CALLS):
-            query = torch.ops.paged.paged_attention(query, *others)
+            query = function(query, *others)
         return query
 
     def call(_: int) -> Tensor:

@@ -172,3 +172,15 @@ def test_export_and_ahead_of_time_package(tmp_path: Path) -> None:
         assert torch.equal(written, expected_cache)
         for out, wanted in zip(outs, expected, strict=True):
             assert torch.equal(out, wanted)
+
+
+def test_a_compiled_decode_passes_its_arguments_by_position() -> None:
+    query, kv_cache = torch.randn(1, HEADS, HEAD_DIM), torch.randn(2, NUM_BLOCKS, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    block_tables, context_lens = torch.tensor([[3, 5]], dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
+    compiled = torch.compile(torch_paged.paged_attention, fullgraph=True)
+    out, [code] = run_and_get_code(compiled, query, kv_cache, block_tables, context_lens)
+    assert "paged_attention.default(" in code
+    assert "softmax_scale=" not in code
+    assert torch.equal(out, torch_paged.paged_attention(query, kv_cache, block_tables, context_lens))
+    with pytest.raises(Exception, match="value_dim must be given when the values are lanes of the keys"):
+        compiled(query, kv_cache[:1], block_tables, context_lens)

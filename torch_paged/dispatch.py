@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -12,6 +13,11 @@ from torch_paged.contract import autograd, fake
 from torch_paged.contract.schema import NAMESPACE, SCHEMAS, define_ops
 
 VARIABLE = "TORCH_PAGED_BACKEND"
+
+overloads = SimpleNamespace()
+"""Op -> its overload, ``<op>_with_stats`` too: a look-up through ``torch.ops`` costs each call more."""
+calls = SimpleNamespace()
+"""The same, less the Python frame that an overload's call adds; ``torch.compile`` knows the overloads only."""
 
 _library: torch.library.Library | None = None
 _served: dict[str, str] = {}  # device type -> backend name
@@ -38,6 +44,12 @@ def register() -> None:
     _library = library
     for info in chosen:
         _bind(info, library)
+    for name in SCHEMAS:
+        op, _, overload = name.partition(".")
+        packet = getattr(getattr(torch.ops, NAMESPACE), op)
+        found = getattr(packet, overload or "default")
+        setattr(overloads, name.replace(".", "_"), found)
+        setattr(calls, name.replace(".", "_"), found._op)
 
 
 def register_for_report() -> None:
