@@ -48,6 +48,7 @@ STORED: dict[str, dict[str, Any]] = {
     "e4m3_bfloat16": {"cache_dtype": torch.float8_e4m3fn, "scales_rank": 1, "dtype": torch.bfloat16},
     "e5m2_bfloat16": {"cache_dtype": torch.float8_e5m2, "scales_rank": 2, "dtype": torch.bfloat16},
     "int8_scale": {"cache_dtype": torch.int8, "scales_rank": 4},
+    "int8_scale_bfloat16": {"cache_dtype": torch.int8, "scales_rank": 4, "dtype": torch.bfloat16},
 }
 """How the keys are stored; where a scale belongs to each token, the scale is spoilt instead of the row."""
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "keys.h"
-#include "rows_bytes.h"
+#include "rows_int8.h"
 #include "scratch.h"
 #include "softmax.h"
 #include "tile_item.h"
@@ -61,7 +61,7 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
                  char* memory) {
   const int64_t group = args.num_heads / args.num_kv_heads, rows = item.num_tokens * group;
   const int64_t heads = item.head_end - item.head_begin, lanes = acc_dim(args);
-  const int64_t query_ld = round_up(args.head_dim, Kernel::kQueryPad), widest = round_up(args.head_dim, 64);
+  const int64_t query_ld = Kernel::query_size(args.head_dim), widest = round_up(args.head_dim, 64);
   Carver carver{memory};
   const Scratch s = Scratch::carve(carver, args, heads * rows);
   __builtin_memset(s.zeros, 0, (widest > lanes ? widest : lanes) * 4);
@@ -127,7 +127,7 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
                                     query + at * query_ld, query_ld, rows, sights, s.logits, s.max + at, s.sum + at * W,
                                     s.acc + at * lanes);
     };
-    if constexpr (quantized) {
+    if constexpr (Kernel::kStages) {
       // Some keys lie beside the cache, in another type, or the rows would widen every key several times.
       if ((block.live & ~low_bits(block.split)) || rows > Kernel::kRowsInPlace) {
         using Staged = typename Kernel::Staged;
@@ -163,10 +163,30 @@ void direct_quantized(const AttentionArgs& args, const Sequence& seq, const Item
   }
 }
 
+#if defined(__AVX512BF16__)
+// Integer products take finite 16-bit queries, and keys that are all in the cache. All heads decide alike, so that the
+// cut of an item does not matter.
+template <DType S>
+bool has_finite_queries(const AttentionArgs& args, const Sequence& seq, const Item& item) {
+  for (int64_t i = 0; i < item.num_tokens * args.num_heads; ++i) {
+    const int64_t token = seq.query_begin + item.token_begin + i / args.num_heads;
+    if (!is_finite<S>(query_row(args, token, i % args.num_heads), args.head_dim)) return false;
+  }
+  return true;
+}
+
+bool fits_integers(const AttentionArgs& args, const Sequence& seq, const Item& item) {
+  if (item.tile || !args.has_cache || args.cache.dtype != DType::i8 || args.has_new) return false;
+  if (args.dtype == DType::bf16) return has_finite_queries<DType::bf16>(args, seq, item);
+  return args.dtype == DType::f16 && has_finite_queries<DType::f16>(args, seq, item);
+}
+#endif
+
 void attention_item(const AttentionArgs& args, const Sequence& seq, const Item& item, const Partials& partials,
                     char* scratch) {
   const bool quantized = args.has_cache && is_quantized(args.cache.dtype);
 #if defined(__AVX512BF16__)
+  if (fits_integers(args, seq, item)) return direct_item<RowsInt8>(args, seq, item, partials, scratch);
   if (args.dtype == DType::bf16) {
     if (item.tile) return tile_item<TileDot>(args, seq, item, partials, scratch);
     if (quantized) return direct_quantized<RowsBytes>(args, seq, item, partials, scratch);

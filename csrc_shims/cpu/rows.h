@@ -88,8 +88,11 @@ struct RowsF32 {
   using Staged = RowsF32<DType::f32>;
   static constexpr DType kStorage = S;
   static constexpr int kMaxRows = kMaxRowsAtOnce, kRowsInPlace = kMaxRows;
-  static constexpr int kQueryPad = W, kStagedPad = 1;
+  static constexpr int kStagedPad = 1;
+  static constexpr bool kStages = is_quantized(S);
   using Query = float;
+
+  static int64_t query_size(int64_t dim) { return round_up(dim, W); }
 
   static void arrange(char*, int64_t) {}
 
@@ -215,8 +218,10 @@ TP_INLINE void pack_pairs(const float* p, int count, uint32_t* pairs) {
 struct RowsDot {
   static constexpr DType kStorage = DType::bf16;
   static constexpr int kMaxRows = kMaxRowsAtOnce;
-  static constexpr int kQueryPad = 32;
+  static constexpr bool kStages = false;
   using Query = uint16_t;
+
+  static int64_t query_size(int64_t dim) { return round_up(dim, 32); }
 
   static void load_query(DType, const void* source, int64_t dim, uint16_t* out) {
     __builtin_memcpy(out, source, 2 * dim);

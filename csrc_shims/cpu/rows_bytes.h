@@ -83,8 +83,11 @@ struct RowsBytes {
   using Staged = RowsDot;
   static constexpr DType kStorage = S;
   static constexpr int kMaxRows = 4, kRowsInPlace = kMaxDirectRows;  // always
-  static constexpr int kQueryPad = 64, kStagedPad = 64;
+  static constexpr int kStagedPad = 64;
+  static constexpr bool kStages = true;
   using Query = uint16_t;
+
+  static int64_t query_size(int64_t dim) { return round_up(dim, 64); }
 
   // From the natural order to that of unpacked bytes.
   static void arrange(char* row, int64_t dim) {
@@ -96,7 +99,7 @@ struct RowsBytes {
   }
 
   static void load_query(DType, const void* source, int64_t dim, uint16_t* out) {
-    const int64_t padded = round_up(dim, kQueryPad);
+    const int64_t padded = query_size(dim);
     __builtin_memcpy(out, source, 2 * dim);
     for (int64_t i = dim; i < padded; ++i) out[i] = 0;
     arrange((char*)out, padded);
