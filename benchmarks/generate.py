@@ -1,5 +1,7 @@
-"""Tokens per second of the demo's checkpoint: transformers as it is, and with its attention through the ops."""
+"""Tokens per second of whole models: transformers as it is, and with its attention through the ops."""
 
+import logging
+import random
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -12,13 +14,21 @@ from torch import Tensor
 from benchmarks.native import ROOT
 from benchmarks.timing import Call
 from benchmarks.work import OURS, Settings, Work
-from torch_paged.integrations.transformers import patch_model
+from torch_paged.integrations.transformers import generate_batch, patch_model
 from torch_paged.testing import assert_same
+
+RAGGED = "ragged prompts"
+PADDED = "generate"
+STATIC = "generate, static cache"
+CONTINUOUS = "transformers generate_batch"
+BATCH_TOKENS = (256, 512)
+"""Of transformers' generate_batch, with pages of 256 tokens: the best settings of those tried."""
 
 
 def works(settings: Settings) -> Iterator[Callable[[], Work]]:
     """Yield every case of the benchmark, unbuilt."""
     yield lambda: work(settings)
+    yield lambda: ragged_work(settings)
 
 
 def work(settings: Settings) -> Work:
@@ -62,6 +72,98 @@ def work(settings: Settings) -> Work:
         "head_dim": plain.config.head_dim,
     }
     return Work("generate", "generate", f"generate_{new_tokens}_tokens", columns, calls, 2, check)
+
+
+def ragged_work(settings: Settings) -> Work:
+    """Build the runs of one batch of ragged prompts, greedy and in float32, on a llama of 29 million parameters."""
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+    num_prompts, longest, new_tokens, layers = {
+        "full": (16, 700, 48, 8),
+        "quick": (8, 300, 16, 8),
+        "tiny": (3, 20, 3, 2),
+    }[settings.size]
+    lengths = [16 + (longest - 16) * number // (num_prompts - 1) for number in range(num_prompts)]
+    random.Random(settings.seed).shuffle(lengths)
+    generator = torch.Generator().manual_seed(settings.seed)
+    prompts = [torch.randint(2, 8000, (length,), generator=generator).tolist() for length in lengths]
+    plain, paged = ragged_model(layers), patch_model(ragged_model(layers))
+    input_ids = torch.zeros(num_prompts, longest, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False}
+
+    def padded(model: Any, **more: Any) -> Call:
+        def call(_: int) -> list[list[int]]:
+            with torch.inference_mode(False):
+                return model.generate(input_ids, attention_mask=mask, **options, **more)[:, longest:].tolist()
+
+        return call
+
+    def packed(_: int) -> list[list[int]]:
+        with torch.inference_mode(False):
+            outputs = generate_batch(paged, prompts, progress_bar=False, **options)
+        return [output.generated_tokens for output in outputs]
+
+    def continuous(batch_tokens: int) -> Call:
+        config = transformers.ContinuousBatchingConfig(
+            page_size=256,
+            num_blocks=num_prompts * (-(-(longest + new_tokens) // 256) + 1),
+            max_batch_tokens=batch_tokens,
+        )
+
+        def call(_: int) -> list[list[int]]:
+            with torch.inference_mode(False):
+                outputs = plain.generate_batch(
+                    prompts, transformers.GenerationConfig(**options, eos_token_id=-1), config, warmup=False
+                )
+            return [outputs[f"req_{number}"].generated_tokens for number in range(num_prompts)]
+
+        return call
+
+    calls = {
+        OURS: packed,
+        PADDED: padded(plain),
+        STATIC: padded(plain, cache_implementation="static"),
+        f"patched {PADDED}": padded(paged),
+        **{f"{CONTINUOUS} @{count} tokens": continuous(count) for count in BATCH_TOKENS},
+    }
+    expected = calls[PADDED](0)
+
+    def check(name: str, tokens: Any) -> None:
+        different = sum(row != wanted for row, wanted in zip(tokens, expected, strict=True))
+        assert different <= num_prompts // 16, f"{different} of {num_prompts} prompts get other tokens with {name}"
+
+    columns = {
+        "dtype": "float32",
+        "batch": num_prompts,
+        "context": new_tokens,
+        "block_size": 16,
+        "heads": plain.config.num_attention_heads,
+        "kv_heads": plain.config.num_key_value_heads,
+        "head_dim": plain.config.head_dim,
+    }
+    case = f"{num_prompts}_prompts_of_16_to_{longest}"
+    return Work("generate", RAGGED, case, columns, calls, 1, check)
+
+
+def ragged_model(layers: int) -> Any:
+    """Make the model of the ragged batch, with random weights."""
+    config = transformers.LlamaConfig(
+        vocab_size=8000,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    with torch.inference_mode(False), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config).eval()
 
 
 def compile_config() -> Any:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from benchmarks.generate import CONTINUOUS, PADDED, RAGGED
 from benchmarks.prefill import APART
 from benchmarks.work import OURS, PEAK, Row
 
@@ -106,6 +107,7 @@ def goals(rows: Iterable[Row]) -> list[Goal]:
         *_isa_goals(select),
         *_prefill_goals(select),
         *_call_goals(select),
+        *_generate_goals(select),
         *_thread_goals(select),
     ]
 
@@ -296,6 +298,18 @@ def _thread_goals(select: Callable[..., list[Cell]]) -> Iterable[Goal]:
             and contender in two
         )
         yield Goal(work, "2 threads against 1", bound, found)
+
+
+def _generate_goals(select: Callable[..., list[Cell]]) -> Iterable[Goal]:
+    chosen = select("generate", RAGGED)
+    yield Goal("ragged prompts", "against generate, padded", 2.5, _each(faster_than(PADDED), chosen))
+    yield Goal("ragged prompts", f"against {CONTINUOUS}", 1, _each(faster_than(CONTINUOUS), chosen))
+
+    def memory(cell: Cell) -> float | None:
+        ours, theirs = cell[OURS].peak_bytes, cell[PADDED].peak_bytes if PADDED in cell else None
+        return ours / theirs if ours is not None and theirs else None
+
+    yield Goal("ragged prompts", "peak memory over generate's", 1, _each(memory, chosen), at_least=False)
 
 
 def _threads(count: int) -> str:

@@ -8,6 +8,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from benchmarks.generate import RAGGED
 from benchmarks.goals import Cell, cells, limit_share
 from benchmarks.report import READS
 from benchmarks.work import DTYPES, OURS, PEAK, Row
@@ -36,6 +37,7 @@ def draw(rows: list[Row], folder: Path, suffix: str = "svg") -> None:
         ("decode_peers", decode_peers),
         ("prefill", prefill),
         ("scaling", scaling),
+        ("generate", generate),
     ):
         figure = plot(everything)
         if figure is not None:
@@ -129,6 +131,36 @@ def prefill(everything: list[Cell]) -> Figure | None:
         axis.grid(axis="x", visible=False)
     axes[0].set_ylabel("GFLOP/s on visible pairs, 1 thread")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
+
+
+def generate(everything: list[Cell]) -> Figure | None:
+    """Draw tokens per second and peak memory of each way to generate for ragged prompts."""
+    chosen = _of(everything, "generate", RAGGED)
+    if not chosen:
+        return None
+    ways = list(dict.fromkeys(name for cell in chosen for name in cell))
+    figure = Figure(figsize=(9.5, 1.2 + 0.5 * len(ways)), layout="constrained")
+    speed, memory = figure.subplots(1, 2, sharey=True)
+    counts = sorted({cell[OURS].threads for cell in chosen})
+    height = 0.8 / len(counts)
+    for number, cell in enumerate(sorted(chosen, key=lambda cell: cell[OURS].threads)):
+        rates = [row.batch * row.context / row.median_us * 1e6 for row in (cell[name] for name in ways)]
+        lines = [line + (number - (len(counts) - 1) / 2) * height for line in range(len(ways))]
+        threads = cell[OURS].threads
+        bars = speed.barh(lines, rates, height, color=COLORS.get(threads, GREY), label=_threads(threads))
+        speed.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
+    peaks = [(chosen[0][name].peak_bytes or 0) / 2**20 for name in ways]
+    memory.bar_label(memory.barh(range(len(ways)), peaks, 0.6, color=GREY), fmt="%.0f", padding=2, fontsize=9)
+    speed.set(xlabel="new tokens/s")
+    memory.set(xlabel="peak memory beyond the model, MiB")
+    speed.set_yticks(range(len(ways)), ways)
+    speed.invert_yaxis()
+    for axis in (speed, memory):
+        axis.grid(axis="y", visible=False)
+        axis.margins(x=0.15)
+    if len(counts) > 1:
+        figure.legend(*speed.get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
 
 

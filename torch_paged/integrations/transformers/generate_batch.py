@@ -22,7 +22,7 @@ def generate_batch(
     *,
     num_blocks: int | None = None,
     block_size: int = 16,
-    max_batch_tokens: int = 512,
+    max_batch_tokens: int = 1024,
     max_requests_per_batch: int = 64,
     prefix_reuse: bool = True,
     tokenizer: Any = None,
