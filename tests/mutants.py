@@ -26,6 +26,7 @@ KEYS = "keys.h"
 SOFTMAX = "softmax.h"
 KERNEL = "attention_kernel.h"
 TILE = "tile_item.h"
+TILE_SOFTMAX = "tile_softmax.h"
 ATTENTION = (
     "tests/test_paged_attention.py",
     "tests/test_flash_attn_varlen.py",
@@ -100,14 +101,12 @@ MUTANTS = [
            "right = 1.0f;"),
     Mutant("query head reads the wrong kv head", KERNEL, "item.head_begin + i / rows) * group + i % rows % group;",
            "item.head_begin + i / rows) * group + (group - 1 - i % rows % group);"),
-    Mutant("tile's sum not rescaled", TILE, "loadu(sum + m * W) * shrink[m];", "loadu(sum + m * W);"),
+    Mutant("tile's sum not rescaled", TILE_SOFTMAX, "loadu(sum + m * W) * shrink[m];", "loadu(sum + m * W);"),
     Mutant("tile ignores the mask", TILE, "all = plain && !args.attn_mask && ", "all = plain && "),
     Mutant("tile drops its last keys", TILE, "keys.end = (uint8_t)(64 - __builtin_clzll(some));",
            "keys.end = (uint8_t)(__builtin_clzll(some) ? 63 - __builtin_clzll(some) : 64);"),
-    Mutant("tile shrinks though the maximum stays", TILE, "vexp2((old - finite) * kLog2E)",
+    Mutant("tile shrinks though the maximum stays", TILE_SOFTMAX, "vexp2((old - finite) * kLog2E)",
            "vexp2(old * kLog2E - finite * kLog2E)"),
-    Mutant("tile reads probabilities that were not written", TILE,
-           "        if (!(s.bits[r + i] >> k & 1)) weights[k] = 0.0f;\n", "        (void)k;\n"),
     Mutant("sign of a quantised row lost", "rows_bytes.h", "magnitude, bytes, _mm512_set1_epi8((char)0x80), 0xf8",
            "magnitude, bytes, _mm512_set1_epi8((char)0x80), 0xf0"),
     Mutant("int8 -128 read as 0", "rows_bytes.h", "_mm512_movepi8_mask(index), _mm512_set1_epi8((char)0xc3)",

@@ -145,13 +145,18 @@ void make_plan(const AttentionArgs& args, Plan& plan) {
     plan.sequences.push_back(seq);
   }
 
-  // Divide the kv heads of an item: tiles always, the others as far as the threads need. Heads are independent sums.
+  // Divide the kv heads of an item, as far as the threads need. Heads are independent sums.
   plan.threads = threads_for(plan.work_bytes);
   const int64_t wanted = plan.threads > 1 ? 4 * plan.threads : 1;
   const int64_t pieces =
       std::min(heads, std::max<int64_t>(1, (wanted + direct_splits - 1) / std::max<int64_t>(1, direct_splits)));
+  const auto cost = [](const Item& i) { return i.tile ? (i.key_end - i.key_begin) * i.num_tokens : 0; };
+  int64_t tile_cost = 0;
+  for (const Item& item : plan.items) tile_cost += cost(item);
+  const int64_t largest_cost = tile_cost / (2 * wanted) + 1;  // of a part
   for (const Item& item : plan.items) {
-    const int64_t parts = item.tile ? heads : pieces;
+    const int64_t tile_pieces = plan.threads > 1 ? std::min(heads, cost(item) / largest_cost + 1) : 1;
+    const int64_t parts = item.tile ? tile_pieces : pieces;
     const int64_t rows = item.num_tokens * group;
     for (int64_t i = 0; i < parts; ++i) {
       Item part = item;
@@ -166,9 +171,8 @@ void make_plan(const AttentionArgs& args, Plan& plan) {
   }
   // The longest first, so that no thread is left alone with one at the end.
   if (plan.tile_rows == 0) return;
-  std::stable_sort(plan.divided.begin(), plan.divided.end(), [](const Item& x, const Item& y) {
-    const auto cost = [](const Item& i) { return i.tile ? (i.key_end - i.key_begin) * i.num_tokens : 0; };
-    return cost(x) > cost(y);
+  std::stable_sort(plan.divided.begin(), plan.divided.end(), [&](const Item& x, const Item& y) {
+    return cost(x) * (x.head_end - x.head_begin) > cost(y) * (y.head_end - y.head_begin);
   });
 }
 

@@ -34,4 +34,8 @@ static inline __attribute__((always_inline)) void prefetch_row(const char* row, 
   for (int64_t i = 0; i < bytes; i += 64) prefetch_l2(row + i);
 }
 
+static inline __attribute__((always_inline)) void prefetch_row_l1(const char* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) prefetch_l1(row + i);
+}
+
 }  // namespace torch_paged

@@ -83,12 +83,17 @@ TP_INLINE void softmax_rows(const LogitRule& rule, const RowSight* rows, int cou
 }
 
 template <DType S>
-TP_INLINE bool is_finite(const char* row, int64_t dim) {
-  vf zero = vf{};  // x * 0 is NaN for an infinity or NaN
+TP_INLINE vf times_zero(const char* row, int64_t dim) {  // NaN where a lane is infinite or NaN
+  vf zero = vf{};
   int64_t i = 0;
   for (; i + W <= dim; i += W) zero = zero + decode<S>(row + i * size_of<S>()) * 0.0f;
   if (i < dim) zero = zero + decode_partial<S>(row + i * size_of<S>(), (int)(dim - i)) * 0.0f;
-  return hsum(zero) == 0.0f;
+  return zero;
+}
+
+template <DType S>
+TP_INLINE bool is_finite(const char* row, int64_t dim) {
+  return hsum(times_zero<S>(row, dim)) == 0.0f;
 }
 
 // 0 * NaN is NaN: a value that some rows see and others do not must be finite, to be multiplied by the zero probability
@@ -103,8 +108,14 @@ struct Poisoned {
   template <DType S>
   TP_INLINE void take(uint64_t seen_by_some, uint64_t seen_by_all, int64_t dim, UnitRows& unit) {
     keys = 0;
-    for (uint64_t mixed = seen_by_some & ~seen_by_all; mixed; mixed &= mixed - 1) {
-      const int i = __builtin_ctzll(mixed);
+    const uint64_t mixed = seen_by_some & ~seen_by_all;
+    if (!mixed) return;
+    vf zero = vf{};
+    for (uint64_t left = mixed; left; left &= left - 1)
+      zero = zero + times_zero<S>(unit.value[__builtin_ctzll(left)], dim);
+    if (hsum(zero) == 0.0f) return;
+    for (uint64_t left = mixed; left; left &= left - 1) {
+      const int i = __builtin_ctzll(left);
       if (is_finite<S>(unit.value[i], dim)) continue;
       keys |= 1ull << i;
       rows.value[i] = unit.value[i];
@@ -122,25 +133,37 @@ struct Poisoned {
   }
 };
 
+// Lanes [i, i + W) of an output row.
+template <DType S>
+TP_INLINE void put_vector(char* row, int64_t i, vf x) {
+#if defined(__AVX512BF16__)
+  if constexpr (S == DType::bf16) {
+    _mm256_storeu_si256((__m256i*)(row + 2 * i), (__m256i)_mm512_cvtneps_pbh(x));
+    return;
+  }
+#endif
+  encode<S>(row + i * size_of<S>(), x);
+}
+
+TP_INLINE void put_vector(DType dtype, char* row, int64_t i, vf x) {
+  if (dtype == DType::f32)
+    put_vector<DType::f32>(row, i, x);
+  else if (dtype == DType::bf16)
+    put_vector<DType::bf16>(row, i, x);
+  else
+    put_vector<DType::f16>(row, i, x);
+}
+
 // A row of the accumulator, divided by its sum, in the output's type.
 template <class Kernel, DType S>
 TP_INLINE void put_row(const float* acc, float factor, int64_t dim, char* out) {
   int64_t i = 0;
-  for (; i + W <= dim; i += W) {
-    const vf x = Kernel::natural(acc, i) * factor;
-#if defined(__AVX512BF16__)
-    if constexpr (S == DType::bf16) {
-      _mm256_storeu_si256((__m256i*)(out + 2 * i), (__m256i)_mm512_cvtneps_pbh(x));
-      continue;
-    }
-#endif
-    encode<S>(out + i * size_of<S>(), x);
-  }
+  for (; i + W <= dim; i += W) put_vector<S>(out, i, Kernel::natural(acc, i) * factor);
   if (i < dim) encode_partial<S>(out + i * size_of<S>(), Kernel::natural(acc, i) * factor, (int)(dim - i));
 }
 
-template <class Kernel>
-void write_row(const AttentionArgs& args, int64_t token, int64_t head, float max, float sum, const float* acc) {
+// Writes the statistics of a row; returns the factor that makes its accumulator the output.
+TP_INLINE float finish_row(const AttentionArgs& args, int64_t token, int64_t head, float max, float sum) {
   const float sink = args.sinks ? args.sinks[head] : kNegInf;
   const float top = max > sink ? max : sink;
   const int64_t row = token * args.num_heads + head;
@@ -154,8 +177,14 @@ void write_row(const AttentionArgs& args, int64_t token, int64_t head, float max
   }
   if (args.lse) args.lse[row] = lse;
   if (args.max_logits) args.max_logits[row] = max;
+  return factor;
+}
+
+template <class Kernel>
+void write_row(const AttentionArgs& args, int64_t token, int64_t head, float max, float sum, const float* acc) {
+  const float factor = finish_row(args, token, head, max, sum);
   const int64_t row_bytes = args.value_dim * element_size(args.dtype);
-  char* out = (char*)args.out + row * row_bytes;
+  char* out = (char*)args.out + (token * args.num_heads + head) * row_bytes;
   if (factor == 0.0f)
     __builtin_memset(out, 0, row_bytes);
   else if (args.dtype == DType::f32)

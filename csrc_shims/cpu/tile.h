@@ -1,9 +1,9 @@
-// Products on a tile of many query rows (prefill). A block of 64 keys and values is packed once, converted to the
-// kernel's words on the way: float32, or pairs of bf16. Both products then are the same loop: a register tile of MR
-// rows x NV vectors, one broadcast word per row and one packed vector per column and step.
+// Products on a tile of many query rows (prefill). Both are the same loop: a register tile of MR rows x NV vectors, one
+// broadcast word per row and one packed vector per column and step.
 #pragma once
 
-#include "rows.h"
+#include "softmax.h"
+#include "tile_pack.h"
 
 namespace torch_paged {
 namespace {
@@ -15,259 +15,31 @@ constexpr int kTileVectors = 4;
 constexpr int kTileVectors = 2;
 #endif
 
-// Transpose W x W words in registers.
-#if defined(__AVX512F__)
-TP_INLINE void transpose(vf* words) {
-  __m512i v[16], t[16];
-  TP_UNROLL
-  for (int i = 0; i < 16; ++i) v[i] = (__m512i)words[i];
-  TP_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-  }
-  TP_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  TP_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-  }
-  TP_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-  TP_UNROLL
-  for (int i = 0; i < 16; ++i) words[i] = (vf)v[i];
-}
-#elif defined(__AVX2__)
-TP_INLINE void transpose(vf* v) {
-  __m256 t[8], u[8];
-  TP_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    t[2 * i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]);
-    t[2 * i + 1] = _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
-  }
-  TP_UNROLL
-  for (int i = 0; i < 8; i += 4) {
-    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-  }
-  TP_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
-    v[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
-  }
-}
-#else
-TP_INLINE void transpose(vf* v) {
-  for (int i = 0; i < W; ++i)
-    for (int j = i + 1; j < W; ++j) {
-      const float x = v[i][j];
-      v[i][j] = v[j][i];
-      v[j][i] = x;
-    }
-}
-#endif
-
-struct TileF32 {
-  using Direct = RowsF32<DType::f32>;  // with the same order of the accumulator's lanes
-  using Query = float;
-  static constexpr DType kStorage = DType::f32;
-  static constexpr int kLanesPerWord = 1;
-  static constexpr int kValuePad = W;  // accumulator lanes come in multiples of it
-
-  // Words [w, w + W) of a row stored as S; zeros from `dim` lanes on, where no byte is read.
-  template <DType S, bool kPartial>
-  static TP_INLINE vf load_words(const char* row, int64_t w, int64_t dim) {
-    const char* p = row + w * size_of<S>();
-    return kPartial ? decode_partial<S>(p, (int)(dim - w)) : decode<S>(p);
-  }
-
-  template <DType S, bool kPartial>
-  static TP_INLINE void pack_values_at(const char* const* rows, int count, int64_t w, int64_t dim, int64_t ld,
-                                       uint32_t* out) {
-    for (int t = 0; t < count; ++t) storeu((float*)out + t * ld + w, load_words<S, kPartial>(rows[t], w, dim));
-  }
-
-  static TP_INLINE vf step(vf c, uint32_t a, vf b) { return c + set1(load_bits<float>(&a)) * b; }
-  static TP_INLINE void put_probabilities(uint32_t* p, int i, vf x) { storeu((float*)p + i, x); }
-  static TP_INLINE void get_probabilities(const uint32_t* p, float* out) { __builtin_memcpy(out, p, 64 * 4); }
-  static TP_INLINE vf natural(const float* acc, int64_t i) { return loadu(acc + i); }
-};
-
-#if defined(__AVX512BF16__)
-struct TileDot {
-  using Direct = RowsDot;
-  using Query = uint16_t;
-  static constexpr DType kStorage = DType::bf16;
-  static constexpr int kLanesPerWord = 2;
-  static constexpr int kValuePad = 32;
-
-  template <DType S, bool kPartial>
-  static TP_INLINE __m512i load_words(const char* row, int64_t w, int64_t dim) {
-    const char* p = row + 2 * w * size_of<S>();
-    const int left = (int)(dim - 2 * w);
-    if constexpr (S == DType::bf16) {
-      return kPartial ? _mm512_maskz_loadu_epi16(lanes_mask(left), p) : _mm512_loadu_si512(p);
-    } else {
-      vf lo = vf{}, hi = vf{};
-      lo = !kPartial || left >= W ? decode<S>(p) : decode_partial<S>(p, left);
-      if (!kPartial || left >= 2 * W)
-        hi = decode<S>(p + W * size_of<S>());
-      else if (left > W)
-        hi = decode_partial<S>(p + W * size_of<S>(), left - W);
-      return (__m512i)_mm512_cvtne2ps_pbh(hi, lo);
-    }
-  }
-
-  template <DType S, bool kPartial>
-  static TP_INLINE void pack_values_at(const char* const* rows, int count, int64_t w, int64_t dim, int64_t ld,
-                                       uint32_t* out) {
-    for (int t = 0; t < count; t += 2) {
-      const __m512i a = load_words<S, kPartial>(rows[t], w, dim), b = load_words<S, kPartial>(rows[t + 1], w, dim);
-      uint32_t* to = out + t / 2 * ld + 2 * w;
-      _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a, b));
-      _mm512_storeu_si512(to + W, _mm512_unpackhi_epi16(a, b));
-    }
-  }
-
-  static TP_INLINE vf step(vf c, uint32_t a, vf b) {
-    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
-  }
-  static TP_INLINE void put_probabilities(uint32_t* p, int i, vf x) {
-    _mm256_storeu_si256((__m256i*)(p + i / 2), (__m256i)_mm512_cvtneps_pbh(x));
-  }
-  static TP_INLINE void get_probabilities(const uint32_t* p, float* out) {
-    for (int i = 0; i < 64; i += W) storeu(out + i, decode<DType::bf16>(p + i / 2));
-  }
-  static TP_INLINE vf natural(const float* acc, int64_t i) { return natural_from_unpacked(acc, i); }
-};
-#endif
-
-// 64 rows of keys -> out[word][64]
-template <class Kernel, DType S>
-void pack_keys(const char* const* rows, int count, int64_t dim, uint32_t* out) {
-  constexpr int kLanes = W * Kernel::kLanesPerWord;
-  for (int r = 0; r < count; r += W)
-    for (int64_t i = 0; i < dim; i += kLanes) {
-      const int64_t w = i / Kernel::kLanesPerWord;
-      vf v[W];
-      if (dim - i >= kLanes) {
-        TP_UNROLL
-        for (int k = 0; k < W; ++k) v[k] = (vf)Kernel::template load_words<S, false>(rows[r + k], w, dim);
-      } else {
-        TP_UNROLL
-        for (int k = 0; k < W; ++k) v[k] = (vf)Kernel::template load_words<S, true>(rows[r + k], w, dim);
-      }
-      transpose(v);
-      TP_UNROLL
-      for (int k = 0; k < W; ++k) storeu((float*)out + (w + k) * 64 + r, v[k]);
-    }
-}
-
-// Rows of values -> out[step][ld]: row by row, or interleaved pairs of rows.
-template <class Kernel, DType S>
-void pack_values(const char* const* rows, int count, int64_t dim, int64_t ld, uint32_t* out) {
-  constexpr int kLanes = W * Kernel::kLanesPerWord;
-  int64_t i = 0;
-  for (; i + kLanes <= dim; i += kLanes)
-    Kernel::template pack_values_at<S, false>(rows, count, i / Kernel::kLanesPerWord, dim, ld, out);
-  if (i < dim) Kernel::template pack_values_at<S, true>(rows, count, i / Kernel::kLanesPerWord, dim, ld, out);
-}
-
-// Both for a storage type known at run time: one of the caches' types, or the kernel's own.
-#define TP_WITH_STORAGE(CALL)                                  \
-  switch (from) {                                              \
-    case DType::f32:                                           \
-      if constexpr (Kernel::kStorage == DType::f32) CALL(f32); \
-      break;                                                   \
-    case DType::f16:                                           \
-      if constexpr (Kernel::kStorage == DType::f32) CALL(f16); \
-      break;                                                   \
-    case DType::bf16:                                          \
-      CALL(bf16);                                              \
-      break;                                                   \
-    case DType::i8:                                            \
-      CALL(i8);                                                \
-      break;                                                   \
-    case DType::e4m3:                                          \
-      CALL(e4m3);                                              \
-      break;                                                   \
-    default:                                                   \
-      CALL(e5m2);                                              \
-      break;                                                   \
-  }
-template <class Kernel>
-TP_INLINE void pack_keys(DType from, const char* const* rows, int count, int64_t dim, uint32_t* out) {
-#define TP_PACK(S) pack_keys<Kernel, DType::S>(rows, count, dim, out)
-  TP_WITH_STORAGE(TP_PACK)
-#undef TP_PACK
-}
-
-template <class Kernel>
-TP_INLINE void pack_values(DType from, const char* const* rows, int count, int64_t dim, int64_t ld, uint32_t* out) {
-#define TP_PACK(S) pack_values<Kernel, DType::S>(rows, count, dim, ld, out)
-  TP_WITH_STORAGE(TP_PACK)
-#undef TP_PACK
-}
-
-// One row, unpacked.
-template <class Kernel, DType S>
-TP_INLINE void load_words(const char* row, int64_t dim, uint32_t* out) {
-  constexpr int kLanes = W * Kernel::kLanesPerWord;
-  int64_t i = 0, w = 0;
-  for (; i + kLanes <= dim; i += kLanes, w += W)
-    storeu((float*)out + w, (vf)Kernel::template load_words<S, false>(row, w, dim));
-  if (i < dim) storeu((float*)out + w, (vf)Kernel::template load_words<S, true>(row, w, dim));
-}
-
-template <class Kernel>
-TP_INLINE void load_words(DType from, const char* row, int64_t dim, uint32_t* out) {
-#define TP_LOAD(S) load_words<Kernel, DType::S>(row, dim, out)
-  TP_WITH_STORAGE(TP_LOAD)
-#undef TP_LOAD
-}
-#undef TP_WITH_STORAGE
-
-// c (MR, NV vectors) += a (MR, steps) . b (steps, NV vectors)
+// c (MR, NV vectors) += a (MR rows of words) . b (steps, NV vectors)
 template <class Kernel, int MR, int NV>
-TP_INLINE void multiply(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t steps, vf* c) {
-  for (int64_t k = 0; k < steps; ++k) {
+TP_INLINE void multiply(const char* const* a, const uint32_t* b, int64_t ldb, int64_t begin, int64_t end, vf* c) {
+  for (int64_t k = begin; k < end; ++k) {
     vf v[NV];
     TP_UNROLL
     for (int j = 0; j < NV; ++j) v[j] = loadu((const float*)b + k * ldb + j * W);
     TP_UNROLL
     for (int m = 0; m < MR; ++m) {
       TP_UNROLL
-      for (int j = 0; j < NV; ++j) c[m * NV + j] = Kernel::step(c[m * NV + j], a[m * lda + k], v[j]);
+      for (int j = 0; j < NV; ++j) c[m * NV + j] = Kernel::step(c[m * NV + j], a[m] + 4 * k, v[j]);
     }
   }
 }
 
-// s (MR, 64) = query (MR, ld) . keys, in NV vectors of columns. Sums of at most kChain words are added up: the rounding
-// error of one long chain would grow with head_dim.
+// s (MR, 64) = query (MR rows) . keys, in NV vectors of columns. Sums of at most kChain words are added up: the
+// rounding error of one long chain would grow with head_dim.
 template <class Kernel, int MR, int NV>
-TP_INLINE void logit_columns(const uint32_t* query, int64_t ld, const uint32_t* keys, int64_t words, float* s) {
+TP_INLINE void logit_columns(const char* const* query, const uint32_t* keys, int64_t words, float* s) {
   constexpr int64_t kChain = 128;
   for (int64_t begin = 0; begin < words; begin += kChain) {
     vf c[MR * NV];
     TP_UNROLL
     for (int i = 0; i < MR * NV; ++i) c[i] = vf{};
-    multiply<Kernel, MR, NV>(query + begin, ld, keys + begin * 64, 64, begin + kChain < words ? kChain : words - begin,
-                             c);
+    multiply<Kernel, MR, NV>(query, keys, 64, begin, begin + kChain < words ? begin + kChain : words, c);
     TP_UNROLL
     for (int i = 0; i < MR * NV; ++i) {
       float* to = s + (i / NV) * 64 + (i % NV) * W;
@@ -276,50 +48,82 @@ TP_INLINE void logit_columns(const uint32_t* query, int64_t ld, const uint32_t* 
   }
 }
 
-// Columns [begin, end), multiples of 16.
+// Columns [begin, end), multiples of 16. Not inlined: the loops need most registers for themselves.
 template <class Kernel, int MR>
-void logits(const uint32_t* query, int64_t ld, const uint32_t* keys, int64_t words, int begin, int end, float* s) {
+__attribute__((noinline)) void logits(const char* const* query, const uint32_t* keys, int64_t words, int begin, int end,
+                                      float* s) {
   constexpr int NV = kTileVectors;
-  for (; begin + NV * W <= end; begin += NV * W)
-    logit_columns<Kernel, MR, NV>(query, ld, keys + begin, words, s + begin);
-  if constexpr (NV > 2)
-    for (; begin + 2 * W <= end; begin += 2 * W)
-      logit_columns<Kernel, MR, 2>(query, ld, keys + begin, words, s + begin);
+  for (; begin + NV * W <= end; begin += NV * W) logit_columns<Kernel, MR, NV>(query, keys + begin, words, s + begin);
+  if constexpr (NV > 2) {
+    if (begin + 3 * W == end) return logit_columns<Kernel, MR, 3>(query, keys + begin, words, s + begin);
+    for (; begin + 2 * W <= end; begin += 2 * W) logit_columns<Kernel, MR, 2>(query, keys + begin, words, s + begin);
+  }
   if constexpr (NV * W > 16)
-    for (; begin < end; begin += W) logit_columns<Kernel, MR, 1>(query, ld, keys + begin, words, s + begin);
+    for (; begin < end; begin += W) logit_columns<Kernel, MR, 1>(query, keys + begin, words, s + begin);
 }
 
-template <class Kernel, int MR, int NV>
-TP_INLINE void accumulate_columns(const uint32_t* p, const uint32_t* values, int64_t ld, int begin, int end,
-                                  const float* shrink, bool first, float* acc) {
-  constexpr int kSteps = 64 / Kernel::kLanesPerWord;
-  vf c[MR * NV];
-  if (first) {
+// Where the sums of values go: back to the accumulator, or, divided, to the output.
+struct ToAccumulator {
+  float* acc;
+  int64_t ld;
+
+  template <int NV>
+  TP_INLINE void put(int m, int64_t h, const vf* c) const {
     TP_UNROLL
-    for (int i = 0; i < MR * NV; ++i) c[i] = vf{};
+    for (int j = 0; j < NV; ++j) storeu(acc + m * ld + h + j * W, c[j]);
+  }
+};
+
+struct ToOutput {
+  DType dtype;
+  int64_t dim;
+  char* const* rows;
+  const float* factor;
+
+  template <int NV>
+  TP_INLINE void put(int m, int64_t h, const vf* c) const {
+    vf x[NV];
+    TP_UNROLL
+    for (int j = 0; j < NV; ++j) x[j] = factor[m] == 0.0f ? vf{} : c[j] * factor[m];
+    if (h + NV * W <= dim) {
+      TP_UNROLL
+      for (int j = 0; j < NV; ++j) put_vector(dtype, rows[m], h + j * W, x[j]);
+      return;
+    }
+    for (int j = 0; j < NV && h < dim; ++j, h += W) store_lanes(dtype, rows[m], h, x[j], lanes_left(dim, h));
+  }
+};
+
+template <class Kernel, int MR, int NV, class To>
+TP_INLINE void accumulate_columns(const char* const* p, const uint32_t* values, int64_t ld, int begin, int end,
+                                  const float* shrink, const float* acc, int64_t h, const To& to) {
+  vf c[MR * NV];
+  if (acc) {
+    TP_UNROLL
+    for (int i = 0; i < MR * NV; ++i) c[i] = loadu(acc + (i / NV) * ld + h + (i % NV) * W) * shrink[i / NV];
   } else {
     TP_UNROLL
-    for (int i = 0; i < MR * NV; ++i) c[i] = loadu(acc + (i / NV) * ld + (i % NV) * W) * shrink[i / NV];
+    for (int i = 0; i < MR * NV; ++i) c[i] = vf{};
   }
-  multiply<Kernel, MR, NV>(p + begin, kSteps, values + begin * ld, ld, end - begin, c);
+  multiply<Kernel, MR, NV>(p, values + h, ld, begin, end, c);
   TP_UNROLL
-  for (int i = 0; i < MR * NV; ++i) storeu(acc + (i / NV) * ld + (i % NV) * W, c[i]);
+  for (int m = 0; m < MR; ++m) to.template put<NV>(m, h, c + m * NV);
 }
 
-// acc (MR, ld) = acc * shrink + p . values of the keys [begin, end); 0 instead of acc at first.
-template <class Kernel, int MR>
-void accumulate(const uint32_t* p, const uint32_t* values, int64_t ld, int begin, int end, int64_t dim,
-                const float* shrink, bool first, float* acc) {
+// to = acc * shrink + p . values of the keys [begin, end), for MR rows; 0 instead of a null acc.
+template <class Kernel, int MR, class To>
+__attribute__((noinline)) void accumulate(const char* const* p, const uint32_t* values, int64_t ld, int begin, int end,
+                                          int64_t dim, const float* shrink, const float* acc, const To& to) {
   constexpr int NV = kTileVectors;
   begin /= Kernel::kLanesPerWord;
   end = (end + Kernel::kLanesPerWord - 1) / Kernel::kLanesPerWord;
   int64_t h = 0;
   for (; h + NV * W <= dim; h += NV * W)
-    accumulate_columns<Kernel, MR, NV>(p, values + h, ld, begin, end, shrink, first, acc + h);
+    accumulate_columns<Kernel, MR, NV>(p, values, ld, begin, end, shrink, acc, h, to);
   if constexpr (NV > 2)
     for (; h + 2 * W <= dim; h += 2 * W)
-      accumulate_columns<Kernel, MR, 2>(p, values + h, ld, begin, end, shrink, first, acc + h);
-  for (; h < dim; h += W) accumulate_columns<Kernel, MR, 1>(p, values + h, ld, begin, end, shrink, first, acc + h);
+      accumulate_columns<Kernel, MR, 2>(p, values, ld, begin, end, shrink, acc, h, to);
+  for (; h < dim; h += W) accumulate_columns<Kernel, MR, 1>(p, values, ld, begin, end, shrink, acc, h, to);
 }
 
 }  // namespace

@@ -1,205 +1,16 @@
-// One work item of many query rows of one kv head: the keys and values of a block are packed once and serve all rows of
-// the tile, a few rows at a time. Within a block all logits and probabilities come first, then all sums of values, so
-// that one packed matrix at a time stays in L1; accumulators and probabilities of the tile stay in L2. While a block is
-// computed the rows of the next one are prefetched.
+// One work item of many query rows, one kv head after the other: the keys and values of a block are packed once and
+// serve all rows of the tile, a few rows at a time. Within a block all logits and probabilities come first, then all
+// sums of values, so that one packed matrix at a time stays in L1; accumulators and probabilities of the tile stay in
+// L2. While a block is computed, what the next one reads is prefetched: its keys, and at the last one the queries of
+// the next head.
 #pragma once
 
 #include "keys.h"
-#include "scratch.h"
-#include "softmax.h"
-#include "tile.h"
+#include "tile_scratch.h"
+#include "tile_softmax.h"
 
 namespace torch_paged {
 namespace {
-
-// Of one register tile: the keys [begin, end) of the block that some of its rows see; begin is a multiple of 16.
-struct KeyRange {
-  uint8_t begin, end;
-  bool loaded, started;  // the queries lie in scratch; the accumulator holds a sum
-};
-
-// Rows are padded to whole register tiles: of kTileRowsAtOnce, then of 4 or 2 rows.
-struct TileScratch {
-  float *acc, *max, *sum, *shrink, *logits;
-  uint32_t *query, *probabilities;
-  char *staged_key, *staged_value;
-  uint32_t *packed_key, *packed_value;
-  uint64_t* bits;
-  int32_t* tokens;  // of each row
-  KeyRange* ranges;
-  char* zeros;
-
-  static TileScratch carve(Carver& c, const AttentionArgs& args, int64_t rows) {
-    const int64_t padded = round_up(rows, 2);
-    const int64_t dim = round_up(args.head_dim, 64), acc = acc_dim(args), widest = dim > acc ? dim : acc;
-    TileScratch s;
-    s.acc = c.take<float>(padded * acc);
-    s.max = c.take<float>(padded + W);  // and whole vectors from any row on
-    s.sum = c.take<float>(padded * W);
-    s.shrink = c.take<float>(padded + W);
-    s.logits = c.take<float>(kTileRowsAtOnce * 64);
-    s.query = c.take<uint32_t>(padded * dim);
-    s.probabilities = c.take<uint32_t>(padded * 64);
-    s.staged_key = c.take<char>(64 * widest * 4);
-    s.staged_value = c.take<char>(64 * widest * 4);
-    s.packed_key = c.take<uint32_t>(64 * dim);
-    s.packed_value = c.take<uint32_t>(64 * acc);
-    s.bits = c.take<uint64_t>(padded);
-    s.tokens = c.take<int32_t>(padded);
-    s.ranges = c.take<KeyRange>(padded / 2);
-    s.zeros = c.take<char>(widest * 4);
-    return s;
-  }
-};
-
-constexpr int64_t kRowsAhead = 16;  // query and output rows are prefetched so far ahead
-
-// body(Count, first row) for each register tile of the rows.
-template <class Body>
-TP_INLINE void for_register_tiles(int64_t rows, const Body& body) {
-  int64_t r = 0;
-  for (; r + kTileRowsAtOnce <= rows; r += kTileRowsAtOnce) body(Count<kTileRowsAtOnce>(), r);
-  if (rows - r > 2) {
-    body(Count<4>(), r);
-    r += 4;
-  }
-  if (r < rows) body(Count<2>(), r);
-}
-
-// The largest lane of each of MR <= 8 vectors, in the first lanes of vectors of W.
-template <int MR>
-TP_INLINE void largest_lanes(const vf* x, vf* largest) {
-#if defined(__AVX512F__)
-  __m512 b[4], c[2];
-  TP_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const vf y = x[2 * i < MR ? 2 * i : 0], z = x[2 * i < MR ? 2 * i + 1 : 1];
-    b[i] = vmax(_mm512_unpacklo_ps(y, z), _mm512_unpackhi_ps(y, z));
-  }
-  TP_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const __m512d y = _mm512_castps_pd(b[2 * i]), z = _mm512_castps_pd(b[2 * i + 1]);
-    c[i] = vmax((vf)_mm512_unpacklo_pd(y, z), (vf)_mm512_unpackhi_pd(y, z));
-  }
-  const vf d = vmax(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
-  const vf e = vmax(d, _mm512_shuffle_f32x4(d, d, 0xb1));
-  largest[0] = _mm512_shuffle_f32x4(e, e, 0x08);
-#else
-  TP_UNROLL
-  for (int m = 0; m < MR; ++m) largest[m / W][m % W] = hmax(x[m]);
-#endif
-}
-
-// Logits (MR, 64) become probabilities: exp2 of factor * logit less the running maximum, which moves on first; the
-// factors by which that shrinks earlier sums are left in `shrink`. top: largest logits of each lane, in base e. A row's
-// sum is kept in W lanes.
-template <class Kernel, int MR, bool kAll>
-TP_INLINE void exponentiate(const float* s, const vf* top, float factor, const float* value_scale, const uint64_t* bits,
-                            int begin, int end, float* max, float* shrink, float* sum, uint32_t* p) {
-  constexpr int kVectors = (MR + W - 1) / W;
-  alignas(64) float base[kVectors * W];
-  vf largest[kVectors];
-  largest_lanes<MR>(top, largest);
-  TP_UNROLL
-  for (int i = 0; i < kVectors; ++i) {
-    const vf old = loadu(max + i * W);
-    const vf larger = vmax(largest[i], old);  // the old one where the new one is NaN
-    const vf now = select_bits((uint32_t)(low_bits(MR) >> i * W), larger, old);
-    const vf finite = now == kNegInf ? vf{} : now;
-    storeu(max + i * W, now);
-    storeu(base + i * W, finite * kLog2E);
-    storeu(shrink + i * W, vexp2((old - finite) * kLog2E));  // exactly 1 where the maximum stays
-  }
-  vf total[MR];
-  TP_UNROLL
-  for (int m = 0; m < MR; ++m) total[m] = loadu(sum + m * W) * shrink[m];
-  TP_UNROLL
-  for (int i = begin; i < end; i += W) {
-    TP_UNROLL
-    for (int m = 0; m < MR; ++m) {
-      const vf x = loadu(s + m * 64 + i) * factor - base[m];
-      vf e = vexp2(kAll ? x : select_bits((uint32_t)(bits[m] >> i), x, set1(kNegInf)));
-      total[m] = total[m] + e;
-      if (value_scale) e = select_bits((uint32_t)(bits[m] >> i), e * loadu(value_scale + i), vf{});
-      Kernel::put_probabilities(p + m * (64 / Kernel::kLanesPerWord), i, e);
-    }
-  }
-  TP_UNROLL
-  for (int m = 0; m < MR; ++m) storeu(sum + m * W, total[m]);
-}
-
-// Logits that are products times a scale > 0 and nothing more.
-template <class Kernel, int MR, bool kAll>
-TP_INLINE void plain_softmax(float scale, const uint64_t* bits, int begin, int end, const float* s, float* max,
-                             float* shrink, float* sum, uint32_t* p) {
-  vf top[MR];
-  TP_UNROLL
-  for (int m = 0; m < MR; ++m) top[m] = set1(kNegInf);
-  TP_UNROLL
-  for (int i = begin; i < end; i += W) {
-    TP_UNROLL
-    for (int m = 0; m < MR; ++m) {
-      const vf x = loadu(s + m * 64 + i);
-      top[m] = vmax(kAll ? x : select_bits((uint32_t)(bits[m] >> i), x, set1(kNegInf)), top[m]);
-    }
-  }
-  TP_UNROLL
-  for (int m = 0; m < MR; ++m) top[m] = top[m] * scale;
-  exponentiate<Kernel, MR, kAll>(s, top, scale * kLog2E, nullptr, bits, begin, end, max, shrink, sum, p);
-}
-
-// Poisoned values in the kernel's type: the rows that see them add them one by one.
-template <class Kernel>
-TP_INLINE void take_poisoned(const AttentionArgs& args, DType stored, uint64_t seen, uint64_t common, char* staged,
-                             UnitRows& unit, Poisoned& poisoned) {
-  const int64_t lanes = acc_dim(args);
-  poisoned.keys = 0;
-  if (seen == common) return;
-  switch (stored) {
-    case DType::f32:
-      poisoned.take<DType::f32>(seen, common, args.value_dim, unit);
-      break;
-    case DType::bf16:
-      poisoned.take<DType::bf16>(seen, common, args.value_dim, unit);
-      break;
-    case DType::f16:
-      poisoned.take<DType::f16>(seen, common, args.value_dim, unit);
-      break;
-    case DType::i8:
-      break;
-    case DType::e4m3:
-      poisoned.take<DType::e4m3>(seen, common, args.value_dim, unit);
-      break;
-    default:
-      poisoned.take<DType::e5m2>(seen, common, args.value_dim, unit);
-      break;
-  }
-  if (stored == Kernel::kStorage) return;
-  for (uint64_t left = poisoned.keys; left; left &= left - 1) {
-    const int i = __builtin_ctzll(left);
-    char* row = staged + i * lanes * size_of<Kernel::kStorage>();
-    convert_row<Kernel::kStorage>(stored, poisoned.rows.value[i], args.value_dim, lanes, row);
-    poisoned.rows.value[i] = row;
-  }
-}
-
-// Rows that are needed soon come to L2, a few between two register tiles: all at once would stall the products.
-class Ahead {
- public:
-  Ahead(const char* const* rows, int count, int64_t row_bytes, int64_t query_rows)
-      : rows_(rows), count_(count), row_bytes_(row_bytes), step_(count / (int)(query_rows / kTileRowsAtOnce + 1) + 1) {}
-
-  TP_INLINE void fetch_some() {
-    for (const int stop = at_ + step_ < count_ ? at_ + step_ : count_; at_ < stop; ++at_)
-      prefetch_row(rows_[at_], row_bytes_);
-  }
-
- private:
-  const char* const* rows_;
-  int count_;
-  int64_t row_bytes_;
-  int at_ = 0, step_;
-};
 
 // The state of a tile. Row r = token r / group, head r % group.
 template <class Kernel>
@@ -209,13 +20,16 @@ struct Tile {
   const AttentionArgs& args;
   const Sequence& seq;
   const Item& item;
-  const int64_t group, head, rows, lanes, query_ld;
+  const int64_t group, rows, padded, lanes, query_ld;
   const TileScratch s;
   const Sight sight;
   const bool quantized, plain;
+  const bool queries_in_place;  // for a block or two; else copies that lie close together are faster
+  int64_t head;                 // kv head
   UnitScales scales;
   LogitRule rule;
   Poisoned poisoned;
+  DType poisoned_dtype;
   bool all = false;  // plain, and every row sees every key of the block: s.bits is not filled
 
   Tile(const AttentionArgs& args, const Sequence& seq, const Item& item, char* memory)
@@ -223,32 +37,44 @@ struct Tile {
         seq(seq),
         item(item),
         group(args.num_heads / args.num_kv_heads),
-        head(item.head_begin),
         rows(item.num_tokens * group),
+        padded(round_up(rows, 2)),
         lanes(acc_dim(args)),
         query_ld(round_up(args.head_dim, W * Kernel::kLanesPerWord) / Kernel::kLanesPerWord),
         s(carve(args, rows, memory)),
         sight(args, seq, item),
         quantized(args.has_cache && is_quantized(args.cache.dtype)),
         plain(!quantized && !args.alibi_slopes && args.logits_soft_cap == 0.0f && args.softmax_scale > 0.0f),
+        queries_in_place(args.dtype == Kernel::kStorage && args.head_dim % Kernel::kLanesPerWord == 0 &&
+                         item.key_end - item.key_begin <= 2 * kBlockKeys),
         rule{args.softmax_scale, args.logits_soft_cap},
         poisoned(s.zeros) {
     if (quantized) {
       rule.key_scale = scales.key;
       rule.value_scale = scales.value;
     }
-    const int64_t padded = round_up(rows, 2), dim = round_up(args.head_dim, 64);
+    const int64_t dim = round_up(args.head_dim, 64);
     __builtin_memset(s.zeros, 0, (dim > lanes ? dim : lanes) * 4);
-    __builtin_memset(s.sum, 0, padded * W * sizeof(float));
-    __builtin_memset(s.ranges, 0, padded / 2 * sizeof(KeyRange));
-    for (int64_t r = 0; r < padded; ++r) s.max[r] = kNegInf;
-    for (int64_t t = 0, r = 0; r < padded; ++t)
-      for (int64_t g = 0; g < group && r < padded; ++g, ++r) s.tokens[r] = (int32_t)t;
+    for (int64_t t = 0, r = 0; t < item.num_tokens; ++t)
+      for (int64_t g = 0; g < group; ++g, ++r) {
+        s.tokens[r] = (int32_t)t;
+        s.query_offsets[r] = query_row(args, token_at(r), g) - (const char*)args.query.data;
+      }
+    for (int64_t r = rows; r < padded; ++r) {  // one more row like the last one, whose output nobody takes
+      s.tokens[r] = s.tokens[r - 1];
+      s.query_offsets[r] = s.query_offsets[r - 1];
+    }
   }
 
   static TileScratch carve(const AttentionArgs& args, int64_t rows, char* memory) {
     Carver carver{memory};
     return TileScratch::carve(carver, args, rows);
+  }
+
+  void begin_head(int64_t to) {
+    head = to;
+    __builtin_memset(s.ranges, 0, padded / 2 * sizeof(KeyRange));
+    for (int64_t r = 0; r < padded; ++r) s.max[r] = kNegInf;
   }
 
   DType stored(const KeyBlock& block) const { return block.split > 0 ? args.cache.dtype : args.dtype; }
@@ -272,20 +98,39 @@ struct Tile {
     return seen;
   }
 
-  TP_INLINE void load_queries(int64_t begin, int64_t count) {
-    const int64_t row_bytes = args.head_dim * element_size(args.dtype);
-    for (int64_t r = begin; r < begin + count; ++r) {
-      if (r >= rows) {
-        __builtin_memset(s.query + r * query_ld, 0, query_ld * 4);
-        continue;
-      }
-      if (r + kRowsAhead < rows) prefetch_row(query_at(r + kRowsAhead), row_bytes);
-      load_words<Kernel>(args.dtype, query_at(r), args.head_dim, s.query + r * query_ld);
-    }
-  }
   int64_t token_at(int64_t r) const { return seq.query_begin + item.token_begin + s.tokens[r]; }
   int64_t head_at(int64_t r) const { return head * group + r - s.tokens[r] * group; }
-  const char* query_at(int64_t r) const { return query_row(args, token_at(r), head_at(r)); }
+  const char* query_at(int64_t kv_head, int64_t r) const {
+    return (const char*)args.query.data + s.query_offsets[r] +
+           kv_head * group * args.query.stride_head * element_size(args.dtype);
+  }
+  char* output_at(int64_t r) const {
+    return (char*)args.out + (token_at(r) * args.num_heads + head_at(r)) * args.value_dim * element_size(args.dtype);
+  }
+
+  TP_INLINE void fetch_queries(int64_t kv_head, int64_t r, int64_t count) const {
+    for (const int64_t end = r + count < rows ? r + count : rows; r < end; ++r)
+      prefetch_row(query_at(kv_head, r), args.head_dim * element_size(args.dtype));
+  }
+  TP_INLINE void fetch_output(int64_t r, int64_t count) const {
+    const int64_t row_bytes = args.value_dim * element_size(args.dtype);
+    for (const int64_t end = r + count < rows ? r + count : rows; r < end; ++r)
+      for (int64_t i = 0; i < row_bytes; i += 64) prefetch_for_write(output_at(r) + i);
+  }
+
+  // The words of MR queries.
+  template <int MR>
+  TP_INLINE void load_queries(int64_t r, bool first, const char** query) const {
+    TP_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      uint32_t* copy = s.query + (r + i) * query_ld;
+      if (first && !queries_in_place) load_words<Kernel>(args.dtype, query_at(head, r + i), args.head_dim, copy);
+      query[i] = queries_in_place ? query_at(head, r + i) : (const char*)copy;
+    }
+    if (!first) return;
+    for (int64_t i = r + MR; i < r + 2 * MR && i < rows; ++i)  // those of the next register tile
+      prefetch_row_l1(query_at(head, i), args.head_dim * element_size(args.dtype));
+  }
 
   // Probabilities of MR rows from r on, and the keys that they see.
   template <int MR>
@@ -304,93 +149,141 @@ struct Tile {
     if (!some) return;
     keys.begin = (uint8_t)(__builtin_ctzll(some) / 16 * 16);
     keys.end = (uint8_t)(64 - __builtin_clzll(some));
-    const int end = (int)round_up(keys.end, 16);
-    if (!keys.loaded) load_queries(r, MR);
-    keys.loaded = true;
+    const bool first = !keys.seen;
+    keys.seen = true;
+    const int begin = keys.begin, end = (int)round_up(keys.end, 16);
     const int64_t words = (args.head_dim + Kernel::kLanesPerWord - 1) / Kernel::kLanesPerWord;
-    logits<Kernel, MR>(s.query + r * query_ld, query_ld, s.packed_key, words, keys.begin, end, s.logits);
+    const char* query[MR];
+    load_queries<MR>(r, first, query);
+    logits<Kernel, MR>(query, s.packed_key, words, begin, end, s.logits);
     uint32_t* p = s.probabilities + r * kProbabilityWords;
     float *max = s.max + r, *shrink = s.shrink + r, *sum = s.sum + r * W;
     if (plain && every == ~0ull)
-      return plain_softmax<Kernel, MR, true>(rule.scale, nullptr, 0, 64, s.logits, max, shrink, sum, p);
+      return plain_softmax<Kernel, MR, true>(rule.scale, nullptr, 0, 64, first, s.logits, max, shrink, sum, p);
     if (plain)
-      return plain_softmax<Kernel, MR, false>(rule.scale, s.bits + r, keys.begin, end, s.logits, max, shrink, sum, p);
+      return plain_softmax<Kernel, MR, false>(rule.scale, s.bits + r, begin, end, first, s.logits, max, shrink, sum, p);
     vf top[MR];
     for (int i = 0; i < MR; ++i) {
       const RowSight row{s.bits[r + i], sight.positions[s.tokens[r + i]] - block.key0,
                          args.alibi_slopes ? args.alibi_slopes[head_at(r + i)] : 0.0f};
       top[i] = masked_logits(rule, row, block.count, s.logits + i * 64);
     }
-    exponentiate<Kernel, MR, false>(s.logits, top, 1.0f, rule.value_scale, s.bits + r, keys.begin, end, max, shrink,
+    exponentiate<Kernel, MR, false>(s.logits, top, 1.0f, rule.value_scale, s.bits + r, begin, end, first, max, shrink,
                                     sum, p);
   }
 
-  // Sums of values for MR rows from r on.
-  template <int MR>
-  TP_INLINE void sum_up(int64_t r, const KeyBlock& block) {
-    KeyRange& keys = s.ranges[r / 2];
-    if (keys.end == 0) return;
-    const uint32_t* p = s.probabilities + r * kProbabilityWords;
-    accumulate<Kernel, MR>(p, s.packed_value, lanes, keys.begin, keys.end, round_up(args.value_dim, Kernel::kValuePad),
-                           s.shrink + r, !keys.started, s.acc + r * lanes);
-    keys.started = true;
-    if (poisoned.keys == 0) return;
-    for (int i = 0; i < MR; ++i) {
-      alignas(64) float weights[64];
-      Kernel::get_probabilities(p + i * kProbabilityWords, weights);
-      for (int k = 0; k < 64; ++k)  // those of other keys were not written
-        if (!(s.bits[r + i] >> k & 1)) weights[k] = 0.0f;
-      poisoned.add<typename Kernel::Direct>(s.bits[r + i], block.count, weights, args.value_dim,
-                                            s.acc + (r + i) * lanes, lanes);
+  // Values that some rows must not meet leave the unit; the rows that see them add them one by one.
+  TP_INLINE void take_poisoned(DType dtype, uint64_t seen, uint64_t common, UnitRows& unit) {
+    poisoned_dtype = dtype;
+    switch (dtype) {
+      case DType::f32:
+        return poisoned.take<DType::f32>(seen, common, args.value_dim, unit);
+      case DType::bf16:
+        return poisoned.take<DType::bf16>(seen, common, args.value_dim, unit);
+      case DType::f16:
+        return poisoned.take<DType::f16>(seen, common, args.value_dim, unit);
+      case DType::i8:
+        poisoned.keys = 0;
+        return;
+      case DType::e4m3:
+        return poisoned.take<DType::e4m3>(seen, common, args.value_dim, unit);
+      default:
+        return poisoned.take<DType::e5m2>(seen, common, args.value_dim, unit);
     }
   }
-
-  // `count` rows from r on leave the tile.
-  TP_INLINE void finish(int64_t r, int64_t count, const Partials& partials) {
-    if (!s.ranges[r / 2].started) __builtin_memset(s.acc + r * lanes, 0, count * lanes * sizeof(float));
-    const int64_t end = r + count < rows ? r + count : rows;
-    for (; r < end; ++r) {
-      const float sum = hsum(loadu(s.sum + r * W));
-      const float* acc = s.acc + r * lanes;
-      if (item.partial < 0) {
-        if (r + kRowsAhead < rows) prefetch_output(r + kRowsAhead);
-        write_row<Kernel>(args, token_at(r), head_at(r), s.max[r], sum, acc);
-      } else {
-        const int64_t to = item.partial + head * rows + r;
-        for (int64_t i = 0; i < lanes; i += W) storeu(partials.acc + to * lanes + i, Kernel::natural(acc, i));
-        partials.max[to] = s.max[r];
-        partials.sum[to] = sum;
+  TP_INLINE void add_poisoned(int64_t r) {
+    if ((poisoned.keys & s.bits[r]) == 0) return;
+    float weights[64], *acc = s.acc + r * lanes;
+    Kernel::get_probabilities(s.probabilities + r * kProbabilityWords, weights);
+    for (uint64_t left = poisoned.keys & s.bits[r]; left; left &= left - 1) {
+      const int k = __builtin_ctzll(left);
+      for (int64_t i = 0; i < args.value_dim; i += W) {
+        const vf value = load_lanes(poisoned_dtype, poisoned.rows.value[k], i, lanes_left(args.value_dim, i));
+        storeu(acc + i, loadu(acc + i) + weights[k] * value);
       }
     }
   }
-  TP_INLINE void prefetch_output(int64_t r) const {
-    const int64_t row_bytes = args.value_dim * element_size(args.dtype);
-    const char* out = (const char*)args.out + (token_at(r) * args.num_heads + head_at(r)) * row_bytes;
-    for (int64_t i = 0; i < row_bytes; i += 64) prefetch_for_write(out + i);
+
+  // Sums of values for MR rows from r on; after the last block they leave the tile.
+  template <int MR>
+  TP_INLINE void sum_up(int64_t r, bool last, const Partials& partials) {
+    KeyRange& keys = s.ranges[r / 2];
+    const float* before = keys.started ? s.acc + r * lanes : nullptr;
+    const char* p[MR];
+    TP_UNROLL
+    for (int i = 0; i < MR; ++i) p[i] = (const char*)(s.probabilities + (r + i) * kProbabilityWords);
+    const auto add_values = [&](const auto& to) {
+      accumulate<Kernel, MR>(p, s.packed_value, lanes, keys.begin, keys.end,
+                             round_up(args.value_dim, Kernel::kValuePad), s.shrink + r, before, to);
+    };
+    if (last && keys.end > 0 && item.partial < 0 && poisoned.keys == 0) {
+      char* out[MR];
+      float factor[MR];
+      TP_UNROLL
+      for (int i = 0; i < MR; ++i) {
+        const bool padding = r + i >= rows;
+        out[i] = padding ? (char*)(s.acc + (r + i) * lanes) : output_at(r + i);
+        factor[i] = padding ? 0.0f : finish_row(args, token_at(r + i), head_at(r + i), s.max[r + i], sum_of(r + i));
+      }
+      return add_values(ToOutput{args.dtype, args.value_dim, out, factor});
+    }
+    if (keys.end > 0) {
+      add_values(ToAccumulator{s.acc + r * lanes, lanes});
+      keys.started = true;
+      if (poisoned.keys)
+        for (int i = 0; i < MR; ++i) add_poisoned(r + i);
+    }
+    if (last) finish(r, MR, partials);
+  }
+  float sum_of(int64_t r) const { return hsum(loadu(s.sum + r * W)); }
+
+  void finish(int64_t r, int64_t count, const Partials& partials) {
+    const KeyRange& keys = s.ranges[r / 2];
+    if (!keys.started) __builtin_memset(s.acc + r * lanes, 0, count * lanes * sizeof(float));
+    if (!keys.seen) __builtin_memset(s.sum + r * W, 0, count * W * sizeof(float));
+    const int64_t end = r + count < rows ? r + count : rows;
+    for (; r < end; ++r) {
+      const float* acc = s.acc + r * lanes;
+      if (item.partial < 0) {
+        write_row<RowsF32<DType::f32>>(args, token_at(r), head_at(r), s.max[r], sum_of(r), acc);
+      } else {
+        const int64_t to = item.partial + head * rows + r;
+        __builtin_memcpy(partials.acc + to * lanes, acc, lanes * sizeof(float));
+        partials.max[to] = s.max[r];
+        partials.sum[to] = sum_of(r);
+      }
+    }
   }
 };
 
-// Many query rows of one kv head.
+// Many query rows.
 template <class Kernel>
 void tile_item(const AttentionArgs& args, const Sequence& seq, const Item& item, const Partials& partials,
                char* memory) {
   Tile<Kernel> tile(args, seq, item, memory);
   const TileScratch& s = tile.s;
-  const int64_t head = tile.head, rows = tile.rows, lanes = tile.lanes, widest = round_up(args.head_dim, 64);
+  const int64_t rows = tile.rows, lanes = tile.lanes, widest = round_up(args.head_dim, 64);
+  const int64_t first_key = item.key_begin / kBlockKeys * kBlockKeys;
   KeyBlock blocks[2];
   UnitRows units[2];
-  next_block(args, seq, item, tile.sight, item.key_begin / kBlockKeys * kBlockKeys, blocks[0]);
-  locate_unit(args, blocks[0], head, s.zeros, units[0]);
+  next_block(args, seq, item, tile.sight, first_key, blocks[0]);
+  locate_unit(args, blocks[0], item.head_begin, s.zeros, units[0]);
   for (int i = 0; i < units[0].count; ++i)
     prefetch_row(units[0].key[i], args.head_dim * element_size(tile.stored(blocks[0])));
+  tile.fetch_queries(item.head_begin, 0, kRowsAhead);
+  tile.begin_head(item.head_begin);
 
-  bool last = false;
-  for (int now = 0; !last; now = 1 - now) {
-    const KeyBlock &block = blocks[now], &following = blocks[1 - now];
+  bool first = true;  // block of the first head, whose queries were not prefetched before
+  for (int now = 0; tile.head < item.head_end; now = 1 - now) {
+    const KeyBlock& block = blocks[now];
+    KeyBlock& following = blocks[1 - now];
     UnitRows &unit = units[now], &next = units[1 - now];
-    next_block(args, seq, item, tile.sight, block.key0 + kBlockKeys, blocks[1 - now]);
-    locate_unit(args, following, head, s.zeros, next);
-    last = !following.live;
+    const int64_t head = tile.head;
+    next_block(args, seq, item, tile.sight, block.key0 + kBlockKeys, following);
+    const bool last = !following.live;
+    const int64_t next_head = last ? head + 1 : head;
+    if (last && next_head < item.head_end) next_block(args, seq, item, tile.sight, first_key, following);
+    locate_unit(args, following, next_head, s.zeros, next);
 
     uint64_t common;
     const uint64_t seen = tile.look(block.key0, &common);
@@ -408,15 +301,19 @@ void tile_item(const AttentionArgs& args, const Sequence& seq, const Item& item,
     pack_keys<Kernel>(stored, unit.key, unit.count, args.head_dim, s.packed_key);
     for_register_tiles(rows, [&](auto count, int64_t r) {
       values.fetch_some();
+      if (first) tile.fetch_queries(head, r + kRowsAhead, count.value);
+      if (last && item.partial < 0) tile.fetch_output(r, count.value);
       tile.template weigh<decltype(count)::value>(r, block);
     });
-    take_poisoned<Kernel>(args, stored, seen, common, s.staged_value, unit, tile.poisoned);
+    tile.take_poisoned(stored, seen, common, unit);
     pack_values<Kernel>(stored, unit.value, unit.count, args.value_dim, lanes, s.packed_value);
     for_register_tiles(rows, [&](auto count, int64_t r) {
       keys.fetch_some();
-      tile.template sum_up<decltype(count)::value>(r, block);
-      if (last) tile.finish(r, decltype(count)::value, partials);
+      if (last && next_head < item.head_end) tile.fetch_queries(next_head, r, count.value);
+      tile.template sum_up<decltype(count)::value>(r, last, partials);
     });
+    first = false;
+    if (last) tile.begin_head(next_head);
   }
 }
 
