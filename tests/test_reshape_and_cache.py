@@ -32,6 +32,23 @@ def test_many_tokens(backend: Backend, threads: int) -> None:
     assert_same(arguments["kv_cache"], expected["kv_cache"])
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        WriteCase("lines", num_tokens=300, skipped_tokens=20, num_kv_heads=8, head_dim=128, num_blocks=40),
+        WriteCase("no_lines", num_tokens=500, num_kv_heads=8, head_dim=72, num_blocks=40),
+    ],
+    ids=lambda case: case.name,
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_write_larger_than_a_cores_cache(backend: Backend, case: WriteCase, threads: int) -> None:
+    torch.set_num_threads(threads)
+    arguments, expected = build(case), build(case)
+    backend(case.op, arguments)
+    REFERENCE(case.op, expected)
+    assert_same(storage_of(arguments["kv_cache"]), storage_of(expected["kv_cache"]), "kv_cache")
+
+
 @pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)
 @pytest.mark.parametrize("source", [torch.float32, *HALF_DTYPES])
 def test_quantisation_saturates(backend: Backend, dtype: torch.dtype, source: torch.dtype) -> None:

@@ -1,5 +1,10 @@
 // Cache writes, copies and gathers, and the merge of attention states: plans around the row kernels.
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <utility>
@@ -35,8 +40,7 @@ struct Place {
 };
 
 // The lines that a token's rows of one head will be written to. The rows of a cache are scattered: a store that misses
-// the caches holds up the stores behind it. Stores past the caches (non-temporal) are faster still, but the attention
-// that follows would wait for memory.
+// the caches holds up the stores behind it.
 void prefetch_rows(const Cache& cache, Place to, int64_t head) {
   const int64_t bytes = cache.stored_dim * element_size(cache.dtype);
   for (int kv = 0; kv < (cache.latent ? 1 : 2); ++kv) {
@@ -44,13 +48,50 @@ void prefetch_rows(const Cache& cache, Place to, int64_t head) {
   }
 }
 
-void write_row(const CacheWriteArgs& args, const KernelTable& isa, int kv, int64_t token, Place to, int64_t head) {
+// Rows of whole lines go past the caches, so that the lines need not be read first: half the traffic. A prompt's rows
+// are too many for a core's own cache; those of a decode step stay there for the attention that follows.
+bool deserves_streams(const CacheWriteArgs& args) {
+#if defined(__SSE2__)
+  constexpr int64_t kCoreCacheBytes = 1 << 20, kLine = 64;
+  const int64_t key_bytes = args.head_dim * element_size(args.dtype);
+  const int64_t value_bytes = args.value_dim * element_size(args.dtype);
+  const int64_t written = args.num_tokens * args.cache.num_kv_heads * (key_bytes + value_bytes);
+  return !is_quantized(args.cache.dtype) && key_bytes % kLine == 0 && value_bytes % kLine == 0 &&
+         written >= kCoreCacheBytes;
+#else
+  return false;
+#endif
+}
+
+void stream_row(char* to, const char* from, int64_t bytes) {
+#if defined(__SSE2__)
+  if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    for (int64_t i = 0; i < bytes; i += 16) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    }
+    return;
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
+
+// Before other threads may read what was streamed.
+void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+void write_row(const CacheWriteArgs& args, const KernelTable& isa, int kv, int64_t token, Place to, int64_t head,
+               bool stream) {
   const Cache& cache = args.cache;
   const Rows& rows = kv == 0 ? args.key : args.value;
   const int64_t dim = kv == 0 ? args.head_dim : args.value_dim, es = element_size(args.dtype);
   const char* source = static_cast<const char*>(rows.data) + (token * rows.stride_token + head * rows.stride_head) * es;
   char* out = cache_row(cache, kv, to.block, head, to.offset);
-  if (!is_quantized(cache.dtype)) {
+  if (stream) {
+    stream_row(out, source, dim * es);
+  } else if (!is_quantized(cache.dtype)) {
     std::memcpy(out, source, dim * es);
   } else {
     float* scale = cache_scale(cache, kv, to.block, head, to.offset);
@@ -72,6 +113,7 @@ void write_cache(const CacheWriteArgs& args) {
   const int64_t groups = (args.num_tokens + kTokensAtOnce - 1) / kTokensAtOnce;
   const int64_t heads = args.cache.num_kv_heads, block_size = args.cache.block_size;
   const int parts = args.cache.latent ? 1 : 2;
+  const bool stream = deserves_streams(args);
   parallel_for(groups, threads_for(args.num_tokens * token_bytes), [&](int64_t group) {
     const int64_t begin = group * kTokensAtOnce, end = std::min(args.num_tokens, begin + kTokensAtOnce);
     const auto slot_of = [&](int64_t token) -> int64_t {
@@ -83,11 +125,12 @@ void write_cache(const CacheWriteArgs& args) {
       const Place to{slot / block_size, slot % block_size};
       const Place ahead{slot_ahead / block_size, slot_ahead % block_size};
       for (int64_t head = 0; head < heads; ++head) {
-        if (slot_ahead >= 0) prefetch_rows(args.cache, ahead, head);
+        if (slot_ahead >= 0 && !stream) prefetch_rows(args.cache, ahead, head);
         if (slot < 0) continue;
-        for (int kv = 0; kv < parts; ++kv) write_row(args, isa, kv, token, to, head);
+        for (int kv = 0; kv < parts; ++kv) write_row(args, isa, kv, token, to, head, stream);
       }
     }
+    if (stream) finish_streams();
   });
 }
 
