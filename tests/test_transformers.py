@@ -7,6 +7,7 @@ import torch
 from tiny_models import (
     COMMON,
     FAMILIES,
+    PLAIN,
     PROMPT_COLUMNS,
     VOCAB_SIZE,
     WINDOW_TOKENS,
@@ -15,25 +16,11 @@ from tiny_models import (
     ragged_batch,
 )
 from torch import Tensor, nn
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    DynamicCache,
-    Llama4ForCausalLM,
-    Llama4TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel, MambaConfig, MambaForCausalLM
 
 from torch_paged.integrations.transformers import ATTENTION_NAME, PagedCache, patch_model, unpatch_model
 from torch_paged.integrations.transformers.block_group import BlockGroup
+from torch_paged.integrations.transformers.layer_plan import Reach
 from torch_paged.testing.compare import assert_close
 
 BLOCK_SIZE = 4
@@ -41,7 +28,10 @@ NEW_TOKENS = 24
 LEAST_DISTINCT_TOKENS = 8
 
 
-@pytest.fixture(params=FAMILIES)
+MATRIX = pytest.mark.transformers_matrix
+
+
+@pytest.fixture(params=[*PLAIN, *(pytest.param(family, marks=MATRIX) for family in FAMILIES if family not in PLAIN)])
 def model(request: pytest.FixtureRequest) -> Any:
     return make_model(request.param)
 
@@ -65,10 +55,27 @@ def last_cache(model: Any, **options: Any) -> PagedCache:
     return model.generate(**settings, return_dict_in_generate=True).past_key_values
 
 
-def test_greedy_tokens_are_equal(model: Any) -> None:
-    expected = generate(model)
-    assert min(len(set(row.tolist())) for row in expected) >= LEAST_DISTINCT_TOKENS
-    assert torch.equal(generate(patched(model)), expected)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_equal_and_logits_close(family: str) -> None:
+    model = make_model(family)
+    batch = ragged_batch()
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    plain = model.generate(**batch, **options)
+    assert min(len(set(row.tolist())) for row in plain.sequences[:, PROMPT_COLUMNS:]) >= LEAST_DISTINCT_TOKENS
+    patched(model)
+    actual = model.generate(**batch, **options)
+    assert isinstance(actual.past_key_values, PagedCache)
+    assert torch.equal(actual.sequences, plain.sequences)
+    with torch.no_grad():
+        expected = logits_alone(as_reference(unpatch_model(model)), plain.sequences, batch["attention_mask"])
+    assert_close(torch.stack(actual.logits, 1), expected, torch.stack(plain.logits, 1))
+
+
+def logits_alone(model: Any, sequences: Tensor, mask: Tensor) -> Tensor:
+    """Return the logits of the generated tokens, each row without padding and without a cache."""
+    prompts = [ids[:PROMPT_COLUMNS][real] for ids, real in zip(sequences, mask.bool(), strict=True)]
+    rows = [torch.cat([prompt, ids[PROMPT_COLUMNS:-1]]) for prompt, ids in zip(prompts, sequences, strict=True)]
+    return torch.stack([model(row[None], use_cache=False).logits[0, -NEW_TOKENS:] for row in rows])
 
 
 @pytest.mark.parametrize(
@@ -159,12 +166,13 @@ def test_second_turn_continues_the_cache(model: Any) -> None:
 
 
 @pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
-def test_rejected_tokens_are_rolled_back(model: Any, way: str) -> None:
+def test_rejected_tokens_are_rolled_back(model: Any, way: str, request: pytest.FixtureRequest) -> None:
+    family = request.node.callspec.params["model"]
     prompt = ragged_batch()["input_ids"][1:2]
     options: dict[str, Any] = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     expected = generate(model, **options)
     if way == "assistant":
-        assistant = make_model(model.config.model_type)
+        assistant = make_model(family)
         generator = torch.Generator().manual_seed(4)
         with torch.no_grad():
             for parameter in assistant.parameters():
@@ -177,15 +185,15 @@ def test_rejected_tokens_are_rolled_back(model: Any, way: str) -> None:
 
 def test_a_corrupt_block_id_is_caught(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = generate(model)
-    write_tables = BlockGroup._write_tables
+    write_tables = BlockGroup.write_tables
 
     def corrupt(group: BlockGroup) -> None:
         write_tables(group)
         last = len(group._tables[1]) - 1
-        if group.window is None or model.config.model_type == "mistral":
+        if group.reach.window is None or model.config.model_type == "mistral":
             group.block_tables[1, last] = (group.block_tables[1, last] + 1) % group.num_blocks
 
-    monkeypatch.setattr(BlockGroup, "_write_tables", corrupt)
+    monkeypatch.setattr(BlockGroup, "write_tables", corrupt)
     actual = generate(patched(model))
     assert torch.equal(actual[[0, 2]], expected[[0, 2]])
     assert not torch.equal(actual[1], expected[1])
@@ -199,7 +207,7 @@ def test_blocks_behind_the_window_are_reused() -> None:
     visible_blocks = -(-WINDOW_TOKENS // BLOCK_SIZE)
     assert cache.peak_blocks <= visible_blocks + 2
     assert cache.blocks_in_use <= visible_blocks + 1
-    group = cache.groups[WINDOW_TOKENS]
+    group = cache.groups[Reach(window=WINDOW_TOKENS)]
     assert group.num_blocks <= visible_blocks + 2
 
 
@@ -251,44 +259,12 @@ def test_patching_is_reversible_and_touches_no_class() -> None:
 
 TINY = {**COMMON, "vocab_size": 32}
 UNSUPPORTED = {
-    "no attention interface": (
-        lambda: BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=32, n_layer=1, n_head=2)),
-        "does not use transformers' attention interface",
-    ),
-    "encoder-decoder": (
-        lambda: T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1)),
-        "encoder-decoder",
-    ),
-    "latent attention": (
-        lambda: DeepseekV3ForCausalLM(
-            DeepseekV3Config(
-                vocab_size=32,
-                hidden_size=32,
-                intermediate_size=32,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                first_k_dense_replace=1,
-            )
-        ),
-        "latent attention",
-    ),
-    "chunked attention": (
-        lambda: Llama4ForCausalLM(
-            Llama4TextConfig(
-                **{**TINY, "intermediate_size": 32},
-                intermediate_size_mlp=32,
-                attention_chunk_size=8,
-                num_local_experts=2,
-            )
-        ),
-        "chunked attention",
-    ),
-    "linear attention": (
-        lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**TINY, num_experts=2, num_experts_per_tok=1)),
-        "cache layer LinearAttentionLayer|a cache of its own kind",
+    "no keys": (
+        lambda: MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1)),
+        "no layer of mamba has keys to page|a cache of its own kind",
     ),
     "no head": (lambda: LlamaModel(LlamaConfig(**TINY)), "cannot generate"),
+    "no backend": (lambda: LlamaForCausalLM(LlamaConfig(**TINY)), "no backend serves device 'meta'"),
 }
 
 

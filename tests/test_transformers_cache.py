@@ -11,6 +11,7 @@ from transformers import CompileConfig, DynamicCache
 
 from torch_paged.integrations.transformers import PagedCache, patch_model, unpatch_model
 from torch_paged.integrations.transformers.attention import attention_forward
+from torch_paged.integrations.transformers.layer_plan import Reach
 from torch_paged.integrations.transformers.versions import CROP_IS_RELATIVE, MASKS_TAKE_POSITIONS, check_version
 from torch_paged.testing.compare import assert_close
 
@@ -41,9 +42,9 @@ def positions(cache: PagedCache) -> dict[str, Tensor]:
     return {"cache_position": cache.columns_tensor.clone()[None]} if MASKS_TAKE_POSITIONS else {}
 
 
-def forward(model: Any, ids: Tensor, **kwargs: Any) -> Tensor:
+def forward(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
     with torch.no_grad():
-        return model(ids, **kwargs).logits
+        return model(input_ids, **kwargs).logits
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
@@ -118,7 +119,7 @@ def test_the_pool_grows(model: Any) -> None:
         ids = torch.randint(2, VOCAB_SIZE, (2, 5), generator=generator)
         expected = forward(model, ids, past_key_values=sized)
         assert torch.equal(forward(model, ids, past_key_values=growing), expected)
-        sizes.add((growing.groups[None].num_blocks, sized.groups[None].num_blocks))
+        sizes.add((growing.groups[Reach()].num_blocks, sized.groups[Reach()].num_blocks))
     assert len({grown for grown, _ in sizes}) > 1
     assert {fixed for _, fixed in sizes} == {2 * 80 // BLOCK_SIZE}
 
@@ -213,12 +214,6 @@ def test_another_batch_size_is_refused(model: Any, cache: PagedCache) -> None:
         forward(model, torch.tensor([[3], [4]]), past_key_values=cache)
 
 
-def test_custom_masks_are_refused(model: Any, cache: PagedCache) -> None:
-    mask = torch.ones(1, 1, PROMPT_COLUMNS, PROMPT_COLUMNS, dtype=torch.bool)
-    with pytest.raises(NotImplementedError, match="does not support 4-D or custom masks"):
-        forward(model, PROMPT, attention_mask=mask, past_key_values=cache)
-
-
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -226,6 +221,7 @@ def test_custom_masks_are_refused(model: Any, cache: PagedCache) -> None:
         ({"is_causal": False}, "bidirectional"),
         ({"sliding_window": 5}, "a window of 5"),
         ({"cu_seq_lens_q": PROMPT}, "cu_seq_lens_q"),
+        ({"output_attentions": True}, "output_attentions"),
     ],
 )
 def test_options_without_a_paged_form_are_refused(
@@ -272,9 +268,15 @@ def test_an_old_version_of_transformers_is_refused(version: str) -> None:
         check_version(version)
 
 
-def test_dense_keys_are_not_kept(cache: PagedCache) -> None:
-    with pytest.raises(NotImplementedError, match=r"torch_paged\.gather_cache"):
-        list(cache)
+def test_dense_keys_can_be_read(model: Any, cache: PagedCache) -> None:
+    batch = ragged_batch()
+    forward(model, **batch, past_key_values=cache)
+    plain = DynamicCache(config=model.config)
+    forward(unpatch_model(model), **batch, past_key_values=plain)
+    real = batch["attention_mask"].bool()[:, None, :, None]
+    for (key, value, _), (plain_key, plain_value, _) in zip(cache, plain, strict=True):
+        torch.testing.assert_close(key, plain_key * real)
+        torch.testing.assert_close(value, plain_value * real)
 
 
 def test_a_paged_cache_is_a_dynamic_cache(cache: PagedCache) -> None:

@@ -1,27 +1,16 @@
 """Tiny random models of the families that the transformers integration serves, and a ragged batch for them."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 VOCAB_SIZE = 256
 WINDOW_TOKENS = 8
+CHUNK_TOKENS = 8
 PROMPT_COLUMNS = 17
+IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
@@ -31,45 +20,176 @@ COMMON: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
     "tie_word_embeddings": False,
+    **IDS,
 }
-ALTERNATING = ["sliding_attention", "full_attention"] * 2
+OLD_NAMES: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "n_layer": 4, "n_head": 4, "tie_word_embeddings": False, **IDS}
+FALCON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "tie_word_embeddings": False,
+    **IDS,
+}
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+WINDOW = {"sliding_window": WINDOW_TOKENS}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SHARED_KEYS = {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 16}
 
-FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**COMMON)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**COMMON, sliding_window=WINDOW_TOKENS)),
-    "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**COMMON, sliding_window=WINDOW_TOKENS, attn_logit_softcapping=2.0, query_pre_attn_scalar=16)
+
+def _without(names: str, options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names.split()}
+
+
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("Llama", "ForCausalLM", COMMON),
+    "qwen2": ("Qwen2", "ForCausalLM", _without("head_dim", COMMON)),
+    "qwen3": ("Qwen3", "ForCausalLM", COMMON),
+    "qwen3_moe": ("Qwen3Moe", "ForCausalLM", {**COMMON, **EXPERTS}),
+    "mistral": ("Mistral", "ForCausalLM", {**COMMON, **WINDOW}),
+    "mixtral": ("Mixtral", "ForCausalLM", {**COMMON, "num_local_experts": 4}),
+    "gemma2": (
+        "Gemma2",
+        "ForCausalLM",
+        {**COMMON, **WINDOW, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
     ),
-    "gpt_oss": lambda: GptOssForCausalLM(
-        GptOssConfig(
+    "gemma3": ("Gemma3", "ForCausalLM", {**COMMON, **WINDOW, **ALTERNATING, "query_pre_attn_scalar": 16}),
+    "gemma3n": (
+        "Gemma3n",
+        "ForCausalLM",
+        {
             **COMMON,
-            sliding_window=WINDOW_TOKENS,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            layer_types=ALTERNATING,
-        )
+            **WINDOW,
+            **ALTERNATING,
+            **SHARED_KEYS,
+            "altup_num_inputs": 2,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.0] * 4,
+        },
+    ),
+    "gemma4": ("Gemma4", "ForCausalLM", {**COMMON, **WINDOW, **ALTERNATING, **SHARED_KEYS, "global_head_dim": 32}),
+    "gpt_oss": (
+        "GptOss",
+        "ForCausalLM",
+        {**COMMON, **WINDOW, **ALTERNATING, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "llama4": (
+        "Llama4",
+        "ForCausalLM",
+        {
+            **COMMON,
+            "intermediate_size": 64,
+            "intermediate_size_mlp": 96,
+            "attention_chunk_size": CHUNK_TOKENS,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "no_rope_layers": [1, 1, 1, 0],
+            "attn_temperature_tuning": True,
+        },
+    ),
+    "phi3": ("Phi3", "ForCausalLM", {**_without("head_dim", COMMON), **WINDOW}),
+    "gpt2": ("GPT2", "LMHeadModel", {**OLD_NAMES, "n_embd": 64, "n_positions": 512}),
+    "bloom": ("Bloom", "ForCausalLM", {**OLD_NAMES, "hidden_size": 64}),
+    "falcon": (
+        "Falcon",
+        "ForCausalLM",
+        {**FALCON, "num_kv_heads": 2, "alibi": False, "new_decoder_architecture": True},
+    ),
+    "falcon_alibi": (
+        "Falcon",
+        "ForCausalLM",
+        {**FALCON, "alibi": True, "new_decoder_architecture": False, "multi_query": False},
+    ),
+    "mpt": (
+        "Mpt",
+        "ForCausalLM",
+        {
+            "vocab_size": VOCAB_SIZE,
+            "d_model": 64,
+            "n_layers": 4,
+            "n_heads": 4,
+            "max_seq_len": 512,
+            "use_cache": True,
+            **IDS,
+        },
+    ),
+    "gptj": ("GPTJ", "ForCausalLM", {**OLD_NAMES, "n_embd": 64, "n_positions": 512, "rotary_dim": 8}),
+    "gpt_neox": ("GPTNeoX", "ForCausalLM", _without("num_key_value_heads head_dim", COMMON)),
+    "opt": (
+        "OPT",
+        "ForCausalLM",
+        {
+            **_without("intermediate_size num_key_value_heads head_dim", COMMON),
+            "ffn_dim": 96,
+            "word_embed_proj_dim": 64,
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        "ForCausalLM",
+        {
+            **_without("head_dim", COMMON),
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 32,
+            "q_lora_rank": 32,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 12,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 1,
+        },
+    ),
+    "olmo3": ("Olmo3", "ForCausalLM", {**_without("head_dim", COMMON), **WINDOW}),
+    "cohere2": ("Cohere2", "ForCausalLM", {**COMMON, **WINDOW, **ALTERNATING}),
+    "qwen3_next": (
+        "Qwen3Next",
+        "ForCausalLM",
+        {
+            **COMMON,
+            **EXPERTS,
+            "shared_expert_intermediate_size": 32,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+        },
     ),
 }
+"""Of each family the name and the ending of its classes, and the options of its config."""
+
+TEXT_CONFIGS = ("Gemma3", "Gemma3n", "Gemma4", "Llama4")
+PLAIN = ("llama", "qwen3", "mistral", "gemma2", "gpt_oss")
+"""Families that stand for the others where a flow does not depend on the kind of layer."""
 
 
 def make_model(family: str) -> Any:
     """Make a model whose weights are large enough for its tokens to depend on what it attends to."""
+    name, ending, options = FAMILIES[family]
+    config_name = f"{name}TextConfig" if name in TEXT_CONFIGS else f"{name}Config"
     torch.manual_seed(0)
-    model = FAMILIES[family]().eval()
+    model = getattr(transformers, name + ending)(getattr(transformers, config_name)(**options)).eval()
+    enlarge_weights(model, 2.5 if family in ("bloom", "falcon_alibi", "gptj", "mpt") else 1.5)
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation("eager")  # the one dense implementation that knows caps and sinks
+    return model
+
+
+def enlarge_weights(model: Any, scale: float = 1.5) -> None:
+    """Give a model random weights that make its tokens depend on what it attends to."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1.5 / parameter.shape[-1] ** 0.5)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale / parameter.shape[-1] ** 0.5)
             elif "sinks" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    model.set_attn_implementation("eager")  # the one dense implementation that knows caps and sinks
-    return model
 
 
 def as_reference(model: Any) -> Any:

@@ -1,35 +1,37 @@
-"""The attention function and the mask function that transformers finds under the name ``torch_paged``.
+"""The attention function that transformers finds under the names ``torch_paged`` and ``torch_paged_latent``.
 
 A cache layer returns its packed ``kv_cache`` as key and as value: a handle, known by the Python attribute that points
-back at the layer. Everything else (training, ``use_cache=False``) takes the dense way, written here in plain PyTorch
-because transformers has no single dense function that knows soft caps and sinks.
+back at the layer. Everything else (training, ``use_cache=False``, cross attention) takes the dense way, written here in
+plain PyTorch because transformers has no single dense function that knows soft caps and sinks.
 """
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function
 
 from torch_paged.functional import flash_attn_varlen, paged_attention
-from torch_paged.integrations.transformers.versions import as_mask_function, dense_mask
-
-if TYPE_CHECKING:
-    from torch_paged.integrations.transformers.paged_cache import PagedCache
-    from torch_paged.integrations.transformers.paged_layer import PagedLayer
+from torch_paged.integrations.transformers.mask import paged_mask
+from torch_paged.integrations.transformers.paged_layer import HANDLE_ATTRIBUTE, PagedLayer
+from torch_paged.integrations.transformers.step import Step
+from torch_paged.integrations.transformers.versions import as_mask_function
 
 ATTENTION_NAME = "torch_paged"
-HANDLE_ATTRIBUTE = "_torch_paged_layer"
+LATENT_ATTENTION_NAME = "torch_paged_latent"
 
 _UNSUPPORTED_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "position_bias")
 
 
-class MaskOffset:
-    """Carries the cache to the mask function, in the place of the column offset that a paged cache does not have."""
+@dataclass(frozen=True)
+class Options:
+    """What a layer asks of its attention: factor and cap of the logits, (H,) sinks or None."""
 
-    def __init__(self, cache: "PagedCache") -> None:
-        self.cache = cache
+    scale: float
+    cap: float
+    sinks: Tensor | None
+    dropout: float = 0.0
 
 
 def attention_forward(
@@ -54,7 +56,8 @@ def attention_forward(
         query: (B, H, Q, D).
         key: the handle of a cache layer, or dense (B, KH, C, D).
         value: the same handle, or dense (B, KH, C, DV).
-        attention_mask: None with a handle (padding is in the cache's lengths), else (B, 1, Q, C) bool or additive.
+        attention_mask: with a handle None (padding is in the cache's lengths) or a mask in transformers' columns, else
+            (B, 1, Q, C) bool or additive.
         dropout: probability, 0.0 for none. None may be used with a handle.
         scaling: factor of the logits. None: ``1 / sqrt(D)``.
         softcap: cap of the logits. None or 0.0: none.
@@ -68,35 +71,38 @@ def attention_forward(
         NotImplementedError: an option that the paged way does not have.
         RuntimeError: the handle was copied, viewed or reshaped on its way here.
     """
-    layer: PagedLayer | None = getattr(key, HANDLE_ATTRIBUTE, None)
+    if kwargs.get("output_attentions"):
+        raise NotImplementedError(
+            "attention: torch_paged does not support output_attentions; call unpatch_model(model)"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    cap = float(softcap or 0.0)
+    options = Options(scale, float(softcap or 0.0), None if s_aux is None else s_aux.float(), dropout)
+    layer: PagedLayer | None = getattr(key, HANDLE_ATTRIBUTE, None)
     if layer is not None and value is key:
-        _check_paged_call(module, layer.group.window, attention_mask, dropout, kwargs)
-        return _paged(layer, query, key, scale, cap, s_aux), None
+        _check_paged_call(module, layer, attention_mask, dropout, kwargs)
+        layer.cache.pending_layer = None
+        if layer.latent:
+            return _absorbed(module, layer, query, attention_mask, options), None
+        return _cached(layer, query, attention_mask, options), None
     if key.ndim != 4 or value.ndim != 4 or layer is not None:
         raise RuntimeError(
             "attention: key must be the handle that PagedCache.update() returned, got a copy or a view of it; "
-            f"{type(module).__name__} changes keys after the cache update, which torch_paged does not support"
+            f"{type(module).__name__} changes keys after the cache update: call patch_model(model, gather=True)"
         )
-    return _dense(query, key, value, attention_mask, dropout, scale, cap, s_aux), None
+    return _dense(query, key, value, attention_mask, options), None
 
 
 def _check_paged_call(
-    module: nn.Module, window: int | None, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
+    module: nn.Module, layer: PagedLayer, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
 ) -> None:
-    name = type(module).__name__
-    if mask is not None:
-        raise NotImplementedError(
-            f"attention: PagedCache does not support 4-D or custom masks ({name}); pass a 2-D attention_mask"
-        )
+    name, window = type(module).__name__, layer.group.reach.window
     if dropout:
         raise NotImplementedError(f"attention: PagedCache does not support dropout ({dropout}); call model.eval()")
     is_causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    if mask is None and not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotImplementedError(f"attention: PagedCache does not support bidirectional attention ({name})")
     given_window = kwargs.get("sliding_window")
-    if given_window is not None and given_window != window:
+    if mask is None and given_window is not None and given_window != window:
         raise NotImplementedError(
             f"attention: PagedCache does not support a window of {given_window} ({name}) "
             f"in a layer whose cache has {window}"
@@ -106,121 +112,120 @@ def _check_paged_call(
             raise NotImplementedError(f"attention: PagedCache does not support {keyword} ({name}); leave it out")
 
 
-def _paged(
-    layer: "PagedLayer", query: Tensor, kv_cache: Tensor, scale: float, cap: float, s_aux: Tensor | None
-) -> Tensor:
-    group, step = layer.group, layer.cache.step
+def _cached(layer: PagedLayer, query: Tensor, mask: Tensor | None, options: Options) -> Tensor:
+    if mask is None:
+        return _paged(layer, query, None, options)
+    allowed = _as_bool(mask)
+    if allowed is None or layer.group.lost_blocks:
+        return _dense(query, *layer.gather_heads(), mask, options)
+    return _paged(layer, query, allowed, options)
+
+
+def _absorbed(module: Any, layer: PagedLayer, query: Tensor, mask: Tensor | None, options: Options) -> Tensor:
+    """Attend with the up-projections of key and value moved to the query's and the output's side (MLA)."""
+    latent_dim, _ = layer.widths
+    heads, key_dim, value_dim = query.shape[1], module.qk_nope_head_dim, module.v_head_dim
+    up = module.kv_b_proj.weight.view(heads, key_dim + value_dim, latent_dim)
+    compressed = query[..., :key_dim] @ up[:, :key_dim]  # (B, H, Q, R)
+    out = _cached(layer, torch.cat([compressed, query[..., key_dim:]], -1), mask, options)
+    return torch.einsum("bqhr,hvr->bqhv", out, up[:, key_dim:])
+
+
+def _paged(layer: PagedLayer, query: Tensor, mask: Tensor | None, options: Options) -> Tensor:
+    group = layer.group
     batch, heads, new_tokens, head_dim = query.shape
-    tokens = query.transpose(1, 2).reshape(batch * new_tokens, heads, head_dim)
-    sinks = None if s_aux is None else s_aux.float()
-    layer.cache.pending_layer = None
-    if step.one_token_each:
+    step = _step_of_last(layer.cache.step, batch, new_tokens)
+    tokens = query.transpose(1, 2).reshape(batch * new_tokens, heads, head_dim).to(layer.dtype)
+    if step.one_token_each and mask is None:
         out = paged_attention(
             tokens,
-            kv_cache,
+            layer.kv_cache,
             group.block_tables,
             step.context_lens,
-            sinks=sinks,
-            softmax_scale=scale,
-            logits_soft_cap=cap,
-            sliding_window=group.window,
+            kv_scales=layer.kv_scales,
+            sinks=options.sinks,
+            softmax_scale=options.scale,
+            logits_soft_cap=options.cap,
+            sliding_window=group.reach.window,
+            attention_chunk=group.reach.chunk,
             value_dim=layer.value_dim,
         )
     else:
+        attn_mask = None if mask is None else _mask_of_rows(layer, mask, batch)
         out = flash_attn_varlen(
             tokens,
             cu_seqlens_q=step.cu_seqlens_q,
-            kv_cache=kv_cache,
+            kv_cache=layer.kv_cache,
             block_tables=group.block_tables,
             context_lens=step.context_lens,
             max_seqlen_q=step.max_seqlen_q,
             max_seqlen_k=group.block_tables.shape[1] * group.block_size,
-            sinks=sinks,
+            kv_scales=layer.kv_scales,
+            sinks=options.sinks,
+            attn_mask=attn_mask,
             query_positions=step.query_positions,
-            softmax_scale=scale,
-            logits_soft_cap=cap,
-            causal=True,
-            sliding_window=group.window,
+            softmax_scale=options.scale,
+            logits_soft_cap=options.cap,
+            causal=mask is None,
+            sliding_window=group.reach.window if mask is None else None,
+            attention_chunk=group.reach.chunk if mask is None else None,
             value_dim=layer.value_dim,
         )
-    return out.view(batch, new_tokens, heads, out.shape[-1])
+    return out.view(batch, new_tokens, heads, out.shape[-1]).to(query.dtype)
 
 
-def _dense(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scale: float,
-    cap: float,
-    s_aux: Tensor | None,
-) -> Tensor:
+def _step_of_last(step: Step, batch: int, new_tokens: int) -> Step:
+    """Return the step of the last queries only, which is all that layers with shared keys may get."""
+    if new_tokens >= step.max_seqlen_q:
+        return step
+    if batch != len(step.context_lens):
+        raise NotImplementedError("attention: PagedCache does not support a part of the queries of a packed forward")
+    device = step.context_lens.device
+    positions = step.query_positions
+    return Step(
+        cu_seqlens_q=torch.arange(0, (batch + 1) * new_tokens, new_tokens, dtype=torch.int32, device=device),
+        context_lens=step.context_lens,
+        max_seqlen_q=new_tokens,
+        one_token_each=new_tokens == 1 and positions is None,
+        query_positions=None if positions is None else positions.view(batch, -1)[:, -new_tokens:].flatten(),
+    )
+
+
+def _as_bool(mask: Tensor) -> Tensor | None:
+    """Return an additive mask as bool, None where it adds anything but 0 and the lowest number."""
+    if mask.dtype == torch.bool:
+        return mask
+    hidden = mask <= torch.finfo(mask.dtype).min / 2
+    return ~hidden if bool((hidden | (mask == 0)).all()) else None
+
+
+def _mask_of_rows(layer: PagedLayer, mask: Tensor, batch: int) -> Tensor:
+    """Return a (B, H or 1, Q, C) mask in columns as the op's (T, C) or (H, T, C) mask in positions."""
+    by_token = layer.cache.columns_now().mask_of_tokens(mask.expand(batch, -1, -1, -1))
+    rows = by_token.transpose(0, 1).flatten(1, 2)
+    return rows[0] if len(rows) == 1 else rows
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    logits = (query @ key.transpose(2, 3)).float() * scale  # (B, H, Q, C)
-    if cap:
-        logits = cap * torch.tanh(logits / cap)
+    logits = (query @ key.transpose(2, 3)).float() * options.scale  # (B, H, Q, C)
+    if options.cap:
+        logits = options.cap * torch.tanh(logits / options.cap)
     if mask is not None and mask.dtype == torch.bool:
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
     elif mask is not None:
         logits = logits + mask
-    if s_aux is not None:
-        sinks = s_aux.float().view(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], 1)
+    if options.sinks is not None:
+        sinks = options.sinks.view(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], 1)
         logits = torch.cat([logits, sinks], -1)
     weights = logits.softmax(-1)[..., : key.shape[2]]
-    weights = nn.functional.dropout(weights, dropout).to(value.dtype)
+    weights = nn.functional.dropout(weights, options.dropout).to(value.dtype)
     return (weights @ value).transpose(1, 2).contiguous()
 
 
-def paged_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: "int | MaskOffset" = 0,
-    mask_function: Any = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """Prepare the paged cache for the coming forward and return no mask; without one, return the dense mask.
-
-    Args:
-        batch_size: B.
-        q_length: new tokens of each sequence.
-        kv_length: columns of the dense keys.
-        q_offset: column of the first new token.
-        kv_offset: what ``get_mask_sizes`` returned: a ``MaskOffset`` when the cache is paged.
-        mask_function: what transformers would draw: causal, or causal with a window.
-        attention_mask: (B, columns) bool, False at padding, or None.
-        kwargs: options of the dense mask.
-
-    Returns:
-        None with a paged cache, else a (B, 1, Q, C) bool mask.
-
-    Raises:
-        NotImplementedError: a mask other than causal and window, with a paged cache.
-    """
-    if isinstance(kv_offset, MaskOffset):
-        plain = mask_function is causal_mask_function
-        windowed = kwargs.get("local_size") is not None and not mask_function.__qualname__.startswith("or_masks")
-        if kwargs.get("use_vmap") or not (plain or windowed):
-            raise NotImplementedError("attention_mask: PagedCache does not support masks other than causal and window")
-        kv_offset.cache.prepare(batch_size, q_length, attention_mask)
-        return None
-    return dense_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        **kwargs,
-    )
-
-
 def register() -> None:
-    """Tell transformers the attention and the mask function, both under ``ATTENTION_NAME``."""
-    AttentionInterface.register(ATTENTION_NAME, attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, as_mask_function(paged_mask))
+    """Tell transformers the attention and the mask function, under both names."""
+    for name in (ATTENTION_NAME, LATENT_ATTENTION_NAME):
+        AttentionInterface.register(name, attention_forward)
+        AttentionMaskInterface.register(name, as_mask_function(paged_mask))

@@ -1,69 +1,88 @@
-"""Which blocks hold which tokens, for all layers that see the same window."""
+"""Which blocks hold which tokens, for all layers that see the same keys."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from torch_paged.cache import BlockAllocator, OutOfBlocks
-
-if TYPE_CHECKING:
-    from torch_paged.integrations.transformers.paged_layer import PagedLayer
+from torch_paged.integrations.transformers.layer_plan import Reach
+from torch_paged.integrations.transformers.shared_blocks import SharedBlocks
 
 UNUSED_ENTRY = -1
 
 
 class BlockGroup:
-    """One block table for the layers of one kind, and the pool of block ids that these layers share.
+    """One block table for the layers of one kind. The pool of block ids is shared with the forks of the cache.
 
     Dimensions:
         B rows (sequences), Q new columns of each, M table width in blocks, S tokens in a block, N blocks in the pool.
 
     Attributes:
-        window: tokens that a query sees, itself included; None for all.
+        reach: which keys a query sees.
         block_size: S.
+        blocks: the pool.
         block_tables: (B, M) int32, what the ops read.
         slot_mapping: (B * Q,) int64, where the step's new tokens go, -1 at padding.
-        peak_blocks: the most blocks that were in use at once.
+        recording: whether hidden blocks are kept until the next ``crop``, which may go back over several steps.
     """
 
     block_tables: Tensor
     slot_mapping: Tensor
 
-    def __init__(
-        self, window: int | None, block_size: int, device: torch.device, *, prefix_reuse: bool = False
-    ) -> None:
-        self.window = window
-        self.block_size = block_size
-        self.device = device
-        self.layers: list[PagedLayer] = []
-        self.allocator = BlockAllocator(1, block_size, sliding_window=window, prefix_reuse=prefix_reuse)
+    def __init__(self, reach: Reach, blocks: SharedBlocks, device: torch.device) -> None:
         self._seqs: list[int] = []
-        self.clear()
+        self.reach = reach
+        self.blocks = blocks
+        self.block_size = blocks.allocator.block_size
+        self.device = device
+        self.recording = False
+        self._cropped = False
+        self._forget_tables()
 
-    def clear(self) -> None:
-        """Forget all rows; the pool keeps its size, and what its blocks are published to hold."""
-        for seq in self._seqs:
-            self.allocator.free(seq)
-        self.peak_blocks = 0
-        self._seqs = []
-        self._tables: list[tuple[int, ...]] = []
-        self._width = 1
+    def __del__(self) -> None:
+        self._free_rows()
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a query sees, itself included; None without a window."""
+        return self.reach.window
+
+    @property
+    def allocator(self) -> BlockAllocator:
+        """The pool's allocator."""
+        return self.blocks.allocator
+
+    @property
+    def peak_blocks(self) -> int:
+        """The most blocks of the pool that were in use at once."""
+        return self.blocks.peak_blocks
 
     @property
     def num_blocks(self) -> int:
         """N, the pool's size."""
-        return self.allocator.num_blocks
+        return self.blocks.num_blocks
 
     @property
     def started(self) -> bool:
         """Whether the rows exist."""
         return bool(self._seqs)
 
-    @property
-    def blocks_in_use(self) -> int:
-        """Blocks that at least one row holds."""
-        return self.num_blocks - self.allocator.num_free_blocks
+    def clear(self) -> None:
+        """Free all rows; the pool keeps its size, and what its blocks are published to hold."""
+        self._free_rows()
+        self._seqs = []
+        self.blocks.peak_blocks = self.blocks.in_use
+        self._forget_tables()
+
+    def fork(self) -> "BlockGroup":
+        """Return a group with the same rows on the same pool, sharing blocks until one of the two writes."""
+        group = BlockGroup(self.reach, self.blocks, self.device)
+        group._seqs = [self.allocator.fork(seq) for seq in self._seqs]
+        group._width = self._width
+        group.recording = self.recording
+        return group
 
     def start(self, row_tokens: list[int], new_tokens: int, max_length: int | None) -> None:
         """Make the rows, and size pool and table for them.
@@ -77,11 +96,13 @@ class BlockGroup:
         rest = 0 if max_length is None else max(0, max_length - new_tokens)
         blocks = [-(-(tokens + rest) // self.block_size) for tokens in row_tokens]
         self._width = max(1, *blocks)
-        if self.window is not None:
-            seen_blocks = -(-(self.window - 1 + new_tokens) // self.block_size) + 1
+        seen = self.reach.window or self.reach.chunk
+        if seen is not None and not self.recording:
+            seen_blocks = -(-(seen - 1 + new_tokens) // self.block_size) + 1
             blocks = [min(count, seen_blocks) for count in blocks]
-        if sum(blocks) > self.num_blocks:
-            self.grow(sum(blocks))
+        wanted = self.blocks.in_use + sum(blocks)
+        if wanted > self.num_blocks:
+            self.grow(wanted)
 
     def extend(self, counts: list[int], real: list[list[bool]] | None) -> None:
         """Give every row the slots of its new tokens; blocks that no coming query sees are reused.
@@ -91,31 +112,57 @@ class BlockGroup:
             real: (B, Q), False at padding. None: no padding.
         """
         slots: list[int] = []
-        for index, (seq, count) in enumerate(zip(self._seqs, counts, strict=True)):
-            new_slots = self._append(seq, count)
-            if real is not None:
-                unused = iter(new_slots)
-                new_slots = [next(unused) if is_real else UNUSED_ENTRY for is_real in real[index]]
-            slots += new_slots
-        self.peak_blocks = max(self.peak_blocks, self.blocks_in_use)
-        sources, destinations = self.allocator.take_copies(self.device)
-        if len(sources):
-            for layer in self.layers:
-                layer.copy_blocks(sources, destinations)
+        with self._hidden_blocks_kept() if self.recording and not self._cropped else nullcontext():
+            for index, (seq, count) in enumerate(zip(self._seqs, counts, strict=True)):
+                new_slots = self._append(seq, count)
+                if real is not None:
+                    unused = iter(new_slots)
+                    new_slots = [next(unused) if is_real else UNUSED_ENTRY for is_real in real[index]]
+                slots += new_slots
+        self._cropped = False
+        self.blocks.peak_blocks = max(self.blocks.peak_blocks, self.blocks.in_use)
+        self.blocks.copy_pending(self.device)
         self.slot_mapping = torch.tensor(slots, dtype=torch.int64, device=self.device)
-        self._write_tables()
+        self.write_tables()
 
     def select(self, rows: list[int]) -> None:
         """Replace the rows by a selection of them; a row that is selected twice is shared until it is written."""
         selected = [self.allocator.fork(self._seqs[row]) for row in rows]
-        for seq in self._seqs:
-            self.allocator.free(seq)
+        self._free_rows()
         self._seqs = selected
 
     def truncate(self, lengths: list[int]) -> None:
         """Forget the tokens of each row from its length on."""
         for seq, length in zip(self._seqs, lengths, strict=True):
             self.allocator.truncate(seq, length)
+
+    def crop(self, lengths: list[int]) -> None:
+        """Truncate; what comes before these lengths will not be cropped later, so hidden blocks may go."""
+        self.truncate(lengths)
+        self._cropped = True
+
+    @property
+    def lost_blocks(self) -> bool:
+        """Whether a block of a row was freed because its coming queries do not see it."""
+        return any(UNUSED_ENTRY in table for table in self._tables)
+
+    def _free_rows(self) -> None:
+        for seq in self._seqs:
+            self.allocator.free(seq)
+
+    def _forget_tables(self) -> None:
+        self._tables: list[tuple[int, ...]] = []
+        self._width = 1
+
+    @contextmanager
+    def _hidden_blocks_kept(self) -> Iterator[None]:
+        self.allocator.sliding_window = self.allocator.attention_chunk = None
+        yield
+        self.allocator.sliding_window, self.allocator.attention_chunk = self.reach
+
+    def grow(self, num_blocks: int) -> None:
+        """Make the pool larger, in every layer."""
+        self.blocks.grow(num_blocks)
 
     def _append(self, seq: int, count: int) -> list[int]:
         while True:
@@ -124,13 +171,8 @@ class BlockGroup:
             except OutOfBlocks as error:
                 self.grow(max(2 * self.num_blocks, self.num_blocks + error.needed))
 
-    def grow(self, num_blocks: int) -> None:
-        """Make the pool larger, in every layer."""
-        self.allocator.grow(num_blocks)
-        for layer in self.layers:
-            layer.grow(num_blocks)
-
-    def _write_tables(self) -> None:
+    def write_tables(self) -> None:
+        """Make ``block_tables`` say what the allocator knows."""
         tables = [self.allocator.block_table(seq) for seq in self._seqs]
         if tables == self._tables:
             return

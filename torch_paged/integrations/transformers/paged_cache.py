@@ -1,36 +1,55 @@
 """A transformers cache that keeps keys and values in blocks, and prepares every forward on the host."""
 
-from collections.abc import Iterator, Sequence
+import copy
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from torch_paged.integrations.transformers.attention import ATTENTION_NAME
+from torch_paged.integrations.transformers.attention import ATTENTION_NAME, LATENT_ATTENTION_NAME
 from torch_paged.integrations.transformers.block_group import BlockGroup
-from torch_paged.integrations.transformers.paged_layer import PagedLayer, layer_windows
+from torch_paged.integrations.transformers.columns import (
+    ColumnMap,
+    column_map,
+    padded_before_all_tokens,
+    query_positions,
+    real_columns,
+)
+from torch_paged.integrations.transformers.layer_plan import Reach, plan_layers
+from torch_paged.integrations.transformers.paged_layer import PagedLayer
+from torch_paged.integrations.transformers.shared_blocks import LayerStorage, SharedBlocks
 from torch_paged.integrations.transformers.step import Step
 from torch_paged.integrations.transformers.versions import PreTrainedConfig, columns_after_crop
+
+_DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class PagedCache(DynamicCache):
     """Keep the keys and values of a decoder-only model in blocks instead of one padded rectangle.
 
     Only real tokens take slots: the padding of a ragged batch costs nothing, beams share blocks until they are written,
-    and blocks behind a sliding window are reused. The layers' tensors are ``(2, N, KH, S, D)``.
+    and blocks behind a sliding window are reused. The layers' tensors are ``(2, N, KH, S, D)``. Layers without keys of
+    their own (linear attention, keys shared with another layer) are kept as transformers makes them.
+
+    ``copy.deepcopy`` of a cache is a fork: it shares the pool, so no key is copied until one of the two writes into a
+    block that both hold; what it holds is freed when it is dropped or reset.
 
     Args:
-        config: the model's config; its attention implementation must be ``"torch_paged"``.
+        config: the config of a patched model, or of one with the attention implementation ``"torch_paged"``.
         max_cache_length: columns that the cache will reach (prompt and new tokens). Pool and tables are then sized
             once, which is what a compiled forward needs. None: they grow as needed.
         block_size: tokens in a block.
         device: where block tables and slots live: the model's device.
+        dtype: ``torch.int8``, ``torch.float8_e4m3fn`` or ``torch.float8_e5m2`` for a quantised cache, with a scale for
+            each token and head. None: the dtype of the keys.
         prefix_reuse: True to keep the blocks of prompts after ``reset``, for prompts that begin alike.
 
     Raises:
-        ValueError: a size below 1.
-        NotImplementedError: the model has layers that are neither full nor sliding-window attention.
+        ValueError: a size below 1, or a dtype that is none of these.
+        NotImplementedError: the model has layers of a kind that cannot be paged.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,7 +64,6 @@ class PagedCache(DynamicCache):
     """
 
     step: Step
-    layers: list[PagedLayer]  # type: ignore[assignment]  # transformers has layers of several kinds
 
     def __init__(
         self,
@@ -54,23 +72,56 @@ class PagedCache(DynamicCache):
         max_cache_length: int | None = None,
         block_size: int = 16,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
         prefix_reuse: bool = False,
     ) -> None:
         for name, value in (("max_cache_length", max_cache_length), ("block_size", block_size)):
             if value is not None and value < 1:
                 raise ValueError(f"PagedCache: {name} must be >= 1, got {value}")
+        if dtype is not None and dtype not in _DTYPES:
+            raise ValueError(f"PagedCache: dtype must be None, int8, float8_e4m3fn or float8_e5m2, got {dtype}")
         self.config = config.get_text_config(decoder=True)
         self.max_cache_length = max_cache_length
         self.device = torch.device(device)
-        self.groups: dict[int | None, BlockGroup] = {}
-        layers: list[PagedLayer] = []
-        for window in layer_windows(self.config):
-            if window not in self.groups:
-                self.groups[window] = BlockGroup(window, block_size, self.device, prefix_reuse=prefix_reuse)
-            group = self.groups[window]
-            layers.append(PagedLayer(self, group))
+        self.gathered = False
+        self.groups: dict[Reach, BlockGroup] = {}
+        layers: list[Any] = []
+        for index, planned in enumerate(plan_layers(self.config)):
+            if isinstance(planned, Reach):
+                if planned not in self.groups:
+                    self.groups[planned] = BlockGroup(
+                        planned, SharedBlocks(planned, block_size, prefix_reuse), self.device
+                    )
+                group = self.groups[planned]
+                storage = LayerStorage(dtype)
+                group.blocks.storages.append(storage)
+                layers.append(PagedLayer(self, group, index, storage))
+            else:
+                layers.append(planned)
+        self._take_layers(layers)
         self._forget()
-        Cache.__init__(self, layers=list(layers))
+        Cache.__init__(self, layers=layers)
+
+    def _take_layers(self, layers: list[Any]) -> None:
+        self.paged_layers = [layer for layer in layers if isinstance(layer, PagedLayer)]
+        self.kept_layers = [layer for layer in layers if not isinstance(layer, PagedLayer)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PagedCache":
+        self.settle()
+        fork = copy.copy(self)
+        memo[id(self)] = fork
+        fork.groups = {reach: group.fork() for reach, group in self.groups.items()}
+        fork.layers = [
+            layer.fork(fork, fork.groups[layer.group.reach])
+            if isinstance(layer, PagedLayer)
+            else copy.deepcopy(layer, memo)
+            for layer in self.layers
+        ]
+        fork._take_layers(fork.layers)
+        fork.lengths = list(self.lengths)
+        fork._history = [bytearray(row) for row in self._history]
+        fork.columns_tensor = self.columns_tensor.clone()
+        return fork
 
     def _forget(self) -> None:
         self.lengths: list[int] = []
@@ -79,6 +130,7 @@ class PagedCache(DynamicCache):
         self.prepared = False
         self._real: list[list[bool]] | None = None
         self._history: list[bytearray] = []  # of each row, 1 for a column with a real token
+        self._columns: ColumnMap | None = None
         self.pending_layer: PagedLayer | None = None
         self.columns_tensor = torch.zeros((), dtype=torch.long, device=self.device)
 
@@ -98,7 +150,7 @@ class PagedCache(DynamicCache):
             RuntimeError: the forward before did not run through all layers, or a compiled forward was not prepared.
         """
         if torch.compiler.is_compiling():
-            if not self.prepared or self.new_tokens != new_tokens or self.layers[0].written:
+            if not self.prepared or self.new_tokens != new_tokens or self.paged_layers[0].written:
                 raise RuntimeError("PagedCache: call prepare() before each compiled forward")
             return
         self._finish_step()
@@ -109,7 +161,7 @@ class PagedCache(DynamicCache):
             self._history = [bytearray() for _ in range(batch_size)]
         if batch_size != len(self.lengths):
             raise ValueError(f"PagedCache: batch size must be {len(self.lengths)} as cached, got {batch_size}")
-        real = _real_columns(mask, new_tokens)
+        real = real_columns(mask, new_tokens)
         if not self.prepared or self.new_tokens != new_tokens or self._real != real:
             self._forget_preparation()
             self._lay_out(new_tokens, real)
@@ -123,8 +175,8 @@ class PagedCache(DynamicCache):
             group.extend(counts, real)
         self._new_lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         positions = None
-        if real is not None and not _padded_before_all_tokens(self.lengths, real):
-            positions = self._int32(_positions(self.lengths, real))
+        if real is not None and not padded_before_all_tokens(self.lengths, real):
+            positions = self._int32(query_positions(self.lengths, real))
         self.step = Step(
             cu_seqlens_q=self._int32(range(0, (batch_size + 1) * new_tokens, new_tokens)),
             context_lens=self._int32(self._new_lengths),
@@ -133,6 +185,7 @@ class PagedCache(DynamicCache):
             query_positions=positions,
         )
         self.columns_tensor.fill_(self.columns)
+        self._columns = None
         self.new_tokens = new_tokens
         self._real = real
         self.prepared = True
@@ -142,7 +195,7 @@ class PagedCache(DynamicCache):
 
     def _finish_step(self) -> None:
         self.check_no_pending_handle()
-        written = [layer.written for layer in self.layers]
+        written = [layer.written for layer in self.paged_layers]
         if not any(written):
             return
         if not all(written):
@@ -152,11 +205,51 @@ class PagedCache(DynamicCache):
             )
         self.lengths = self._new_lengths
         self.columns += self.new_tokens
-        for seq, row in enumerate(self._history):
-            row += bytes([1]) * self.new_tokens if self._real is None else bytes(self._real[seq])
+        for row, new in zip(self._history, self._new_columns(), strict=True):
+            row += new
         self.prepared = False
-        for layer in self.layers:
+        for layer in self.paged_layers:
             layer.written = False
+
+    def _new_columns(self) -> list[bytes]:
+        if self._real is None:
+            return [bytes([1]) * self.new_tokens] * len(self.lengths)
+        return [bytes(row) for row in self._real]
+
+    def columns_now(self) -> ColumnMap:
+        """Return where the tokens lie in transformers' columns, those of a forward in progress included."""
+        if self._columns is None:
+            rows: list[bytes | bytearray] = list(self._history)
+            if self.prepared:
+                rows = [row + new for row, new in zip(rows, self._new_columns(), strict=True)]
+            self._columns = column_map(rows, self.device)
+        return self._columns
+
+    def settle(self) -> None:
+        """End the forward in progress, and forget one that was only prepared."""
+        self._finish_step()
+        self._forget_preparation()
+        if self.lengths and self.columns:
+            for group in self.groups.values():
+                group.write_tables()
+            self.step = dataclasses.replace(self.step, context_lens=self._int32(self.lengths))
+        self._columns = None
+
+    def is_compressed(self, key: Tensor, value: Tensor) -> bool:
+        """Say whether a layer caches compressed keys, from which the model computes those of its heads (MLA).
+
+        Raises:
+            NotImplementedError: it does, and the model would compute them from the handle.
+        """
+        rank = getattr(self.config, "kv_lora_rank", None)
+        if rank is None or key.shape[1] > 1 or (key.shape[3], value.shape[3]) != (rank, self.config.qk_rope_head_dim):
+            return False
+        if not self.gathered and self.config._attn_implementation != LATENT_ATTENTION_NAME:
+            raise NotImplementedError(
+                f"PagedCache: {self.config.model_type} caches compressed keys (multi-head latent attention); "
+                "call patch_model(model), which makes its layers attend to them"
+            )
+        return True
 
     def ensure_prepared(self, layer: PagedLayer, batch_size: int, new_tokens: int) -> None:
         """Prepare for a model that asked for no mask before it updates this layer."""
@@ -173,7 +266,7 @@ class PagedCache(DynamicCache):
 
     def check_implementation(self) -> None:
         """Raise when the model would read the cache with another attention implementation."""
-        if self.config._attn_implementation != ATTENTION_NAME:
+        if self.config._attn_implementation not in (ATTENTION_NAME, LATENT_ATTENTION_NAME):
             raise ValueError(
                 f"PagedCache: the model's attention implementation must be '{ATTENTION_NAME}', "
                 f"got '{self.config._attn_implementation}'; call patch_model(model)"
@@ -181,8 +274,9 @@ class PagedCache(DynamicCache):
 
     @property
     def is_compileable(self) -> bool:
-        """True: every layer is paged."""
-        return True
+        """Whether a forward can be compiled: every layer with keys is paged, and there is no other state."""
+        only_paged = all(type(layer).__name__ == "DummyLayer" for layer in self.kept_layers)
+        return only_paged and not self.gathered and not self.config.is_encoder_decoder
 
     @property
     def batch_size(self) -> int:
@@ -192,7 +286,7 @@ class PagedCache(DynamicCache):
     @property
     def blocks_in_use(self) -> int:
         """Blocks that hold tokens now, over all groups of layers."""
-        return sum(group.blocks_in_use for group in self.groups.values())
+        return sum(group.blocks.in_use for group in self.groups.values())
 
     @property
     def peak_blocks(self) -> int:
@@ -202,39 +296,47 @@ class PagedCache(DynamicCache):
     @property
     def pool_bytes(self) -> int:
         """Bytes of all layers' tensors."""
-        return sum(layer.kv_cache.nbytes for layer in self.layers if layer.is_initialized)
+        return sum(_bytes(layer) for layer in self.paged_layers)
 
     @property
     def peak_bytes(self) -> int:
         """Bytes of the blocks that held tokens at the peak, over all layers."""
-        parts = [layer for layer in self.layers if layer.is_initialized]
-        return sum(layer.kv_cache.nbytes // layer.group.num_blocks * layer.group.peak_blocks for layer in parts)
+        return sum(_bytes(layer) // layer.group.num_blocks * layer.group.peak_blocks for layer in self.paged_layers)
 
     def reset(self) -> None:
         """Forget all tokens; the pools stay."""
         for group in self.groups.values():
             group.clear()
-        for layer in self.layers:
+        for layer in self.paged_layers:
             layer.written = False
+        for layer in self.kept_layers:
+            layer.reset()
         self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let every row continue the row that ``beam_idx`` names; shared blocks are copied when they are written."""
         self._select(beam_idx.tolist())
+        for layer in self.kept_layers:
+            layer.reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the named rows, ids or a bool mask."""
         self._select(torch.arange(len(self.lengths))[indices.cpu()].tolist())
+        for layer in self.kept_layers:
+            layer.batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row; the copies share their blocks until they are written."""
         self._select([row for row in range(len(self.lengths)) for _ in range(repeats)])
+        for layer in self.kept_layers:
+            layer.batch_repeat_interleave(repeats)
 
     def _forget_preparation(self) -> None:
         if self.prepared:
             for group in self.groups.values():
                 group.truncate(self.lengths)
             self.prepared = False
+            self._columns = None
 
     def _select(self, rows: list[int]) -> None:
         self._finish_step()
@@ -243,6 +345,7 @@ class PagedCache(DynamicCache):
             group.select(rows)
         self.lengths = [self.lengths[row] for row in rows]
         self._history = [bytearray(self._history[row]) for row in rows]
+        self._columns = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` columns; 0 forgets nothing.
@@ -255,40 +358,25 @@ class PagedCache(DynamicCache):
         self._finish_step()
         self._forget_preparation()
         columns = columns_after_crop(self.columns, tokens_to_remove)
-        if columns == self.columns:
-            return
-        lengths = [length - sum(row[columns:]) for length, row in zip(self.lengths, self._history, strict=True)]
+        for layer in self.kept_layers:
+            layer.crop(tokens_to_remove)
+        lengths = [length - row.count(1, columns) for length, row in zip(self.lengths, self._history, strict=True)]
         for group in self.groups.values():
-            group.truncate(lengths)
-        self.lengths, self.columns = lengths, columns
+            group.crop(lengths)
+        self.lengths, self.columns, self._columns = lengths, columns, None
         for row in self._history:
             del row[columns:]
 
     def activate_past_recording(self) -> None:
-        """Do nothing: a step frees only blocks that the steps after it cannot see."""
-
-    def __iter__(self) -> Iterator[Any]:
-        raise NotImplementedError(
-            "PagedCache: dense keys and values are not kept; read them with torch_paged.gather_cache"
-        )
-
-
-def _real_columns(mask: Tensor | None, new_tokens: int) -> list[list[bool]] | None:
-    if mask is None:
-        return None
-    real = mask[:, -new_tokens:].bool()
-    return None if bool(real.all()) else real.tolist()
+        """Keep blocks behind a window until the next ``crop``, which may then go back over several forwards."""
+        for group in self.groups.values():
+            group.recording = True
+        for layer in self.kept_layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
 
 
-def _padded_before_all_tokens(lengths: list[int], real: list[list[bool]]) -> bool:
-    """Say whether counting back from a row's last token gives every padding column a position below 0."""
-    return all(all(row) or (length == 0 and row == sorted(row)) for length, row in zip(lengths, real, strict=True))
-
-
-def _positions(lengths: list[int], real: list[list[bool]]) -> list[int]:
-    positions = []
-    for length, row in zip(lengths, real, strict=True):
-        for is_real in row:
-            positions.append(length if is_real else -1)
-            length += is_real
-    return positions
+def _bytes(layer: PagedLayer) -> int:
+    if not layer.is_initialized:
+        return 0
+    return layer.kv_cache.nbytes + (0 if layer.kv_scales is None else layer.kv_scales.nbytes)

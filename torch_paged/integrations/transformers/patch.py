@@ -1,48 +1,71 @@
 """Switch a model to the paged cache and back, without touching any class."""
 
 import functools
+import inspect
+import logging
 import types
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from torch_paged.integrations.transformers.attention import ATTENTION_NAME
+from torch_paged import dispatch
+from torch_paged.integrations.transformers.attention import ATTENTION_NAME, LATENT_ATTENTION_NAME
+from torch_paged.integrations.transformers.layer_plan import PatchReport, Reach, plan_layers
 from torch_paged.integrations.transformers.paged_cache import PagedCache
-from torch_paged.integrations.transformers.paged_layer import layer_windows
+from torch_paged.integrations.transformers.paged_layer import HANDLE_ATTRIBUTE
+from torch_paged.integrations.transformers.versions import PreTrainedConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 
+logger = logging.getLogger("torch_paged.transformers")
+
 _PREPARE = "_prepare_cache_for_generation"
-_ORIGINAL = "_torch_paged_original_attention"
+_PATCH = "_torch_paged_patch"
 
 
-def patch_model(model: Model, *, block_size: int = 16) -> Model:
-    """Make a decoder-only transformers model generate through ``torch.ops.paged.*``.
+class _Patch:
+    """What ``unpatch_model`` needs: the report, the implementations before, and the hook of a gathered model."""
+
+    def __init__(self, report: PatchReport) -> None:
+        self.report = report
+        self.implementations: Any = None
+        self.hook: Any = None
+        self.expanding: list[nn.Module] = []
+
+
+def patch_model(model: Model, *, block_size: int = 16, dtype: torch.dtype | None = None, gather: bool = False) -> Model:
+    """Make a transformers model generate through ``torch.ops.paged.*``.
 
     Its attention implementation becomes ``"torch_paged"``, and ``generate`` makes a ``PagedCache`` where it would make
-    a ``DynamicCache``. Only this instance changes; patching it again changes only the block size, and
-    ``unpatch_model`` takes all back.
+    a ``DynamicCache``. A model whose attention does not go through transformers' interface keeps its own attention, on
+    dense copies gathered from the blocks. Only this instance changes; patching it again changes only the options, and
+    ``unpatch_model`` takes all back. ``patch_report`` says what became of each layer, and so does a log line.
 
     Args:
-        model: a decoder-only model whose layers use transformers' attention interface: full or sliding-window
-            attention, with or without soft caps and sinks.
+        model: a model that can generate: decoder-only, encoder-decoder (its self-attention) or vision-language.
         block_size: tokens in a block of the cache.
+        dtype: of a quantised cache, as in ``PagedCache``. None: the dtype of the keys.
+        gather: True to gather in any case, for a model that changes keys after it cached them.
 
     Returns:
         The same model.
 
     Raises:
         ValueError: not a transformers model, or a block size below 1.
-        NotImplementedError: a model that the paged cache cannot serve.
+        NotImplementedError: a model that the paged cache cannot serve, or a device that no backend serves.
 
     Example:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from torch_paged.integrations.transformers import patch_model
+        >>> from torch_paged.integrations.transformers import patch_model, patch_report
         >>> config = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
         ...                      num_attention_heads=2, num_key_value_heads=1)
         >>> model = patch_model(LlamaForCausalLM(config).eval())
+        >>> print(patch_report(model))
+        LlamaForCausalLM: layers: 2 paged (full attention)
         >>> prompt = torch.tensor([[5, 6, 7]])
         >>> model.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0).shape
         torch.Size([1, 7])
@@ -52,26 +75,30 @@ def patch_model(model: Model, *, block_size: int = 16) -> Model:
     if block_size < 1:
         raise ValueError(f"patch_model: block_size must be >= 1, got {block_size}")
     name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise NotImplementedError(f"patch_model: encoder-decoder models ({name}) are not supported; use it unpatched")
     if not model.can_generate():
         raise NotImplementedError(f"patch_model: {name} cannot generate; load it with AutoModelForCausalLM")
     if not model._supports_default_dynamic_cache():  # type: ignore[operator]  # nn.Module hides it
         raise NotImplementedError(f"patch_model: {name} makes a cache of its own kind; use it unpatched")
-    layer_windows(model.config.get_text_config(decoder=True))
-    if not model._can_set_attn_implementation():
-        raise NotImplementedError(
-            f"patch_model: {name} does not use transformers' attention interface and is not supported; use it unpatched"
-        )
-    if hasattr(model, _ORIGINAL):
-        unpatch_model(model)
-    original = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION_NAME)
-    if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION_NAME:
-        model.set_attn_implementation(original)
-        raise NotImplementedError(f"patch_model: {name} did not take the attention implementation '{ATTENTION_NAME}'")
-    setattr(model, _ORIGINAL, original)
-    setattr(model, _PREPARE, types.MethodType(_paged_prepare(getattr(type(model), _PREPARE), block_size), model))
+    config = model.config.get_text_config(decoder=True)
+    planned = plan_layers(config)
+    if model.device.type not in dispatch.served():
+        raise NotImplementedError(dispatch.no_backend("patch_model", model.device.type))
+    unpatch_model(model)
+    reason = "gather=True asks for it" if gather else _why_gathered(model, config)
+    expanding = [module for module in model.modules() if hasattr(module, "expand_kv")]
+    layers = tuple(layer if isinstance(layer, Reach) else type(layer).__name__ for layer in planned)
+    patch = _Patch(PatchReport(name, "gathered" if reason else "latent" if expanding else "paged", layers, reason))
+    if reason:
+        patch.hook = model.register_forward_pre_hook(_prepare_gathered, with_kwargs=True)
+    else:
+        patch.implementations = _set_implementation(model, LATENT_ATTENTION_NAME if expanding else ATTENTION_NAME)
+        patch.expanding = expanding
+        for module in expanding:
+            module.expand_kv = types.MethodType(_keep_handle(type(module).expand_kv), module)  # type: ignore[attr-defined, operator, method-assign, assignment]
+    options = {"block_size": block_size, "dtype": dtype}
+    setattr(model, _PATCH, patch)
+    setattr(model, _PREPARE, types.MethodType(_paged_prepare(getattr(type(model), _PREPARE), options), model))
+    logger.info("patch_model: %s", patch.report)
     return model
 
 
@@ -84,16 +111,86 @@ def unpatch_model(model: Model) -> Model:
     Returns:
         The same model, with the attention implementation that it had.
     """
-    if isinstance(model, PreTrainedModel) and hasattr(model, _ORIGINAL):
-        model.set_attn_implementation(getattr(model, _ORIGINAL))
-        delattr(model, _ORIGINAL)
-        delattr(model, _PREPARE)
-        if hasattr(model, "_compiled_call"):
-            del model._compiled_call
+    patch: _Patch | None = getattr(model, _PATCH, None)
+    if patch is None:
+        return model
+    if patch.hook is not None:
+        patch.hook.remove()
+    if patch.implementations is not None:
+        model.set_attn_implementation(patch.implementations)  # type: ignore[operator]
+    for module in patch.expanding:
+        del module.expand_kv
+    delattr(model, _PATCH)
+    delattr(model, _PREPARE)
+    if hasattr(model, "_compiled_call"):
+        del model._compiled_call
     return model
 
 
-def _paged_prepare(original: Any, block_size: int) -> Any:
+def patch_report(model: nn.Module) -> PatchReport | None:
+    """Return what ``patch_model`` did to a model, None where it did nothing."""
+    patch: _Patch | None = getattr(model, _PATCH, None)
+    return None if patch is None else patch.report
+
+
+def _why_gathered(model: Any, config: PreTrainedConfig) -> str:
+    """Return why the model's own attention has to read dense keys, empty where it has not."""
+    name = type(model).__name__
+    if not model._can_set_attn_implementation():
+        return f"{name} does not use transformers' attention interface"
+    if any(hasattr(module, "relative_attention_bias") for module in model.modules()):
+        return f"{name} adds a bias for relative positions to its logits"
+    for module in model.modules():
+        if hasattr(module, "expand_kv") and type(getattr(module, "kv_b_proj", None)) is not nn.Linear:
+            return f"{type(module).__name__} computes its keys by something else than a plain Linear"
+    return ""
+
+
+def _set_implementation(model: Any, name: str) -> Any:
+    """Set the attention implementation of the decoder alone; return what to set to have the old one back."""
+    config = model.config.get_text_config(decoder=True)
+    part = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is config), None)
+    before = config._attn_implementation
+    model.set_attn_implementation(name if part is None else {part: name})
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation != name:
+        model.set_attn_implementation(before if part is None else {part: before})
+        raise NotImplementedError(
+            f"patch_model: {type(model).__name__} did not take the attention implementation '{name}'"
+        )
+    return before if part is None else {part: before}
+
+
+def _keep_handle(expand: Any) -> Any:
+    @functools.wraps(expand)
+    def expand_kv(module: Any, compressed: Tensor, rotated: Tensor) -> Any:
+        if hasattr(compressed, HANDLE_ATTRIBUTE):
+            return compressed, rotated
+        return expand(module, compressed, rotated)
+
+    return expand_kv
+
+
+def _prepare_gathered(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell a paged cache, before each forward, that dense keys are read and which columns are padding."""
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    given.update(given.pop("kwargs", {}))
+    cache = given.get("past_key_values")
+    mask = given.get("attention_mask")
+    inputs, embeddings = given.get("input_ids"), given.get("inputs_embeds")
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+        mask = given.get("decoder_attention_mask")
+        inputs, embeddings = given.get("decoder_input_ids"), given.get("decoder_inputs_embeds")
+    if isinstance(cache, PagedCache):
+        cache.gathered = True
+        tokens = inputs if inputs is not None else embeddings
+        is_padding_mask = isinstance(mask, Tensor) and mask.ndim == 2
+        if tokens is not None:
+            cache.prepare(tokens.shape[0], tokens.shape[1], mask if is_padding_mask else None)
+
+
+def _paged_prepare(original: Any, options: dict[str, Any]) -> Any:
     @functools.wraps(original)
     def prepare_cache(
         model: Any,
@@ -107,7 +204,11 @@ def _paged_prepare(original: Any, block_size: int) -> Any:
         wants_cache = generation_config.use_cache is not False and generation_config.cache_implementation is None
         if given or not wants_cache:
             return original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        cache = PagedCache(model.config, max_cache_length=max_cache_length, block_size=block_size, device=model.device)
+        cache: Any = PagedCache(model.config, max_cache_length=max_cache_length, device=model.device, **options)
+        cache.gathered = getattr(model, _PATCH).report.way == "gathered"
+        if model.config.is_encoder_decoder:
+            cross = DynamicCache(config=model.config.get_text_config(decoder=True))
+            cache = EncoderDecoderCache(cache, cross)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache

@@ -1,0 +1,87 @@
+"""The mask function that transformers finds under our names: it prepares the paged cache, and draws masks for the rest.
+
+Padding and windows need no mask with a paged cache: lengths and positions say it all. Other masks (image blocks, prefix
+LM) are drawn by transformers in its columns and handed on to the attention function.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function
+
+from torch_paged.integrations.transformers.versions import dense_mask
+
+if TYPE_CHECKING:
+    from torch_paged.integrations.transformers.paged_cache import PagedCache
+
+
+class MaskOffset:
+    """Carries the cache to the mask function, in the place of the column offset, which is 0 with a paged cache."""
+
+    def __init__(self, cache: "PagedCache") -> None:
+        self.cache = cache
+
+    def __add__(self, columns: int) -> int:
+        return columns
+
+    __radd__ = __add__
+
+
+def paged_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: "int | MaskOffset" = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Prepare the paged cache for the coming forward; return no mask where lengths and windows say all.
+
+    Args:
+        batch_size: B.
+        q_length: new tokens of each sequence.
+        kv_length: columns of the dense keys.
+        q_offset: column of the first new token.
+        kv_offset: what ``get_mask_sizes`` returned: a ``MaskOffset`` when the cache is paged.
+        mask_function: what transformers would draw.
+        attention_mask: (B, columns) bool, False at padding, or None.
+        kwargs: options of the dense mask.
+
+    Returns:
+        None with a paged cache whose queries are causal, chunk and window included; else a (B, 1, Q, C) bool mask.
+
+    Raises:
+        NotImplementedError: another mask than causal, in a compiled forward.
+    """
+    if isinstance(kv_offset, MaskOffset):
+        kv_offset.cache.prepare(batch_size, q_length, attention_mask)
+        if _is_causal(mask_function, kwargs):
+            return None
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                "attention_mask: PagedCache does not support masks other than causal, window and chunk in a compiled "
+                "forward; run it eagerly"
+            )
+        kv_offset = 0
+    return dense_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+
+
+def _is_causal(mask_function: Any, kwargs: dict[str, Any]) -> bool:
+    """Say whether a mask function is causal alone or with the window or chunk that the cache layer knows."""
+    if kwargs.get("use_vmap"):
+        return False
+    if mask_function is causal_mask_function:
+        return True
+    return kwargs.get("local_size") is not None and mask_function.__qualname__.startswith("and_masks")
