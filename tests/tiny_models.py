@@ -42,7 +42,7 @@ def _without(names: str, options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in names.split()}
 
 
-FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+_FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("Llama", "ForCausalLM", COMMON),
     "qwen2": ("Qwen2", "ForCausalLM", _without("head_dim", COMMON)),
     "qwen3": ("Qwen3", "ForCausalLM", COMMON),
@@ -162,7 +162,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
-"""Of each family the name and the ending of its classes, and the options of its config."""
+
+FAMILIES = {family: parts for family, parts in _FAMILIES.items() if hasattr(transformers, parts[0] + parts[1])}
+"""Of each family here the name and the ending of its classes, and the options of its config."""
 
 TEXT_CONFIGS = ("Gemma3", "Gemma3n", "Gemma4", "Llama4")
 PLAIN = ("llama", "qwen3", "mistral", "gemma2", "gpt_oss")

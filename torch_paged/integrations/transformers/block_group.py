@@ -55,6 +55,15 @@ class BlockGroup:
         return self.blocks.allocator
 
     @property
+    def blocks_in_use(self) -> int:
+        """Blocks of the pool that at least one sequence holds, here or in a fork."""
+        return self.blocks.in_use
+
+    def note_peak(self) -> None:
+        """Remember how many blocks are in use, where it is the most so far."""
+        self.blocks.peak_blocks = max(self.blocks.peak_blocks, self.blocks.in_use)
+
+    @property
     def peak_blocks(self) -> int:
         """The most blocks of the pool that were in use at once."""
         return self.blocks.peak_blocks
@@ -120,7 +129,7 @@ class BlockGroup:
                     new_slots = [next(unused) if is_real else UNUSED_ENTRY for is_real in real[index]]
                 slots += new_slots
         self._cropped = False
-        self.blocks.peak_blocks = max(self.blocks.peak_blocks, self.blocks.in_use)
+        self.note_peak()
         self.blocks.copy_pending(self.device)
         self.slot_mapping = torch.tensor(slots, dtype=torch.int64, device=self.device)
         self.write_tables()

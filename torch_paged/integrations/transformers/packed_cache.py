@@ -144,7 +144,7 @@ class PackedCache(PagedCache):
         for index, group in enumerate(self._pools):
             batch = group.allocator.batch([sequence.seqs[index] for sequence, _ in row], counts, device=self.device)
             group.block_tables, group.slot_mapping = batch.block_tables, batch.slot_mapping
-            group.peak_blocks = max(group.peak_blocks, group.blocks_in_use)
+            group.note_peak()
         self.step = Step(
             cu_seqlens_q=batch.cu_seqlens_q,
             context_lens=batch.context_lens,

@@ -64,6 +64,7 @@ class PagedCache(DynamicCache):
     """
 
     step: Step
+    layers: list[Any]
 
     def __init__(
         self,
@@ -286,7 +287,7 @@ class PagedCache(DynamicCache):
     @property
     def blocks_in_use(self) -> int:
         """Blocks that hold tokens now, over all groups of layers."""
-        return sum(group.blocks.in_use for group in self.groups.values())
+        return sum(group.blocks_in_use for group in self.groups.values())
 
     @property
     def peak_blocks(self) -> int:

@@ -102,11 +102,11 @@ class PagedLayer(CacheLayerMixin):
         tokens = batch * new_tokens
         key = key_states.detach().to(self.dtype).transpose(1, 2).reshape(tokens, num_kv_heads, self.widths[0])
         value = value_states.detach().to(self.dtype).transpose(1, 2).reshape(tokens, num_kv_heads, self.widths[1])
-        rows = (torch.cat([key, value], -1), None) if self.latent else (key, value)
+        rows, beside = (torch.cat([key, value], -1), None) if self.latent else (key, value)
         if self.kv_scales is None:
-            functional.reshape_and_cache(*rows, self.kv_cache, self.group.slot_mapping)
+            functional.reshape_and_cache(rows, beside, self.kv_cache, self.group.slot_mapping)
         else:
-            functional.quantize_and_cache(*rows, self.kv_cache, self.kv_scales, self.group.slot_mapping)
+            functional.quantize_and_cache(rows, beside, self.kv_cache, self.kv_scales, self.group.slot_mapping)
         self.written = True
         if self.cache.gathered:
             return self.gather()
@@ -138,13 +138,13 @@ class PagedLayer(CacheLayerMixin):
         )
         return columns.in_columns(key).to(self.dtype), columns.in_columns(value).to(self.dtype)
 
-    @property  # type: ignore[override]
-    def keys(self) -> Tensor | None:
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
         """Dense keys, gathered now; None before the first forward."""
         return self._gathered(0)
 
-    @property  # type: ignore[override]
-    def values(self) -> Tensor | None:
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
         """Dense values, gathered now; None before the first forward."""
         return self._gathered(1)
 
