@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, VOCAB_SIZE, make_model
+from tiny_models import FAMILIES, GATHERED, PLAIN, VOCAB_SIZE, make_model
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -56,7 +56,13 @@ def assert_same_tokens(outputs: Sequence[GenerationOutput], expected: list[tuple
     assert ties <= len(expected) // 100
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+OTHERS = [name for name in FAMILIES if name not in (*PLAIN, *GATHERED, "qwen3_next")]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*PLAIN, *(pytest.param(name, marks=pytest.mark.transformers_matrix) for name in OTHERS)],
+)
 def family(request: pytest.FixtureRequest) -> tuple[Any, list[tuple[list[int], Tensor]]]:
     """A model and what it generates alone and unpatched, then patched."""
     model = make_model(request.param)

@@ -167,6 +167,9 @@ FAMILIES = {family: parts for family, parts in _FAMILIES.items() if hasattr(tran
 """Of each family here the name and the ending of its classes, and the options of its config."""
 
 TEXT_CONFIGS = ("Gemma3", "Gemma3n", "Gemma4", "Llama4")
+GATHERED = ("bloom", "falcon", "falcon_alibi", "gptj", "mpt")
+"""Families whose attention does not go through transformers' interface."""
+
 PLAIN = ("llama", "qwen3", "mistral", "gemma2", "gpt_oss")
 """Families that stand for the others where a flow does not depend on the kind of layer."""
 
@@ -177,7 +180,7 @@ def make_model(family: str) -> Any:
     config_name = f"{name}TextConfig" if name in TEXT_CONFIGS else f"{name}Config"
     torch.manual_seed(0)
     model = getattr(transformers, name + ending)(getattr(transformers, config_name)(**options)).eval()
-    enlarge_weights(model, 2.5 if family in ("bloom", "falcon_alibi", "gptj", "mpt") else 1.5)
+    enlarge_weights(model, 2.5 if family in GATHERED else 1.5)
     if model._can_set_attn_implementation():
         model.set_attn_implementation("eager")  # the one dense implementation that knows caps and sinks
     return model

@@ -21,6 +21,11 @@ from torch_paged.integrations.transformers.versions import as_mask_function
 ATTENTION_NAME = "torch_paged"
 LATENT_ATTENTION_NAME = "torch_paged_latent"
 
+LOST_HANDLE = (
+    "attention: key must be the handle that PagedCache.update() returned, got a copy or a view of it; "
+    "{} changes keys after the cache update: call patch_model(model, gather=True)"
+)
+
 _UNSUPPORTED_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "position_bias")
 
 
@@ -85,10 +90,7 @@ def attention_forward(
             return _absorbed(module, layer, query, attention_mask, options), None
         return _cached(layer, query, attention_mask, options), None
     if key.ndim != 4 or value.ndim != 4 or layer is not None:
-        raise RuntimeError(
-            "attention: key must be the handle that PagedCache.update() returned, got a copy or a view of it; "
-            f"{type(module).__name__} changes keys after the cache update: call patch_model(model, gather=True)"
-        )
+        raise RuntimeError(LOST_HANDLE.format(type(module).__name__))
     return _dense(query, key, value, attention_mask, options), None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from torch_paged.integrations.transformers.packed_cache import CachedSequence, PackedCache
+from torch_paged.integrations.transformers.patch import patch_report
 from torch_paged.integrations.transformers.request import GenerationOutput, GenerationRequest
 from torch_paged.integrations.transformers.sampling import Sampler
 
@@ -101,6 +102,9 @@ class BatchGenerator:
             device=model.device,
             prefix_reuse=prefix_reuse,
         )
+        report = patch_report(model)
+        if report is not None and report.way == "gathered":
+            raise NotImplementedError(f"generate_batch: packed tokens need paged layers, got {report}; use generate()")
         self.cache.check_implementation()
         self._grows = num_blocks is None
         self._tokenizer = tokenizer

@@ -58,7 +58,7 @@ class PackedCache(PagedCache):
             raise ValueError(f"PackedCache: num_blocks must be >= 1, got {num_blocks}")
         super().__init__(config, block_size=block_size, device=device, prefix_reuse=prefix_reuse)
         for index, layer in enumerate(self.layers):
-            if not isinstance(layer, PagedLayer):
+            if layer in self.kept_layers and type(layer).__name__ != "DummyLayer":
                 raise NotImplementedError(
                     f"generate_batch: layer {index} of {self.config.model_type} is a {type(layer).__name__}, which "
                     "takes no packed tokens; use generate()"
@@ -182,7 +182,7 @@ class PackedCache(PagedCache):
             RuntimeError: a layer's handle was lost, or a layer did not run.
         """
         self.check_no_pending_handle()
-        missing = [index for index, layer in enumerate(self.layers) if not layer.written]
+        missing = [layer.index for layer in self.paged_layers if not layer.written]
         if missing:
             raise RuntimeError(f"PackedCache: the forward must write every layer, layers {missing} were not")
         if self.prefix_reuse:
@@ -201,6 +201,6 @@ class PackedCache(PagedCache):
         self._end_step()
 
     def _end_step(self) -> None:
-        for layer in self.layers:
+        for layer in self.paged_layers:
             layer.written = False
         self._row, self._step_tokens = [], 0

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from torch_paged import dispatch
-from torch_paged.integrations.transformers.attention import ATTENTION_NAME, LATENT_ATTENTION_NAME
+from torch_paged.integrations.transformers.attention import ATTENTION_NAME, LATENT_ATTENTION_NAME, LOST_HANDLE
 from torch_paged.integrations.transformers.layer_plan import PatchReport, Reach, plan_layers
 from torch_paged.integrations.transformers.paged_cache import PagedCache
 from torch_paged.integrations.transformers.paged_layer import HANDLE_ATTRIBUTE
@@ -166,6 +166,8 @@ def _keep_handle(expand: Any) -> Any:
     def expand_kv(module: Any, compressed: Tensor, rotated: Tensor) -> Any:
         if hasattr(compressed, HANDLE_ATTRIBUTE):
             return compressed, rotated
+        if compressed.ndim != 4:
+            raise RuntimeError(LOST_HANDLE.format(type(module).__name__))
         return expand(module, compressed, rotated)
 
     return expand_kv
