@@ -78,7 +78,7 @@ def attention_forward(
     """
     if kwargs.get("output_attentions"):
         raise NotImplementedError(
-            "attention: torch_paged does not support output_attentions; call unpatch_model(model)"
+            "attention: torch_paged does not support output_attentions, the ops do not return weights"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     options = Options(scale, float(softcap or 0.0), None if s_aux is None else s_aux.float(), dropout)

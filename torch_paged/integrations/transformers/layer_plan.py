@@ -63,7 +63,8 @@ def plan_layers(config: PreTrainedConfig) -> list[Reach | Any]:
     layer_types = getattr(config, "layer_types", None)
     no_windows = getattr(config, "sliding_window", None) is None
     plan: list[Reach | Any] = []
-    for index, layer in enumerate(DynamicCache(config=config).layers):
+    num_layers = getattr(config, "num_decoder_layers", None)  # T5 counts those of the encoder otherwise
+    for index, layer in enumerate(DynamicCache(config=config).layers[:num_layers]):
         if type(layer) is DynamicLayer:
             plan.append(Reach())
         elif type(layer) is DynamicSlidingWindowLayer:

@@ -24,6 +24,7 @@ from torch_paged.integrations.transformers.shared_blocks import LayerStorage, Sh
 from torch_paged.integrations.transformers.step import Step
 from torch_paged.integrations.transformers.versions import PreTrainedConfig, columns_after_crop
 
+_DENSE_MASKS_ONLY = ("encoder-decoder", "paligemma")  # do not take the masks that generate makes for a compiled forward
 _DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -81,6 +82,7 @@ class PagedCache(DynamicCache):
                 raise ValueError(f"PagedCache: {name} must be >= 1, got {value}")
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"PagedCache: dtype must be None, int8, float8_e4m3fn or float8_e5m2, got {dtype}")
+        self._model_type = "encoder-decoder" if config.is_encoder_decoder else config.model_type
         self.config = config.get_text_config(decoder=True)
         self.max_cache_length = max_cache_length
         self.device = torch.device(device)
@@ -277,7 +279,7 @@ class PagedCache(DynamicCache):
     def is_compileable(self) -> bool:
         """Whether a forward can be compiled: every layer with keys is paged, and there is no other state."""
         only_paged = all(type(layer).__name__ == "DummyLayer" for layer in self.kept_layers)
-        return only_paged and not self.gathered and not self.config.is_encoder_decoder
+        return only_paged and not self.gathered and self._model_type not in _DENSE_MASKS_ONLY
 
     @property
     def batch_size(self) -> int:

@@ -88,9 +88,9 @@ def patch_model(model: Model, *, block_size: int = 16, dtype: torch.dtype | None
     expanding = [module for module in model.modules() if hasattr(module, "expand_kv")]
     layers = tuple(layer if isinstance(layer, Reach) else type(layer).__name__ for layer in planned)
     patch = _Patch(PatchReport(name, "gathered" if reason else "latent" if expanding else "paged", layers, reason))
-    if reason:
-        patch.hook = model.register_forward_pre_hook(_prepare_gathered, with_kwargs=True)
-    else:
+    before_forward = _prepare_gathered if reason else _refuse_attentions
+    patch.hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    if not reason:
         patch.implementations = _set_implementation(model, LATENT_ATTENTION_NAME if expanding else ATTENTION_NAME)
         patch.expanding = expanding
         for module in expanding:
@@ -114,8 +114,7 @@ def unpatch_model(model: Model) -> Model:
     patch: _Patch | None = getattr(model, _PATCH, None)
     if patch is None:
         return model
-    if patch.hook is not None:
-        patch.hook.remove()
+    patch.hook.remove()
     if patch.implementations is not None:
         model.set_attn_implementation(patch.implementations)  # type: ignore[operator]
     for module in patch.expanding:
@@ -171,6 +170,13 @@ def _keep_handle(expand: Any) -> Any:
         return expand(module, compressed, rotated)
 
     return expand_kv
+
+
+def _refuse_attentions(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_attentions"):
+        raise NotImplementedError(
+            "patch_model: output_attentions is not supported, the ops do not return weights; call unpatch_model(model)"
+        )
 
 
 def _prepare_gathered(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
