@@ -147,13 +147,13 @@ def test_demo_in_half_precision(demo: Any, dtype: str) -> None:
 def test_demo_fails_on_a_corrupt_block_id(
     demo: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_tables = BlockGroup._write_tables
+    write_tables = BlockGroup.write_tables
 
     def corrupt(group: BlockGroup) -> None:
         write_tables(group)
         group.block_tables[1, 0] = (group.block_tables[1, 0] + 1) % group.num_blocks
 
-    monkeypatch.setattr(BlockGroup, "_write_tables", corrupt)
+    monkeypatch.setattr(BlockGroup, "write_tables", corrupt)
     assert demo.main(["--max-new-tokens", "16"]) == 1
     assert "tokens equal: no" in capsys.readouterr().out
 

@@ -67,7 +67,10 @@ def test_greedy_tokens_are_equal_and_logits_close(family: str) -> None:
     assert isinstance(actual.past_key_values, PagedCache)
     assert torch.equal(actual.sequences, plain.sequences)
     with torch.no_grad():
-        expected = logits_alone(as_reference(unpatch_model(model)), plain.sequences, batch["attention_mask"])
+        try:
+            expected = logits_alone(as_reference(unpatch_model(model)), plain.sequences, batch["attention_mask"])
+        except RuntimeError:  # some models of older versions do not run in float64
+            expected = logits_alone(make_model(family), plain.sequences, batch["attention_mask"]).double()
     assert_close(torch.stack(actual.logits, 1), expected, torch.stack(plain.logits, 1))
 
 

@@ -110,6 +110,17 @@ def test_preparing_again_with_another_mask_starts_the_step_anew(model: Any, cach
     assert cache.blocks_in_use == -(-(PROMPT_COLUMNS - 6) // BLOCK_SIZE)
 
 
+def test_a_mask_that_forgets_the_padding_is_refused(model: Any, cache: PagedCache) -> None:
+    mask = torch.ones_like(PROMPT)
+    mask[:, :6] = 0
+    cache.prepare(1, PROMPT_COLUMNS, mask)
+    with pytest.raises(RuntimeError, match="must mark the padding that this forward was prepared with"):
+        forward(model, PROMPT, attention_mask=torch.ones_like(PROMPT), past_key_values=cache)
+    cache.settle()
+    forward(model, PROMPT, past_key_values=cache)
+    assert cache.blocks_in_use == -(-PROMPT_COLUMNS // BLOCK_SIZE)
+
+
 def test_the_pool_grows(model: Any) -> None:
     sized = PagedCache(model.config, block_size=BLOCK_SIZE, max_cache_length=80)
     growing = PagedCache(model.config, block_size=BLOCK_SIZE)
@@ -274,7 +285,7 @@ def test_dense_keys_can_be_read(model: Any, cache: PagedCache) -> None:
     plain = DynamicCache(config=model.config)
     forward(unpatch_model(model), **batch, past_key_values=plain)
     real = batch["attention_mask"].bool()[:, None, :, None]
-    for (key, value, _), (plain_key, plain_value, _) in zip(cache, plain, strict=True):
+    for (key, value, *_), (plain_key, plain_value, *_) in zip(cache, plain, strict=True):
         torch.testing.assert_close(key, plain_key * real)
         torch.testing.assert_close(value, plain_value * real)
 

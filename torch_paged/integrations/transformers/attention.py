@@ -84,7 +84,7 @@ def attention_forward(
     options = Options(scale, float(softcap or 0.0), None if s_aux is None else s_aux.float(), dropout)
     layer: PagedLayer | None = getattr(key, HANDLE_ATTRIBUTE, None)
     if layer is not None and value is key:
-        _check_paged_call(module, layer, attention_mask, dropout, kwargs)
+        _check_paged_call(module, layer, query, attention_mask, dropout, kwargs)
         layer.cache.pending_layer = None
         if layer.latent:
             return _absorbed(module, layer, query, attention_mask, options), None
@@ -95,13 +95,14 @@ def attention_forward(
 
 
 def _check_paged_call(
-    module: nn.Module, layer: PagedLayer, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
+    module: nn.Module, layer: PagedLayer, query: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
 ) -> None:
     name, window = type(module).__name__, layer.group.reach.window
     if dropout:
         raise NotImplementedError(f"attention: PagedCache does not support dropout ({dropout}); call model.eval()")
     is_causal = kwargs.get("is_causal")
-    if mask is None and not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and not is_causal and query.shape[2] > 1:
         raise NotImplementedError(f"attention: PagedCache does not support bidirectional attention ({name})")
     given_window = kwargs.get("sliding_window")
     if mask is None and given_window is not None and given_window != window:

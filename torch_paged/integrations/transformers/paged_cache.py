@@ -87,6 +87,7 @@ class PagedCache(DynamicCache):
         self.max_cache_length = max_cache_length
         self.device = torch.device(device)
         self.gathered = False
+        self.may_compile = True  # transformers draws masks outside of the model for a cache that says so
         self.groups: dict[Reach, BlockGroup] = {}
         layers: list[Any] = []
         for index, planned in enumerate(plan_layers(self.config)):
@@ -150,7 +151,8 @@ class PagedCache(DynamicCache):
 
         Raises:
             ValueError: another batch size than the cache holds.
-            RuntimeError: the forward before did not run through all layers, or a compiled forward was not prepared.
+            RuntimeError: the forward before did not run through all layers, a compiled forward was not prepared, or the
+                model made a mask without the padding that was prepared.
         """
         if torch.compiler.is_compiling():
             if not self.prepared or self.new_tokens != new_tokens or self.paged_layers[0].written:
@@ -165,6 +167,11 @@ class PagedCache(DynamicCache):
         if batch_size != len(self.lengths):
             raise ValueError(f"PagedCache: batch size must be {len(self.lengths)} as cached, got {batch_size}")
         real = real_columns(mask, new_tokens)
+        if self.prepared and self.new_tokens == new_tokens and real is None and self._real is not None:
+            raise RuntimeError(
+                "PagedCache: attention_mask must mark the padding that this forward was prepared with, got no padding; "
+                "after a forward that failed call settle()"
+            )
         if not self.prepared or self.new_tokens != new_tokens or self._real != real:
             self._forget_preparation()
             self._lay_out(new_tokens, real)
@@ -279,7 +286,7 @@ class PagedCache(DynamicCache):
     def is_compileable(self) -> bool:
         """Whether a forward can be compiled: every layer with keys is paged, and there is no other state."""
         only_paged = all(type(layer).__name__ == "DummyLayer" for layer in self.kept_layers)
-        return only_paged and not self.gathered and self._model_type not in _DENSE_MASKS_ONLY
+        return self.may_compile and only_paged and not self.gathered and self._model_type not in _DENSE_MASKS_ONLY
 
     @property
     def batch_size(self) -> int:

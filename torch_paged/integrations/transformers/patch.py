@@ -208,12 +208,17 @@ def _paged_prepare(original: Any, options: dict[str, Any]) -> Any:
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        given = model_kwargs.get("past_key_values") is not None
+        given = model_kwargs.get("past_key_values")
+        may_compile = not generation_config.disable_compile
+        may_compile &= model.device.type != "cpu" or generation_config.compile_config is not None
+        if isinstance(given, PagedCache):
+            given.may_compile = may_compile
         wants_cache = generation_config.use_cache is not False and generation_config.cache_implementation is None
-        if given or not wants_cache:
+        if given is not None or not wants_cache:
             return original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         cache: Any = PagedCache(model.config, max_cache_length=max_cache_length, device=model.device, **options)
         cache.gathered = getattr(model, _PATCH).report.way == "gathered"
+        cache.may_compile = may_compile
         if model.config.is_encoder_decoder:
             cross = DynamicCache(config=model.config.get_text_config(decoder=True))
             cache = EncoderDecoderCache(cache, cross)
