@@ -330,6 +330,7 @@ def test_the_progress_bar_can_be_switched_off(
     llama: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)
     run(llama, [[5]], progress_bar=False)
     assert capsys.readouterr().err == ""
     run(llama, [[5], [6]], progress_bar=True)
