@@ -11,6 +11,7 @@ from torch_paged.integrations.transformers.layer_plan import Reach
 from torch_paged.integrations.transformers.shared_blocks import SharedBlocks
 
 UNUSED_ENTRY = -1
+_LEAST_WIDTH = 2  # a compiled forward takes a size of 1 for another case
 
 
 class BlockGroup:
@@ -104,7 +105,7 @@ class BlockGroup:
         self._seqs = [self.allocator.allocate() for _ in row_tokens]
         rest = 0 if max_length is None else max(0, max_length - new_tokens)
         blocks = [-(-(tokens + rest) // self.block_size) for tokens in row_tokens]
-        self._width = max(1, *blocks)
+        self._width = max(_LEAST_WIDTH, *blocks)
         seen = self.reach.window or self.reach.chunk
         if seen is not None and not self.recording:
             seen_blocks = -(-(seen - 1 + new_tokens) // self.block_size) + 1
@@ -161,7 +162,7 @@ class BlockGroup:
 
     def _forget_tables(self) -> None:
         self._tables: list[tuple[int, ...]] = []
-        self._width = 1
+        self._width = _LEAST_WIDTH
 
     @contextmanager
     def _hidden_blocks_kept(self) -> Iterator[None]:
@@ -190,4 +191,5 @@ class BlockGroup:
             self._width = max(longest, 2 * self._width)
         padded = [list(table) + [UNUSED_ENTRY] * (self._width - len(table)) for table in tables]
         self.block_tables = torch.tensor(padded, dtype=torch.int32, device=self.device)
+        torch._dynamo.maybe_mark_dynamic(self.block_tables, 1)
         self._tables = tables

@@ -73,10 +73,13 @@ class PagedLayer(CacheLayerMixin):
         self.take_storage()
 
     def take_storage(self) -> None:
-        """Hold the storage's tensor, as an alias that leads back to this layer and to no other."""
+        """Hold the storage's tensors, as aliases; that of the keys leads back to this layer and to no other."""
         if self.is_initialized and self.storage.kv_cache is not None:
             self.kv_cache, self.kv_scales = self.storage.kv_cache.detach(), self.storage.kv_scales
             setattr(self.kv_cache, HANDLE_ATTRIBUTE, self)
+            for pool in (self.kv_cache, self.kv_scales):  # one compiled forward serves pools of any size
+                if pool is not None:
+                    torch._dynamo.maybe_mark_dynamic(pool, 1)
 
     @property
     def latent(self) -> bool:

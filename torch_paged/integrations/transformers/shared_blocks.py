@@ -13,6 +13,8 @@ from torch_paged.integrations.transformers.layer_plan import Reach
 if TYPE_CHECKING:
     from torch_paged.integrations.transformers.paged_layer import PagedLayer
 
+_FIRST_BLOCKS = 2  # a compiled forward takes a size of 1 for another case
+
 
 class LayerStorage:
     """The packed tensor of one layer, and the scales of a quantised one.
@@ -80,7 +82,11 @@ class SharedBlocks:
 
     def __init__(self, reach: Reach, block_size: int, prefix_reuse: bool = False) -> None:
         self.allocator = BlockAllocator(
-            1, block_size, sliding_window=reach.window, attention_chunk=reach.chunk, prefix_reuse=prefix_reuse
+            _FIRST_BLOCKS,
+            block_size,
+            sliding_window=reach.window,
+            attention_chunk=reach.chunk,
+            prefix_reuse=prefix_reuse,
         )
         self.storages: list[LayerStorage] = []
         self.peak_blocks = 0

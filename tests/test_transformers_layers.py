@@ -1,0 +1,202 @@
+"""What becomes of each kind of layer: paged, in chunks, latent, gathered, kept; and the masks that are not causal."""
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import CHUNK_TOKENS, FAMILIES, GATHERED, PROMPT_COLUMNS, as_reference, make_model, ragged_batch
+from torch import Tensor
+
+from torch_paged.integrations.transformers import PagedCache, patch_model, patch_report, unpatch_model
+from torch_paged.integrations.transformers.layer_plan import Reach
+from torch_paged.testing.compare import assert_close
+
+BLOCK_SIZE = 4
+FIRST = 8
+"""Columns of the first of two forwards."""
+
+PAGED = [family for family in FAMILIES if family not in GATHERED]
+REPORTS = {
+    "llama": r"LlamaForCausalLM: layers: 4 paged \(full attention\)",
+    "gemma2": r"2 paged \(window 8\), 2 paged \(full attention\)",
+    "llama4": r"3 paged \(chunk 8\), 1 paged \(full attention\)",
+    "gemma4": r"1 paged \(window 8\), 1 paged \(full attention\), 2 kept \(DummyLayer\)",
+    "qwen3_next": r"2 kept \(LinearAttentionLayer\), 2 paged \(full attention\)",
+    "deepseek_v3": r"4 latent \(full attention\)",
+    "bloom": r"4 gathered \(full attention\); gathered because BloomForCausalLM does not use transformers' attention",
+}
+
+
+def needs(family: str) -> None:
+    if family not in FAMILIES:
+        pytest.skip(f"this version of transformers has no {family}")
+
+
+def generated(model: Any, **options: Any) -> Any:
+    settings = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True, **options}
+    return model.generate(**ragged_batch(), **settings)
+
+
+@pytest.mark.parametrize("family", REPORTS)
+def test_patching_says_what_it_did(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    needs(family)
+    model = make_model(family)
+    if family in ("deepseek_v3", "gemma4") and not any(hasattr(part, "expand_kv") for part in model.modules()):
+        pytest.skip("this version of transformers caches other keys")
+    assert patch_report(model) is None
+    with caplog.at_level(logging.INFO, "torch_paged"):
+        patch_model(model)
+    assert caplog.messages == [f"patch_model: {patch_report(model)}"]
+    assert re.search(REPORTS[family], caplog.messages[0])
+
+
+@pytest.mark.parametrize("change", [Tensor.clone, lambda handle: handle[:]], ids=["copy", "view"])
+@pytest.mark.parametrize("family", PAGED)
+def test_a_lost_handle_raises(family: str, change: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patch_model(make_model(family))
+    update = PagedCache.update
+
+    def lose(self: PagedCache, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        return tuple(change(handle) for handle in update(self, *args, **kwargs))
+
+    monkeypatch.setattr(PagedCache, "update", lose)
+    with pytest.raises(RuntimeError, match=r"key must be the handle that PagedCache.update\(\) returned"):
+        model(ragged_batch()["input_ids"], past_key_values=PagedCache(model.config))
+
+
+def test_blocks_behind_the_chunk_are_reused() -> None:
+    model = patch_model(make_model("llama4"), block_size=BLOCK_SIZE)
+    prompt = ragged_batch()["input_ids"][1:2]
+    cache = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=60,
+        do_sample=False,
+        prefill_chunk_size=BLOCK_SIZE,
+        return_dict_in_generate=True,
+    ).past_key_values
+    group = cache.groups[Reach(chunk=CHUNK_TOKENS)]
+    assert group.peak_blocks <= CHUNK_TOKENS // BLOCK_SIZE + 2
+    assert group.num_blocks <= CHUNK_TOKENS // BLOCK_SIZE + 2
+
+
+def test_lengths_are_those_of_each_layer_in_the_middle_of_a_forward() -> None:
+    model = patch_model(make_model("llama"))
+    cache = PagedCache(model.config)
+    seen: list[list[int]] = []
+
+    def look(*_: Any) -> None:
+        seen.append([cache.get_seq_length(layer) for layer in range(4)])
+
+    model.model.layers[1].mlp.register_forward_hook(look)
+    model(ragged_batch()["input_ids"], past_key_values=cache)
+    model(torch.tensor([[3], [4], [5]]), past_key_values=cache)
+    assert seen == [[17, 17, 0, 0], [18, 18, 17, 17]]
+
+
+def test_latent_keys_are_stored_once() -> None:
+    model = make_model("deepseek_v3")
+    if not any(hasattr(part, "expand_kv") for part in model.modules()):
+        pytest.skip("this version of transformers caches the keys of all heads")
+    cache = generated(patch_model(model, block_size=BLOCK_SIZE)).past_key_values
+    width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
+    assert {layer.kv_cache.shape[0] for layer in cache.layers} == {1}
+    assert {layer.kv_cache.shape[2:] for layer in cache.layers} == {(1, BLOCK_SIZE, width)}
+
+
+def test_latent_keys_need_a_patched_model() -> None:
+    model = make_model("deepseek_v3")
+    if not any(hasattr(part, "expand_kv") for part in model.modules()):
+        pytest.skip("this version of transformers caches the keys of all heads")
+    model.set_attn_implementation("torch_paged")
+    with pytest.raises(NotImplementedError, match=r"multi-head latent attention\); call patch_model\(model\)"):
+        model(ragged_batch()["input_ids"], past_key_values=PagedCache(model.config))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "deepseek_v3", "gpt_oss", "llama4", "qwen3_next"])
+def test_any_model_can_be_gathered(family: str) -> None:
+    needs(family)
+    model = make_model(family)
+    expected = generated(model).sequences
+    implementation = model.config._attn_implementation
+    patch_model(model, block_size=BLOCK_SIZE, gather=True)
+    actual = generated(model)
+    assert model.config._attn_implementation == implementation
+    assert isinstance(actual.past_key_values, PagedCache)
+    assert not actual.past_key_values.is_compileable
+    assert torch.equal(actual.sequences, expected)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt"])
+def test_padding_of_a_gathered_model_takes_no_blocks(family: str) -> None:
+    cache = generated(patch_model(make_model(family), block_size=BLOCK_SIZE)).past_key_values
+    lengths = (ragged_batch()["attention_mask"].sum(1) + 24 - 1).tolist()
+    assert cache.blocks_in_use == sum(-(-length // BLOCK_SIZE) for length in lengths)
+
+
+def test_an_unpatched_model_of_its_own_attention_is_refused() -> None:
+    model = make_model("bloom")
+    with pytest.raises(ValueError, match=r"must be 'torch_paged', got 'eager'; call patch_model\(model\)"):
+        model(ragged_batch()["input_ids"], past_key_values=PagedCache(model.config))
+
+
+def image_block_mask(ids: Tensor, real: Tensor, window: int | None) -> Tensor:
+    """Return a causal mask of columns, (B, 1, C, C), in which five columns see each other."""
+    columns = torch.arange(ids.shape[1])
+    distance = columns[:, None] - columns
+    block = (columns >= FIRST) & (columns < FIRST + 5)
+    seen = (distance >= 0) | (block[:, None] & block)
+    if window is not None:
+        seen &= distance < window
+    return (seen & real[:, None, None, :].bool()) | torch.eye(ids.shape[1], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive", "bias"])
+@pytest.mark.parametrize("layout", ["even", "padded", "holes"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "deepseek_v3", "gpt_oss"])
+def test_a_mask_of_the_user_is_obeyed(family: str, layout: str, kind: str) -> None:
+    model = make_model(family)
+    ids, real = ragged_batch()["input_ids"], ragged_batch()["attention_mask"]
+    if layout == "even":
+        real = torch.ones_like(real)
+    elif layout == "holes":
+        real = real.clone()
+        real[1, 1:5] = 0
+    window = getattr(model.config, "sliding_window", None) if family == "mistral" else None
+    mask = image_block_mask(ids, real, window)
+    positions = (real.cumsum(-1) - 1).clamp(min=0)
+    additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    if kind == "bias":  # in the second forward
+        bias = torch.randn(mask.shape, generator=torch.Generator().manual_seed(5))
+        additive[:, :, FIRST:] += bias[:, :, FIRST:]
+
+    def forward(seen: Tensor, first: int, **options: Any) -> Tensor:
+        part = slice(first, PROMPT_COLUMNS)
+        return model(ids[:, part], attention_mask=seen[:, :, part], position_ids=positions[:, part], **options).logits
+
+    def split(cache: PagedCache) -> Tensor:
+        begin = slice(FIRST)
+        model(ids[:, begin], attention_mask=real[:, begin], position_ids=positions[:, begin], past_key_values=cache)
+        cache.prepare(3, PROMPT_COLUMNS - FIRST, real)
+        return forward(mask if kind == "bool" else additive, FIRST, past_key_values=cache)
+
+    with torch.no_grad():
+        plain = forward(additive, 0, use_cache=False)[:, FIRST:]
+        patch_model(model, block_size=BLOCK_SIZE)
+        actual = split(PagedCache(model.config, block_size=BLOCK_SIZE))
+        as_reference(unpatch_model(model))
+        expected = forward(additive.double(), 0, use_cache=False)[:, FIRST:]
+    kept = real[:, FIRST:].bool()
+    assert_close(actual[kept], expected[kept], plain[kept])
+
+
+def test_weights_of_the_attention_are_not_returned() -> None:
+    model = patch_model(make_model("gpt2"))
+    ids = ragged_batch()["input_ids"]
+    with pytest.raises(NotImplementedError, match=r"output_attentions is not supported.*unpatch_model\(model\)"):
+        model(ids, output_attentions=True)
+    unpatch_model(model)
+    assert len(model(ids, output_attentions=True).attentions) == 4
