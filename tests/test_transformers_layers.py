@@ -44,7 +44,7 @@ def generated(model: Any, **options: Any) -> Any:
 def test_patching_says_what_it_did(family: str, caplog: pytest.LogCaptureFixture) -> None:
     needs(family)
     model = make_model(family)
-    if family in ("deepseek_v3", "gemma4") and not any(hasattr(part, "expand_kv") for part in model.modules()):
+    if family == "deepseek_v3" and not any(hasattr(part, "expand_kv") for part in model.modules()):
         pytest.skip("this version of transformers caches other keys")
     assert patch_report(model) is None
     with caplog.at_level(logging.INFO, "torch_paged"):
