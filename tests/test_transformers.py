@@ -114,6 +114,14 @@ def test_logits_are_close(model: Any) -> None:
     assert_close(dense, expected, plain)
 
 
+def test_generation_from_embeddings(model: Any) -> None:
+    batch = ragged_batch()
+    batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    expected = model.generate(**batch, **settings)
+    assert torch.equal(patched(model).generate(**batch, **settings), expected)
+
+
 @pytest.mark.parametrize("chunk", [PROMPT_COLUMNS, 5])
 @pytest.mark.parametrize("layout", ["left", "right", "holes"])
 def test_hand_written_loop_over_a_padded_batch(model: Any, layout: str, chunk: int) -> None:
@@ -177,6 +185,10 @@ def test_rejected_tokens_are_rolled_back(model: Any, way: str, request: pytest.F
     family = request.node.callspec.params["model"]
     prompt = ragged_batch()["input_ids"][1:2]
     options: dict[str, Any] = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    if model._is_stateful:
+        with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+            generate(patched(model), **options, prompt_lookup_num_tokens=3)
+        return
     expected = generate(model, **options)
     if way == "assistant":
         assistant = make_model(family)

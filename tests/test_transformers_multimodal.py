@@ -99,9 +99,12 @@ def test_what_an_image_sees_of_itself_matters(family: str) -> None:
     assert not torch.allclose(actual, expected, atol=0.1)
 
 
-@pytest.mark.parametrize("family", VISION_LANGUAGE)
+@pytest.mark.parametrize("family", [*VISION_LANGUAGE, *ENCODER_DECODERS])
 def test_a_corrupt_block_id_is_caught(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = make_vision_language(family), image_inputs(family)
+    make, inputs_of = make_vision_language, image_inputs
+    if family in ENCODER_DECODERS:
+        make, inputs_of = make_encoder_decoder, encoder_inputs
+    model, inputs = make(family), inputs_of(family)
     expected = generate(model, inputs).sequences
     write_tables = BlockGroup.write_tables
 

@@ -13,18 +13,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from torch_paged.functional import flash_attn_varlen, paged_attention
+from torch_paged.integrations.transformers.handle import HANDLE_ATTRIBUTE, LOST_HANDLE
+from torch_paged.integrations.transformers.latent import LATENT_ATTENTION_NAME
 from torch_paged.integrations.transformers.mask import paged_mask
-from torch_paged.integrations.transformers.paged_layer import HANDLE_ATTRIBUTE, PagedLayer
+from torch_paged.integrations.transformers.paged_layer import PagedLayer
 from torch_paged.integrations.transformers.step import Step
 from torch_paged.integrations.transformers.versions import as_mask_function
 
 ATTENTION_NAME = "torch_paged"
-LATENT_ATTENTION_NAME = "torch_paged_latent"
-
-LOST_HANDLE = (
-    "attention: key must be the handle that PagedCache.update() returned, got a copy or a view of it; "
-    "{} changes keys after the cache update: call patch_model(model, gather=True)"
-)
 
 _UNSUPPORTED_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "position_bias")
 

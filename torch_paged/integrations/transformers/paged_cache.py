@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from torch_paged.integrations.transformers.attention import ATTENTION_NAME, LATENT_ATTENTION_NAME
+from torch_paged.integrations.transformers.attention import ATTENTION_NAME
 from torch_paged.integrations.transformers.block_group import BlockGroup
 from torch_paged.integrations.transformers.columns import (
     ColumnMap,
@@ -18,8 +18,10 @@ from torch_paged.integrations.transformers.columns import (
     query_positions,
     real_columns,
 )
+from torch_paged.integrations.transformers.latent import LATENT_ATTENTION_NAME
 from torch_paged.integrations.transformers.layer_plan import Reach, plan_layers
 from torch_paged.integrations.transformers.paged_layer import PagedLayer
+from torch_paged.integrations.transformers.pool_sizes import PoolSizes
 from torch_paged.integrations.transformers.shared_blocks import LayerStorage, SharedBlocks
 from torch_paged.integrations.transformers.step import Step
 from torch_paged.integrations.transformers.versions import PreTrainedConfig, columns_after_crop
@@ -28,7 +30,7 @@ _DENSE_MASKS_ONLY = ("encoder-decoder", "paligemma")  # do not take the masks th
 _DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-class PagedCache(DynamicCache):
+class PagedCache(PoolSizes, DynamicCache):
     """Keep the keys and values of a decoder-only model in blocks instead of one padded rectangle.
 
     Only real tokens take slots: the padding of a ragged batch costs nothing, beams share blocks until they are written,
@@ -245,22 +247,6 @@ class PagedCache(DynamicCache):
             self.step = dataclasses.replace(self.step, context_lens=self._int32(self.lengths))
         self._columns = None
 
-    def is_compressed(self, key: Tensor, value: Tensor) -> bool:
-        """Say whether a layer caches compressed keys, from which the model computes those of its heads (MLA).
-
-        Raises:
-            NotImplementedError: it does, and the model would compute them from the handle.
-        """
-        rank = getattr(self.config, "kv_lora_rank", None)
-        if rank is None or key.shape[1] > 1 or (key.shape[3], value.shape[3]) != (rank, self.config.qk_rope_head_dim):
-            return False
-        if not self.gathered and self.config._attn_implementation != LATENT_ATTENTION_NAME:
-            raise NotImplementedError(
-                f"PagedCache: {self.config.model_type} caches compressed keys (multi-head latent attention); "
-                "call patch_model(model), which makes its layers attend to them"
-            )
-        return True
-
     def ensure_prepared(self, layer: PagedLayer, batch_size: int, new_tokens: int) -> None:
         """Prepare for a model that asked for no mask before it updates this layer."""
         if layer.written or not self.prepared or self.new_tokens != new_tokens or len(self.lengths) != batch_size:
@@ -292,26 +278,6 @@ class PagedCache(DynamicCache):
     def batch_size(self) -> int:
         """Rows in the cache, -1 before the first forward."""
         return len(self.lengths) or -1
-
-    @property
-    def blocks_in_use(self) -> int:
-        """Blocks that hold tokens now, over all groups of layers."""
-        return sum(group.blocks_in_use for group in self.groups.values())
-
-    @property
-    def peak_blocks(self) -> int:
-        """The most blocks that held tokens at once, over all groups of layers."""
-        return sum(group.peak_blocks for group in self.groups.values())
-
-    @property
-    def pool_bytes(self) -> int:
-        """Bytes of all layers' tensors."""
-        return sum(_bytes(layer) for layer in self.paged_layers)
-
-    @property
-    def peak_bytes(self) -> int:
-        """Bytes of the blocks that held tokens at the peak, over all layers."""
-        return sum(_bytes(layer) // layer.group.num_blocks * layer.group.peak_blocks for layer in self.paged_layers)
 
     def reset(self) -> None:
         """Forget all tokens; the pools stay."""
@@ -384,9 +350,3 @@ class PagedCache(DynamicCache):
         for layer in self.kept_layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
-
-
-def _bytes(layer: PagedLayer) -> int:
-    if not layer.is_initialized:
-        return 0
-    return layer.kv_cache.nbytes + (0 if layer.kv_scales is None else layer.kv_scales.nbytes)

@@ -8,14 +8,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 from torch_paged import functional
 from torch_paged.integrations.transformers.block_group import BlockGroup
+from torch_paged.integrations.transformers.handle import HANDLE_ATTRIBUTE
+from torch_paged.integrations.transformers.latent import check_not_expanded, is_compressed
 from torch_paged.integrations.transformers.mask import MaskOffset
 from torch_paged.integrations.transformers.shared_blocks import LayerStorage
 from torch_paged.integrations.transformers.versions import new_columns
 
 if TYPE_CHECKING:
     from torch_paged.integrations.transformers.paged_cache import PagedCache
-
-HANDLE_ATTRIBUTE = "_torch_paged_layer"
 
 
 class PagedLayer(CacheLayerMixin):
@@ -57,7 +57,9 @@ class PagedLayer(CacheLayerMixin):
             )
         _, num_kv_heads, _, head_dim = key_states.shape
         self.widths = (head_dim, value_states.shape[3])
-        latent = self.cache.is_compressed(key_states, value_states)
+        latent = is_compressed(self.cache.config, key_states, value_states)
+        if latent and not self.cache.gathered:
+            check_not_expanded(self.cache.config)
         self.value_dim = head_dim if latent else self.widths[1]
         if not latent and self.widths[1] > head_dim:
             raise NotImplementedError(

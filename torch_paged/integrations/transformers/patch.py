@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from torch_paged import dispatch
-from torch_paged.integrations.transformers.attention import ATTENTION_NAME, LATENT_ATTENTION_NAME, LOST_HANDLE
+from torch_paged.integrations.transformers.attention import ATTENTION_NAME
+from torch_paged.integrations.transformers.latent import LATENT_ATTENTION_NAME, keep_handle
 from torch_paged.integrations.transformers.layer_plan import PatchReport, Reach, plan_layers
 from torch_paged.integrations.transformers.paged_cache import PagedCache
-from torch_paged.integrations.transformers.paged_layer import HANDLE_ATTRIBUTE
 from torch_paged.integrations.transformers.versions import PreTrainedConfig
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -94,7 +94,7 @@ def patch_model(model: Model, *, block_size: int = 16, dtype: torch.dtype | None
         patch.implementations = _set_implementation(model, LATENT_ATTENTION_NAME if expanding else ATTENTION_NAME)
         patch.expanding = expanding
         for module in expanding:
-            module.expand_kv = types.MethodType(_keep_handle(type(module).expand_kv), module)  # type: ignore[attr-defined, operator, method-assign, assignment]
+            module.expand_kv = types.MethodType(keep_handle(type(module).expand_kv), module)  # type: ignore[attr-defined, operator, method-assign, assignment]
     options = {"block_size": block_size, "dtype": dtype}
     setattr(model, _PATCH, patch)
     setattr(model, _PREPARE, types.MethodType(_paged_prepare(getattr(type(model), _PREPARE), options), model))
@@ -158,18 +158,6 @@ def _set_implementation(model: Any, name: str) -> Any:
             f"patch_model: {type(model).__name__} did not take the attention implementation '{name}'"
         )
     return before if part is None else {part: before}
-
-
-def _keep_handle(expand: Any) -> Any:
-    @functools.wraps(expand)
-    def expand_kv(module: Any, compressed: Tensor, rotated: Tensor) -> Any:
-        if hasattr(compressed, HANDLE_ATTRIBUTE):
-            return compressed, rotated
-        if compressed.ndim != 4:
-            raise RuntimeError(LOST_HANDLE.format(type(module).__name__))
-        return expand(module, compressed, rotated)
-
-    return expand_kv
 
 
 def _refuse_attentions(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
