@@ -1,5 +1,6 @@
 """Packed generation for many requests gives the tokens that generate() gives for each prompt alone."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -202,7 +203,8 @@ def test_processors_and_criteria_are_those_of_generate(llama: Any, options: dict
 def test_the_defaults_are_those_of_generate(llama: Any) -> None:
     llama.generation_config.eos_token_id = list(range(0, VOCAB_SIZE, 9))
     llama.generation_config.repetition_penalty = 1.2
-    with pytest.warns(UserWarning, match="default `max_length`"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions say that a default length is used
         expected = [generate_alone(llama, prompt, max_new_tokens=None)[0] for prompt in prompts()]
     assert len(set(map(len, expected))) > 2
     outputs = generate_batch(llama, prompts(), progress_bar=False)

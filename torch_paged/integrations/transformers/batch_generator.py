@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from torch_paged.integrations.transformers.packed_cache import CachedSequence, PackedCache
+from torch_paged.integrations.transformers.packed_prefill import cache_salt
 from torch_paged.integrations.transformers.patch import patch_report
 from torch_paged.integrations.transformers.request import GenerationOutput, GenerationRequest
 from torch_paged.integrations.transformers.sampling import Sampler
@@ -228,10 +229,11 @@ class BatchGenerator:
         for state in list(self._running):
             if budget and state in self._running:
                 budget -= self._place(state, budget, row)
+        salt = cache_salt(self.model) if self._waiting and self.cache.prefix_reuse else b""
         for state in list(self._waiting):
             if not budget or len(self._running) == self.max_requests_per_batch:
                 return
-            sequence = self.cache.add(state.tokens)
+            sequence = self.cache.add(state.tokens, salt=salt)
             if self._is_being_computed(state, sequence):
                 self.cache.free(sequence)
                 continue

@@ -1,6 +1,6 @@
 """Which blocks hold which tokens, for all layers that see the same keys."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -94,15 +94,27 @@ class BlockGroup:
         group.recording = self.recording
         return group
 
-    def start(self, row_tokens: list[int], new_tokens: int, max_length: int | None) -> None:
+    def start(
+        self,
+        row_tokens: list[int],
+        new_tokens: int,
+        max_length: int | None,
+        prompts: Sequence[Sequence[int]] | None = None,
+        salt: bytes = b"",
+    ) -> list[int]:
         """Make the rows, and size pool and table for them.
 
         Args:
             row_tokens: real tokens of each row's first step.
             new_tokens: columns of the first step, padding included.
             max_length: columns that the cache may reach. None: size for now, grow later.
+            prompts: token ids of each row, which may begin with blocks that are published. None: nothing is reused.
+            salt: what besides the ids decides the keys.
+
+        Returns:
+            For each row the tokens that its reused blocks hold.
         """
-        self._seqs = [self.allocator.allocate() for _ in row_tokens]
+        self._seqs = [self.allocator.allocate(prompt, salt=salt) for prompt in prompts or [()] * len(row_tokens)]
         rest = 0 if max_length is None else max(0, max_length - new_tokens)
         blocks = [-(-(tokens + rest) // self.block_size) for tokens in row_tokens]
         self._width = max(_LEAST_WIDTH, *blocks)
@@ -112,19 +124,21 @@ class BlockGroup:
             blocks = [min(count, seen_blocks) for count in blocks]
         wanted = self.blocks.in_use + sum(blocks)
         if wanted > self.num_blocks:
-            self.grow(wanted)
+            kept = sum(blocks) if self.allocator.prefix_reuse else 0  # room for the prefixes of another call
+            self.grow(wanted + kept)
+        return [self.allocator.context_len(seq) for seq in self._seqs]
 
-    def extend(self, counts: list[int], real: list[list[bool]] | None) -> None:
+    def extend(self, tokens: Sequence[int | Sequence[int]], real: list[list[bool]] | None) -> None:
         """Give every row the slots of its new tokens; blocks that no coming query sees are reused.
 
         Args:
-            counts: new tokens of each row.
+            tokens: new tokens of each row: how many, or their ids.
             real: (B, Q), False at padding. None: no padding.
         """
         slots: list[int] = []
         with self._hidden_blocks_kept() if self.recording and not self._cropped else nullcontext():
-            for index, (seq, count) in enumerate(zip(self._seqs, counts, strict=True)):
-                new_slots = self._append(seq, count)
+            for index, (seq, new) in enumerate(zip(self._seqs, tokens, strict=True)):
+                new_slots = self._append(seq, new)
                 if real is not None:
                     unused = iter(new_slots)
                     new_slots = [next(unused) if is_real else UNUSED_ENTRY for is_real in real[index]]
@@ -140,6 +154,11 @@ class BlockGroup:
         selected = [self.allocator.fork(self._seqs[row]) for row in rows]
         self._free_rows()
         self._seqs = selected
+
+    def publish(self) -> None:
+        """Let coming rows reuse the full blocks of these rows, as far as their token ids are known."""
+        for seq in self._seqs:
+            self.allocator.publish(seq)
 
     def truncate(self, lengths: list[int]) -> None:
         """Forget the tokens of each row from its length on."""
@@ -174,10 +193,10 @@ class BlockGroup:
         """Make the pool larger, in every layer."""
         self.blocks.grow(num_blocks)
 
-    def _append(self, seq: int, count: int) -> list[int]:
+    def _append(self, seq: int, tokens: int | Sequence[int]) -> list[int]:
         while True:
             try:
-                return self.allocator.append(seq, count)
+                return self.allocator.append(seq, tokens)
             except OutOfBlocks as error:
                 self.grow(max(2 * self.num_blocks, self.num_blocks + error.needed))
 

@@ -60,6 +60,11 @@ def paged_mask(
         kv_offset.cache.prepare(batch_size, q_length, attention_mask)
         if _is_causal(mask_function, kwargs):
             return None
+        if kv_offset.cache.is_packed:
+            raise NotImplementedError(
+                "attention_mask: PagedCache does not support masks other than causal, window and chunk for packed "
+                "tokens"
+            )
         if torch.compiler.is_compiling():
             raise NotImplementedError(
                 "attention_mask: PagedCache does not support masks other than causal, window and chunk in a compiled "

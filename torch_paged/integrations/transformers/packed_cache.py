@@ -63,11 +63,16 @@ class PackedCache(PagedCache):
                     f"generate_batch: layer {index} of {self.config.model_type} is a {type(layer).__name__}, which "
                     "takes no packed tokens; use generate()"
                 )
-        self.block_size, self.prefix_reuse = block_size, prefix_reuse
+        self.block_size = block_size
         self._pools: list[BlockGroup] = list(self.groups.values())
         self._row: list[tuple[CachedSequence, int]] = []
         self._step_tokens = 0
         self.grow(num_blocks)
+
+    @property
+    def is_packed(self) -> bool:
+        """True: every forward is."""
+        return True
 
     def grow(self, num_blocks: int) -> None:
         """Make the pools larger; smaller is not possible."""

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,6 +89,7 @@ class PagedCache(PoolSizes, DynamicCache):
         self.config = config.get_text_config(decoder=True)
         self.max_cache_length = max_cache_length
         self.device = torch.device(device)
+        self.prefix_reuse = prefix_reuse
         self.gathered = False
         self.may_compile = True  # transformers draws masks outside of the model for a cache that says so
         self.groups: dict[Reach, BlockGroup] = {}
@@ -137,6 +139,7 @@ class PagedCache(PoolSizes, DynamicCache):
         self._real: list[list[bool]] | None = None
         self._history: list[bytearray] = []  # of each row, 1 for a column with a real token
         self._columns: ColumnMap | None = None
+        self._packed_tokens: int | None = None  # of a prepared forward that is one row without padding
         self.pending_layer: PagedLayer | None = None
         self.columns_tensor = torch.zeros((), dtype=torch.long, device=self.device)
 
@@ -159,6 +162,8 @@ class PagedCache(PoolSizes, DynamicCache):
         if torch.compiler.is_compiling():
             if not self.prepared or self.new_tokens != new_tokens or self.paged_layers[0].written:
                 raise RuntimeError("PagedCache: call prepare() before each compiled forward")
+            return
+        if self._is_packed_forward(batch_size, new_tokens):
             return
         self._finish_step()
         if self.prepared and self.new_tokens == new_tokens and mask is None:
@@ -202,6 +207,49 @@ class PagedCache(PoolSizes, DynamicCache):
         self._real = real
         self.prepared = True
 
+    def prepare_packed(
+        self, mask: Tensor, prompts: Sequence[Sequence[int]] | None = None, *, salt: bytes = b""
+    ) -> list[int]:
+        """Get ready for the first forward of a padded batch, given as one row (1, T) of its tokens without padding.
+
+        Args:
+            mask: (B, Q) True at real tokens.
+            prompts: the token ids of each row. None: nothing is reused, nor kept for reuse.
+            salt: what besides the ids decides the keys.
+
+        Returns:
+            For each row how many of its first tokens are in the cache already: leave them out.
+        """
+        real: list[list[bool]] = mask.tolist()
+        counts = [sum(row) for row in real]
+        self.lengths, self._history = [0] * len(real), [bytearray() for _ in real]
+        groups = self.groups.values()
+        held = [group.start(counts, mask.shape[1], self.max_cache_length, prompts, salt) for group in groups]
+        reused = [min(lengths) for lengths in zip(*held, strict=True)]
+        new = [count - length for count, length in zip(counts, reused, strict=True)]
+        ids = None if prompts is None else [row[length:] for row, length in zip(prompts, reused, strict=True)]
+        for group in groups:
+            group.truncate(reused)
+            group.extend(ids or new, None)
+        starts = [0, *itertools.accumulate(new)]
+        self.step = Step(self._int32(starts), self._int32(counts), max(new), max(new) == 1)
+        self._new_lengths, self._real = counts, real
+        self.new_tokens, self._packed_tokens = mask.shape[1], starts[-1]
+        self.columns_tensor.fill_(self.columns)
+        self._columns = None
+        self.prepared = True
+        return reused
+
+    def _is_packed_forward(self, batch_size: int, new_tokens: int) -> bool:
+        begun = any(layer.written for layer in self.paged_layers)
+        done = begun and all(layer.written for layer in self.paged_layers)
+        return self.is_packed and self.prepared and not done and (batch_size, new_tokens) == (1, self._packed_tokens)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the prepared forward is one row of several sequences."""
+        return self._packed_tokens is not None
+
     def _int32(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=self.device)
 
@@ -222,6 +270,10 @@ class PagedCache(PoolSizes, DynamicCache):
         self.prepared = False
         for layer in self.paged_layers:
             layer.written = False
+        if self.is_packed:
+            self._packed_tokens = None
+            for group in self.groups.values():
+                group.publish()
 
     def _new_columns(self) -> list[bytes]:
         if self._real is None:
@@ -312,7 +364,7 @@ class PagedCache(PoolSizes, DynamicCache):
             for group in self.groups.values():
                 group.truncate(self.lengths)
             self.prepared = False
-            self._columns = None
+            self._columns = self._packed_tokens = None
 
     def _select(self, rows: list[int]) -> None:
         self._finish_step()

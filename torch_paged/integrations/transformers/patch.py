@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from torch_paged import dispatch
+from torch_paged.integrations.transformers import packed_prefill
 from torch_paged.integrations.transformers.attention import ATTENTION_NAME
 from torch_paged.integrations.transformers.latent import LATENT_ATTENTION_NAME, keep_handle
 from torch_paged.integrations.transformers.layer_plan import PatchReport, Reach, plan_layers
@@ -36,7 +37,14 @@ class _Patch:
         self.expanding: list[nn.Module] = []
 
 
-def patch_model(model: Model, *, block_size: int = 16, dtype: torch.dtype | None = None, gather: bool = False) -> Model:
+def patch_model(
+    model: Model,
+    *,
+    block_size: int = 16,
+    dtype: torch.dtype | None = None,
+    gather: bool = False,
+    prefix_reuse: bool = False,
+) -> Model:
     """Make a transformers model generate through ``torch.ops.paged.*``.
 
     Its attention implementation becomes ``"torch_paged"``, and ``generate`` makes a ``PagedCache`` where it would make
@@ -49,6 +57,8 @@ def patch_model(model: Model, *, block_size: int = 16, dtype: torch.dtype | None
         block_size: tokens in a block of the cache.
         dtype: of a quantised cache, as in ``PagedCache``. None: the dtype of the keys.
         gather: True to gather in any case, for a model that changes keys after it cached them.
+        prefix_reuse: True to keep the blocks of prompts from call to call of ``generate``, so that what a prompt has in
+            common with earlier ones is not computed again. They are forgotten where weights or adapters change.
 
     Returns:
         The same model.
@@ -95,9 +105,18 @@ def patch_model(model: Model, *, block_size: int = 16, dtype: torch.dtype | None
         patch.expanding = expanding
         for module in expanding:
             module.expand_kv = types.MethodType(keep_handle(type(module).expand_kv), module)  # type: ignore[attr-defined, operator, method-assign, assignment]
-    options = {"block_size": block_size, "dtype": dtype}
+    options: dict[str, Any] = {"block_size": block_size, "dtype": dtype}
     setattr(model, _PATCH, patch)
-    setattr(model, _PREPARE, types.MethodType(_paged_prepare(getattr(type(model), _PREPARE), options), model))
+    pool = None
+    why_padded = packed_prefill.why_padded(model, patch.report)
+    if prefix_reuse and why_padded:
+        unpatch_model(model)
+        raise NotImplementedError(f"patch_model: prefix_reuse is not supported: {why_padded}")
+    if prefix_reuse:
+        pool = packed_prefill.PrefixPool(PagedCache(config, device=model.device, prefix_reuse=True, **options))
+    setattr(model, _PREPARE, types.MethodType(_paged_prepare(getattr(type(model), _PREPARE), options, pool), model))
+    if not why_padded:
+        packed_prefill.install(model, pool)
     logger.info("patch_model: %s", patch.report)
     return model
 
@@ -120,7 +139,8 @@ def unpatch_model(model: Model) -> Model:
     for module in patch.expanding:
         del module.expand_kv
     delattr(model, _PATCH)
-    delattr(model, _PREPARE)
+    vars(model).pop(_PREPARE, None)
+    packed_prefill.uninstall(model)
     if hasattr(model, "_compiled_call"):
         del model._compiled_call
     return model
@@ -186,7 +206,7 @@ def _prepare_gathered(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
             cache.prepare(tokens.shape[0], tokens.shape[1], mask if is_padding_mask else None)
 
 
-def _paged_prepare(original: Any, options: dict[str, Any]) -> Any:
+def _paged_prepare(original: Any, options: dict[str, Any], pool: packed_prefill.PrefixPool | None) -> Any:
     @functools.wraps(original)
     def prepare_cache(
         model: Any,
@@ -204,7 +224,11 @@ def _paged_prepare(original: Any, options: dict[str, Any]) -> Any:
         wants_cache = generation_config.use_cache is not False and generation_config.cache_implementation is None
         if given is not None or not wants_cache:
             return original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        cache: Any = PagedCache(model.config, max_cache_length=max_cache_length, device=model.device, **options)
+        cache: Any
+        if pool is not None:
+            cache = pool.new_cache(max_cache_length)
+        else:
+            cache = PagedCache(model.config, max_cache_length=max_cache_length, device=model.device, **options)
         cache.gathered = getattr(model, _PATCH).report.way == "gathered"
         cache.may_compile = may_compile
         if model.config.is_encoder_decoder:
