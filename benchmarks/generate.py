@@ -1,5 +1,6 @@
 """Tokens per second of whole models: transformers as it is, and with its attention through the ops."""
 
+import functools
 import logging
 import random
 import runpy
@@ -21,14 +22,20 @@ RAGGED = "ragged prompts"
 PADDED = "generate"
 STATIC = "generate, static cache"
 CONTINUOUS = "transformers generate_batch"
-BATCH_TOKENS = (256, 512)
-"""Of transformers' generate_batch, with pages of 256 tokens: the best settings of those tried."""
+BATCH_TOKENS, PAGE_TOKENS = 512, 256
+"""Of transformers' generate_batch: the best settings of those tried (16 to 512 tokens a page, 128 to 1024 a batch)."""
+LENGTHS: dict[str, Callable[[int, float], float]] = {
+    "mostly short": lambda longest, share: 16 * (longest / 16) ** share,
+    "evenly spread": lambda longest, share: 16 + (longest - 16) * share,
+}
+"""How the lengths of the prompts lie between 16 and the longest: evenly by their logarithm, or by themselves."""
 
 
 def works(settings: Settings) -> Iterator[Callable[[], Work]]:
     """Yield every case of the benchmark, unbuilt."""
     yield lambda: work(settings)
-    yield lambda: ragged_work(settings)
+    for spread in LENGTHS:
+        yield functools.partial(ragged_work, settings, spread)
 
 
 def work(settings: Settings) -> Work:
@@ -74,7 +81,7 @@ def work(settings: Settings) -> Work:
     return Work("generate", "generate", f"generate_{new_tokens}_tokens", columns, calls, 2, check)
 
 
-def ragged_work(settings: Settings) -> Work:
+def ragged_work(settings: Settings, spread: str) -> Work:
     """Build the runs of one batch of ragged prompts, greedy and in float32, on a llama of 29 million parameters."""
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     num_prompts, longest, new_tokens, layers = {
@@ -82,7 +89,7 @@ def ragged_work(settings: Settings) -> Work:
         "quick": (8, 300, 16, 8),
         "tiny": (3, 20, 3, 2),
     }[settings.size]
-    lengths = [16 + (longest - 16) * number // (num_prompts - 1) for number in range(num_prompts)]
+    lengths = [round(LENGTHS[spread](longest, number / (num_prompts - 1))) for number in range(num_prompts)]
     random.Random(settings.seed).shuffle(lengths)
     generator = torch.Generator().manual_seed(settings.seed)
     prompts = [torch.randint(2, 8000, (length,), generator=generator).tolist() for length in lengths]
@@ -106,28 +113,24 @@ def ragged_work(settings: Settings) -> Work:
             outputs = generate_batch(paged, prompts, progress_bar=False, **options)
         return [output.generated_tokens for output in outputs]
 
-    def continuous(batch_tokens: int) -> Call:
-        config = transformers.ContinuousBatchingConfig(
-            page_size=256,
-            num_blocks=num_prompts * (-(-(longest + new_tokens) // 256) + 1),
-            max_batch_tokens=batch_tokens,
-        )
+    config = transformers.ContinuousBatchingConfig(
+        page_size=PAGE_TOKENS,
+        num_blocks=num_prompts * (-(-(longest + new_tokens) // PAGE_TOKENS) + 1),
+        max_batch_tokens=BATCH_TOKENS,
+    )
 
-        def call(_: int) -> list[list[int]]:
-            with torch.inference_mode(False):
-                outputs = plain.generate_batch(
-                    prompts, transformers.GenerationConfig(**options, eos_token_id=-1), config, warmup=False
-                )
-            return [outputs[f"req_{number}"].generated_tokens for number in range(num_prompts)]
-
-        return call
+    def continuous(_: int) -> list[list[int]]:
+        generation_config = transformers.GenerationConfig(**options, eos_token_id=-1)
+        with torch.inference_mode(False):
+            outputs = plain.generate_batch(prompts, generation_config, config, warmup=False)
+        return [outputs[f"req_{number}"].generated_tokens for number in range(num_prompts)]
 
     calls = {
         OURS: packed,
         PADDED: padded(plain),
         STATIC: padded(plain, cache_implementation="static"),
         f"patched {PADDED}": padded(paged),
-        **{f"{CONTINUOUS} @{count} tokens": continuous(count) for count in BATCH_TOKENS},
+        CONTINUOUS: continuous,
     }
     expected = calls[PADDED](0)
 
@@ -144,8 +147,8 @@ def ragged_work(settings: Settings) -> Work:
         "kv_heads": plain.config.num_key_value_heads,
         "head_dim": plain.config.head_dim,
     }
-    case = f"{num_prompts}_prompts_of_16_to_{longest}"
-    return Work("generate", RAGGED, case, columns, calls, 1, check)
+    case = f"{num_prompts}_prompts_to_{longest}_{spread.replace(' ', '_')}"
+    return Work("generate", RAGGED, case, columns, calls, 1, check, threads=(max(settings.threads),), variant=spread)
 
 
 def ragged_model(layers: int) -> Any:

@@ -140,18 +140,18 @@ def generate(everything: list[Cell]) -> Figure | None:
     if not chosen:
         return None
     ways = list(dict.fromkeys(name for cell in chosen for name in cell))
-    figure = Figure(figsize=(9.5, 1.2 + 0.5 * len(ways)), layout="constrained")
+    figure = Figure(figsize=(9.5, 1.2 + 0.6 * len(ways)), layout="constrained")
     speed, memory = figure.subplots(1, 2, sharey=True)
-    counts = sorted({cell[OURS].threads for cell in chosen})
-    height = 0.8 / len(counts)
-    for number, cell in enumerate(sorted(chosen, key=lambda cell: cell[OURS].threads)):
-        rates = [row.batch * row.context / row.median_us * 1e6 for row in (cell[name] for name in ways)]
-        lines = [line + (number - (len(counts) - 1) / 2) * height for line in range(len(ways))]
-        threads = cell[OURS].threads
-        bars = speed.barh(lines, rates, height, color=COLORS.get(threads, GREY), label=_threads(threads))
-        speed.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
-    peaks = [(chosen[0][name].peak_bytes or 0) / 2**20 for name in ways]
-    memory.bar_label(memory.barh(range(len(ways)), peaks, 0.6, color=GREY), fmt="%.0f", padding=2, fontsize=9)
+    height = 0.8 / len(chosen)
+    for number, cell in enumerate(chosen):
+        lines = [line + (number - (len(chosen) - 1) / 2) * height for line in range(len(ways))]
+        rows = [cell[name] for name in ways]
+        rates = [row.batch * row.context / row.median_us * 1e6 for row in rows]
+        peaks = [(row.peak_bytes or 0) / 2**20 for row in rows]
+        label = f"{cell[OURS].variant}, {_threads(cell[OURS].threads)}"
+        for axis, values in ((speed, rates), (memory, peaks)):
+            bars = axis.barh(lines, values, height, color=list(COLORS.values())[number % 2], label=label)
+            axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
     speed.set(xlabel="new tokens/s")
     memory.set(xlabel="peak memory beyond the model, MiB")
     speed.set_yticks(range(len(ways)), ways)
@@ -159,8 +159,7 @@ def generate(everything: list[Cell]) -> Figure | None:
     for axis in (speed, memory):
         axis.grid(axis="y", visible=False)
         axis.margins(x=0.15)
-    if len(counts) > 1:
-        figure.legend(*speed.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    figure.legend(*speed.get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
 
 
