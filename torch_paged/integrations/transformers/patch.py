@@ -53,7 +53,8 @@ def patch_model(
     ``unpatch_model`` takes all back. ``patch_report`` says what became of each layer, and so does a log line.
 
     Args:
-        model: a model that can generate: decoder-only, encoder-decoder (its self-attention) or vision-language.
+        model: a model that can generate: decoder-only, encoder-decoder (its self-attention) or vision-language; or the
+            adapter of peft around one.
         block_size: tokens in a block of the cache.
         dtype: of a quantised cache, as in ``PagedCache``. None: the dtype of the keys.
         gather: True to gather in any case, for a model that changes keys after it cached them.
@@ -80,6 +81,9 @@ def patch_model(
         >>> model.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0).shape
         torch.Size([1, 7])
     """
+    if (inner := _inside_adapter(model)) is not model:
+        patch_model(inner, block_size=block_size, dtype=dtype, gather=gather)
+        return model
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"patch_model: model must be a transformers PreTrainedModel, got {type(model).__name__}")
     if block_size < 1:
@@ -130,6 +134,9 @@ def unpatch_model(model: Model) -> Model:
     Returns:
         The same model, with the attention implementation that it had.
     """
+    if (inner := _inside_adapter(model)) is not model:
+        unpatch_model(inner)
+        return model
     patch: _Patch | None = getattr(model, _PATCH, None)
     if patch is None:
         return model
@@ -148,8 +155,13 @@ def unpatch_model(model: Model) -> Model:
 
 def patch_report(model: nn.Module) -> PatchReport | None:
     """Return what ``patch_model`` did to a model, None where it did nothing."""
-    patch: _Patch | None = getattr(model, _PATCH, None)
+    patch: _Patch | None = getattr(_inside_adapter(model), _PATCH, None)
     return None if patch is None else patch.report
+
+
+def _inside_adapter(model: nn.Module) -> nn.Module:
+    """Return the model that an adapter of peft wraps, else the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def _why_gathered(model: Any, config: PreTrainedConfig) -> str:
@@ -160,7 +172,8 @@ def _why_gathered(model: Any, config: PreTrainedConfig) -> str:
     if any(hasattr(module, "relative_attention_bias") for module in model.modules()):
         return f"{name} adds a bias for relative positions to its logits"
     for module in model.modules():
-        if hasattr(module, "expand_kv") and type(getattr(module, "kv_b_proj", None)) is not nn.Linear:
+        up = getattr(module, "kv_b_proj", None)
+        if hasattr(module, "expand_kv") and not (type(up) is nn.Linear and type(up.weight.data) is Tensor):
             return f"{type(module).__name__} computes its keys by something else than a plain Linear"
     return ""
 
