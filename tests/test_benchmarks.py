@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import decode, goals, limits, native, peers, report
+from benchmarks import cache_quality, decode, geometries, goals, limits, native, peers, report
 from benchmarks.inputs import attention_pools
 from benchmarks.timing import race
 from benchmarks.work import OURS, PEAK, Row, Settings
@@ -228,3 +228,22 @@ def test_drawn_shapes_depend_on_the_seed_alone() -> None:
 
     assert len(names(0)) == 20
     assert names(0) == names(0) != names(1)
+
+
+def test_geometries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--geometry", "tiny", "--context", "48", "--new-tokens", "5", "--out", str(tmp_path)]
+    for way in geometries.WAYS:
+        geometries.main([*sizes, "--ways", way, "--here"])
+    shown = geometries.show(tmp_path, "tiny")
+    errors = [float(str(cell)) for cell in list(shown.columns[4].cells)[:2]]
+    assert errors[1] <= 2 * errors[0]
+
+
+def test_a_quantised_cache_keeps_the_perplexity() -> None:
+    model, windows = cache_quality.model_and_windows(16)
+    plain, num_bytes = cache_quality.perplexity(model, windows, None)
+    for dtype, share in ((torch.int8, 0.002), (torch.float8_e4m3fn, 0.005), (torch.float8_e5m2, 0.02)):
+        rounded, rounded_bytes = cache_quality.perplexity(model, windows, dtype)
+        assert rounded == pytest.approx(plain, rel=share)
+        assert rounded != plain
+        assert rounded_bytes < 0.6 * num_bytes

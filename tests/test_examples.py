@@ -72,6 +72,16 @@ def source(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load("stdlib_source", monkeypatch)
 
 
+def corrupt_a_block_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tables = BlockGroup.write_tables
+
+    def corrupt(group: BlockGroup) -> None:
+        write_tables(group)
+        group.block_tables[1, 0] = (group.block_tables[1, 0] + 1) % group.num_blocks
+
+    monkeypatch.setattr(BlockGroup, "write_tables", corrupt)
+
+
 def save_with_tokenizer(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(folder)
@@ -147,13 +157,7 @@ def test_demo_in_half_precision(demo: Any, dtype: str) -> None:
 def test_demo_fails_on_a_corrupt_block_id(
     demo: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_tables = BlockGroup.write_tables
-
-    def corrupt(group: BlockGroup) -> None:
-        write_tables(group)
-        group.block_tables[1, 0] = (group.block_tables[1, 0] + 1) % group.num_blocks
-
-    monkeypatch.setattr(BlockGroup, "write_tables", corrupt)
+    corrupt_a_block_id(monkeypatch)
     assert demo.main(["--max-new-tokens", "16"]) == 1
     assert "tokens equal: no" in capsys.readouterr().out
 
@@ -213,6 +217,20 @@ def test_an_unsupported_model_gets_one_sentence(demo: Any, capsys: pytest.Captur
     bloom = BloomForCausalLM(BloomConfig(vocab_size=2048, hidden_size=32, n_layer=1, n_head=2))
     folder = save_with_tokenizer(bloom, tmp_path / "bloom")
     assert "BloomForCausalLM does not use transformers' attention interface" in one_sentence(demo, capsys, folder)
+
+
+def test_models_of_many_kinds_are_patched() -> None:
+    printed = run("05_patch_any_model.py")
+    for way in ("4 paged", "2 paged (window 8)", "4 latent", "4 gathered"):
+        assert way in " ".join(printed.split()).replace("│ │ ", "")
+    assert "different" not in printed
+
+
+def test_patching_says_when_tokens_differ(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    example = load("05_patch_any_model", monkeypatch)
+    corrupt_a_block_id(monkeypatch)
+    assert example.main(["llama"]) == 1
+    assert "different" in capsys.readouterr().out
 
 
 def test_prompts_are_held_out_and_ragged(source: Any) -> None:

@@ -91,7 +91,7 @@ class PagedCache(PoolSizes, DynamicCache):
         self.device = torch.device(device)
         self.prefix_reuse = prefix_reuse
         self.gathered = False
-        self.may_compile = True  # transformers draws masks outside of the model for a cache that says so
+        self.may_compile = max_cache_length is not None  # generate then draws masks outside of the model
         self.groups: dict[Reach, BlockGroup] = {}
         layers: list[Any] = []
         for index, planned in enumerate(plan_layers(self.config)):

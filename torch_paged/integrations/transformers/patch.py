@@ -17,7 +17,7 @@ from torch_paged.integrations.transformers.attention import ATTENTION_NAME
 from torch_paged.integrations.transformers.latent import LATENT_ATTENTION_NAME, keep_handle
 from torch_paged.integrations.transformers.layer_plan import PatchReport, Reach, plan_layers
 from torch_paged.integrations.transformers.paged_cache import PagedCache
-from torch_paged.integrations.transformers.versions import PreTrainedConfig
+from torch_paged.integrations.transformers.versions import PreTrainedConfig, draws_its_own_mask
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -232,6 +232,7 @@ def _paged_prepare(original: Any, options: dict[str, Any], pool: packed_prefill.
         given = model_kwargs.get("past_key_values")
         may_compile = not generation_config.disable_compile
         may_compile &= model.device.type != "cpu" or generation_config.compile_config is not None
+        may_compile &= not draws_its_own_mask(model)
         if isinstance(given, PagedCache):
             given.may_compile = may_compile
         wants_cache = generation_config.use_cache is not False and generation_config.cache_implementation is None

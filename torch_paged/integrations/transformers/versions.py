@@ -74,3 +74,8 @@ def dense_mask(*, q_length: int, q_offset: Any, **kwargs: Any) -> Tensor | None:
     if MASKS_TAKE_POSITIONS:
         return transformers.masking_utils.sdpa_mask(cache_position=torch.arange(q_length) + q_offset, **kwargs)
     return transformers.masking_utils.sdpa_mask(q_length=q_length, q_offset=q_offset, **kwargs)
+
+
+def draws_its_own_mask(model: Any) -> bool:
+    """Say whether a model draws 4-D masks itself, as some did before all used transformers' mask functions."""
+    return any(hasattr(module, "_update_causal_mask") for module in model.modules())
