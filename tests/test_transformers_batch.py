@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, GATHERED, PLAIN, VOCAB_SIZE, make_model
+from tiny_models import COMMON, FAMILIES, GATHERED, PLAIN, VOCAB_SIZE, make_model
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from torch_paged.integrations.transformers import (
     ATTENTION_NAME,
@@ -228,3 +228,29 @@ def test_the_implementation_may_be_set_by_hand(llama: Any) -> None:
     expected = [generate_alone(llama, prompt) for prompt in prompts()]
     llama.set_attn_implementation(ATTENTION_NAME)
     assert_same_tokens(run(llama, prompts()), expected)
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_frequencies_are_not_those_of_a_longer_request(rope: str) -> None:
+    limit = 32
+    parameters: dict[str, Any] = {"rope_type": rope, "rope_theta": 10000.0, "factor": 4.0}
+    if rope == "longrope":
+        parameters |= {
+            "short_factor": [1.0] * 8,
+            "long_factor": [3.0] * 8,
+            "original_max_position_embeddings": limit,
+        }
+    given = "rope_parameters" if hasattr(LlamaConfig(), "rope_parameters") else "rope_scaling"
+    settings = {**COMMON, given: parameters, "max_position_embeddings": limit if rope == "dynamic" else 4 * limit}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    lengths = (3, 40, 25, 10)
+    requests = [prompts()[4][:length] for length in lengths]
+    requests[1] = prompts()[4] * 2
+    expected = {number: generate_alone(model, requests[number], max_new_tokens=10)[0] for number in (0, 3)}
+    outputs = run(model, requests, max_new_tokens=10)
+    assert {number: outputs[number].generated_tokens for number in (0, 3)} == expected
+    assert outputs[1].generated_tokens == []
+    assert len(outputs[2].generated_tokens) == limit + 1 - 25
+    for number in (1, 2):
+        assert "beyond 32 tokens the model's rotary frequencies depend on the longest" in str(outputs[number].error)

@@ -13,6 +13,7 @@ from torch_paged.integrations.transformers.packed_cache import CachedSequence, P
 from torch_paged.integrations.transformers.packed_prefill import cache_salt
 from torch_paged.integrations.transformers.patch import patch_report
 from torch_paged.integrations.transformers.request import GenerationOutput, GenerationRequest
+from torch_paged.integrations.transformers.rope import most_packed_tokens, needs_other_frequencies
 from torch_paged.integrations.transformers.sampling import Sampler
 
 _FIRST_BLOCKS = 64
@@ -112,6 +113,7 @@ class BatchGenerator:
         self._waiting: deque[_State] = deque()
         self._running: list[_State] = []  # the oldest first
         self._supports_logits_to_keep: bool = model._supports_logits_to_keep()
+        self._most_tokens = most_packed_tokens(self.cache.config)
         self._vocab_size: int = model.get_input_embeddings().num_embeddings
 
     def add_request(
@@ -164,6 +166,8 @@ class BatchGenerator:
                     f"generate_batch: token ids must be ints in [0, {self._vocab_size - 1}], "
                     f"got {token!r} at index {index}"
                 )
+        if self._most_tokens is not None and len(ids) > self._most_tokens:
+            raise needs_other_frequencies(len(ids), self._most_tokens)
         if not self._grows and not self.cache.can_hold(len(ids)):
             raise ValueError(
                 f"generate_batch: a prompt must fit into the cache of {self.cache.num_blocks} blocks of "
@@ -326,6 +330,8 @@ class BatchGenerator:
                 if state.request.streamer is not None:
                     state.request.streamer.put(torch.tensor([token]))
                 is_done, error = sampler.is_done(token), None
+                if not is_done and self._most_tokens is not None and len(state.tokens) > self._most_tokens:
+                    raise needs_other_frequencies(len(state.tokens), self._most_tokens)
             except Exception as raised:
                 is_done, error = True, raised
             if is_done:

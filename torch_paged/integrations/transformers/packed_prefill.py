@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_paged.integrations.transformers.layer_plan import PatchReport
 from torch_paged.integrations.transformers.paged_cache import PagedCache
+from torch_paged.integrations.transformers.rope import most_packed_tokens
 
 _METHODS = ("_prefill", "generate")
 _TEXT_ONLY = frozenset(
@@ -139,8 +140,9 @@ def _run_packed(model: Any, input_ids: Tensor, mask: Tensor, model_kwargs: dict[
     counted = (mask.long().cumsum(1) - 1).clamp(min=0)
     positions = model_kwargs.get("position_ids")
     positions = counted if positions is None or positions.shape != mask.shape else positions
-    prompts = None
-    if cache.prefix_reuse and torch.equal(positions[mask], counted[mask]):
+    prompts, limit = None, most_packed_tokens(cache.config)
+    long = limit is not None and mask.shape[1] > limit
+    if cache.prefix_reuse and not long and torch.equal(positions[mask], counted[mask]):
         prompts = [row[real].tolist() for row, real in zip(input_ids, mask, strict=True)]
     reused = cache.prepare_packed(mask, prompts, salt=cache_salt(model))
     todo = mask & (mask.long().cumsum(1) > torch.tensor(reused, device=mask.device)[:, None])
