@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, GenerationMixin
 
 from torch_paged.integrations.transformers import patch_model, unpatch_model
+from torch_paged.integrations.transformers.packed_prefill import cache_salt
 
 pytestmark = pytest.mark.skipif(not hasattr(GenerationMixin, "_prefill"), reason="its prefill is part of its loops")
 
@@ -160,3 +161,16 @@ def test_padding_columns_are_counted_as_ever() -> None:
     model = patch_model(make_model("llama"), block_size=BLOCK_SIZE)
     out = generate(model, ragged_batch(), return_dict_in_generate=True)
     assert out.past_key_values.get_seq_length() == PROMPT_COLUMNS + NEW_TOKENS - 1
+
+
+def test_adapters_are_told_apart() -> None:
+    model = make_model("llama")
+    adapter = torch.nn.Module()
+    vars(adapter).update(active_adapters=["one"], merged_adapters=[], disable_adapters=False)
+    model.adapter = adapter
+    salts = [cache_salt(model)]
+    for name, value in (("active_adapters", ["two"]), ("merged_adapters", ["two"]), ("disable_adapters", True)):
+        vars(adapter)[name] = value
+        salts.append(cache_salt(model))
+    assert len(set(salts)) == len(salts)
+    assert cache_salt(model) == salts[-1]

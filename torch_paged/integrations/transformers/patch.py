@@ -82,7 +82,7 @@ def patch_model(
         torch.Size([1, 7])
     """
     if (inner := _inside_adapter(model)) is not model:
-        patch_model(inner, block_size=block_size, dtype=dtype, gather=gather)
+        patch_model(inner, block_size=block_size, dtype=dtype, gather=gather, prefix_reuse=prefix_reuse)
         return model
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"patch_model: model must be a transformers PreTrainedModel, got {type(model).__name__}")
