@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import FAMILIES, GATHERED, PROMPT_COLUMNS, make_model, ragged_batch
+from tiny_multimodal import image_inputs, make_vision_language
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig
@@ -57,9 +58,21 @@ def test_generate_compiles_once_for_any_prompt(family: str) -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@MATRIX
+@pytest.mark.parametrize("family", ["gemma3", "llava", "qwen2_5_vl"])
+def test_generate_compiles_for_prompts_with_images(family: str) -> None:
+    model, inputs = make_vision_language(family), image_inputs(family)
+    options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    patch_model(model, block_size=BLOCK_SIZE)
+    options["compile_config"] = compile_config("aot_eager")
+    assert torch.equal(model.generate(**inputs, **options), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def decode(step: Any, model: Any, steps: int, **options: Any) -> Tensor:
     """Generate by hand, the prompt eagerly."""
-    cache = PagedCache(model.config, max_cache_length=PROMPT_COLUMNS + steps, block_size=BLOCK_SIZE, **options)
+    cache = PagedCache(model.config, block_size=BLOCK_SIZE, **options)
     batch = ragged_batch()
     with torch.no_grad():
         ids = model(**batch, past_key_values=cache).logits[:, -1:].argmax(-1)
@@ -78,10 +91,17 @@ def test_chunked_attention_compiles() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_pool_that_grows_needs_no_other_graph() -> None:
+    model = patch_model(make_model("llama"), block_size=BLOCK_SIZE)
+    compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
+    assert torch.equal(decode(compiled, model, 40), decode(model.forward, model, 40))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_a_quantised_cache_compiles() -> None:
     model = patch_model(make_model("llama"), block_size=BLOCK_SIZE)
     compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
-    options = {"dtype": torch.int8}
+    options = {"dtype": torch.int8, "max_cache_length": 60}
     assert torch.equal(decode(compiled, model, 20, **options), decode(model.forward, model, 20, **options))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 

@@ -14,9 +14,9 @@ from tiny_multimodal import (
     make_vision_language,
     row_alone,
 )
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import CompileConfig, DynamicCache, EncoderDecoderCache
 
-from torch_paged.integrations.transformers import PagedCache, patch_model, patch_report, unpatch_model
+from torch_paged.integrations.transformers import PagedCache, attention, patch_model, patch_report, unpatch_model
 from torch_paged.integrations.transformers.block_group import BlockGroup
 from torch_paged.testing.compare import assert_close
 
@@ -88,6 +88,22 @@ def test_a_vision_language_model_writes_the_same_tokens(family: str) -> None:
     expected = [generate(model, row_alone(inputs, row)) for row in (0, 1)]
     logits = torch.cat([torch.stack(row.logits) for row in expected], 1)
     assert_close(torch.stack(actual.logits), logits, torch.stack(plain.logits))
+
+
+def test_a_new_token_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = patch_model(make_vision_language("gemma3")), image_inputs("gemma3")
+    masks = []
+    attend = attention._cached
+
+    def look(layer: Any, query: torch.Tensor, mask: torch.Tensor | None, options: Any) -> torch.Tensor:
+        masks.append((query.shape[2], mask is not None))
+        return attend(layer, query, mask, options)
+
+    monkeypatch.setattr(attention, "_cached", look)
+    for compile_too in (None, CompileConfig()):  # with it, generate draws the masks
+        generate(model, inputs, compile_config=compile_too)
+    assert {had_mask for new_tokens, had_mask in masks if new_tokens > 1} == {True}
+    assert {had_mask for new_tokens, had_mask in masks if new_tokens == 1} == {False}
 
 
 @pytest.mark.parametrize("family", ["gemma3", "paligemma"])

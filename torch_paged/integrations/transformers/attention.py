@@ -1,8 +1,8 @@
 """The attention function that transformers finds under the names ``torch_paged`` and ``torch_paged_latent``.
 
 A cache layer returns its packed ``kv_cache`` as key and as value: a handle, known by the Python attribute that points
-back at the layer. Everything else (training, ``use_cache=False``, cross attention) takes the dense way, written here in
-plain PyTorch because transformers has no single dense function that knows soft caps and sinks.
+back at the layer. Everything else (training, ``use_cache=False``, cross attention) takes the dense way: PyTorch's own
+attention, and for soft caps and sinks, which that does not know, plain PyTorch.
 """
 
 from dataclasses import dataclass
@@ -206,6 +206,17 @@ def _mask_of_rows(layer: PagedLayer, mask: Tensor, batch: int) -> Tensor:
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options) -> Tensor:
+    if not options.cap and options.sinks is None:
+        out = nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype),
+            dropout_p=options.dropout,
+            scale=options.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out.transpose(1, 2).contiguous()
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     logits = (query @ key.transpose(2, 3)).float() * options.scale  # (B, H, Q, C)

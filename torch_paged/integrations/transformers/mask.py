@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
+from torch_paged.integrations.transformers.layer_plan import Reach
 from torch_paged.integrations.transformers.versions import dense_mask
 
 if TYPE_CHECKING:
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 class MaskOffset:
     """Carries the cache to the mask function, in the place of the column offset, which is 0 with a paged cache."""
 
-    def __init__(self, cache: "PagedCache") -> None:
+    def __init__(self, cache: "PagedCache", reach: Reach) -> None:
         self.cache = cache
+        self.reach = reach
 
     def __add__(self, columns: int) -> int:
         return columns
@@ -51,7 +53,8 @@ def paged_mask(
         kwargs: options of the dense mask.
 
     Returns:
-        None with a paged cache whose queries are causal, chunk and window included; else a (B, 1, Q, C) bool mask.
+        None with a paged cache whose queries are causal, chunk and window included, as one new token nearly always is;
+        else a (B, 1, Q, C) bool mask.
 
     Raises:
         NotImplementedError: another mask than causal, in a compiled forward.
@@ -70,17 +73,25 @@ def paged_mask(
                 "attention_mask: PagedCache does not support masks other than causal, window and chunk in a compiled "
                 "forward; run it eagerly"
             )
-        kv_offset = 0
-    return dense_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        **kwargs,
-    )
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": 0 if isinstance(kv_offset, MaskOffset) else kv_offset,
+        "attention_mask": attention_mask,
+    }
+    mask = dense_mask(mask_function=mask_function, **options, **kwargs)
+    if isinstance(kv_offset, MaskOffset) and q_length == 1 and mask is not None and kv_offset.reach.chunk is None:
+        plain = dense_mask(mask_function=_causal(kv_offset.reach), **options, **{**kwargs, "use_vmap": False})
+        return None if plain is not None and torch.equal(mask, plain) else mask
+    return mask
+
+
+def _causal(reach: Reach) -> Any:
+    if reach.window is None:
+        return causal_mask_function
+    return sliding_window_causal_mask_function(reach.window)
 
 
 def _is_causal(mask_function: Any, kwargs: dict[str, Any]) -> bool:

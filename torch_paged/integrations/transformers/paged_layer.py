@@ -171,7 +171,7 @@ class PagedLayer(CacheLayerMixin):
         if self.cache.gathered:
             return length, 0
         self.cache.check_implementation()
-        return length, MaskOffset(self.cache)  # type: ignore[return-value]
+        return length, MaskOffset(self.cache, self.group.reach)  # type: ignore[return-value]
 
     def get_max_length(self) -> int:
         """Return -1: the layer grows."""
