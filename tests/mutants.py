@@ -119,6 +119,7 @@ MUTANTS = [
            "i / 64 * 64 + i % 32 / 4;"),
     Mutant("low limbs of the probabilities lost", "rows_int8.h", ", 8), a[g * 4 + 2 + j]);",
            ", 8), _mm512_setzero_si512());"),
+    Mutant("zero rows take the bits of all others", "rows_int8.h", "if (zero) value_scale[t] = 0.0f;", "(void)zero;"),
     Mutant("integers hide a NaN scale", "rows_int8.h", "if (bits >= 0x7f800000u)", "if (bits > 0x7fffffffu)"),
     Mutant("integer products of a query with NaN", KERNEL,
            "args.head_dim)) return false;", "args.head_dim)) return true;"),

@@ -17,6 +17,14 @@ INVARIANT = [
     AttentionCase("invariant_decode_window", context_lens=LONG, sliding_window=600, block_size=3),
     AttentionCase("invariant_decode_int8", context_lens=LONG, cache_dtype=torch.int8, scales_rank=4, alibi=True),
     AttentionCase(
+        "invariant_decode_int8_bfloat16",
+        context_lens=LONG,
+        dtype=torch.bfloat16,
+        cache_dtype=torch.int8,
+        scales_rank=4,
+        num_kv_heads=4,
+    ),
+    AttentionCase(
         "invariant_decode_mask", context_lens=LONG, dtype=torch.float16, mask="heads", group=3, num_kv_heads=1
     ),
     AttentionCase("invariant_decode_shared", context_lens=LONG, shared_blocks=True, layout="nhd", attention_chunk=700),
@@ -79,6 +87,39 @@ def test_int8_rows_of_very_different_sizes(backend: Backend, group: int, dtype: 
     arguments["query"][0] *= 2.0**-12
     arguments["query"][1, :, 7] *= 64
     arguments["kv_scales"][1, ..., ::2] *= 1e-4
+    assert_attention(case.op, arguments, *backend(case.op, arguments, stats=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scales_rank", [1, 4])
+@pytest.mark.parametrize("sinks", [1, 2])
+def test_a_key_that_takes_the_weight_leaves_the_others_their_bits(
+    backend: Backend, sinks: int, scales_rank: int, dtype: torch.dtype
+) -> None:
+    """Attention sinks: first keys with nearly all the weight and values near zero."""
+    case = AttentionCase(
+        "sink", context_lens=(500,), head_dim=72, dtype=dtype, cache_dtype=torch.int8, scales_rank=scales_rank
+    )
+    arguments = build(case)
+    first_block = arguments["block_tables"][0, 0]
+    query = arguments["query"][0].float().unflatten(0, (case.num_kv_heads, case.group)).mean(1)
+    arguments["kv_cache"][0, first_block, :, :sinks] = (80 * query).clamp(-127, 127).to(torch.int8)[:, None]
+    arguments["kv_cache"][1, first_block, :, :sinks] = 0
+    assert_attention(case.op, arguments, *backend(case.op, arguments, stats=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cache_dtype", QUANTIZED_DTYPES, ids=str)
+def test_zero_rows_have_a_scale_above_all_others(
+    backend: Backend, cache_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    case = AttentionCase(
+        "zero rows", context_lens=(300,), head_dim=72, dtype=dtype, cache_dtype=cache_dtype, scales_rank=4
+    )
+    arguments = build(case)
+    arguments["kv_scales"][1] *= 1e-4
+    arguments["kv_cache"][1, ..., 1::2, :] = 0
+    arguments["kv_scales"][1, ..., 1::2] = 1.0
     assert_attention(case.op, arguments, *backend(case.op, arguments, stats=True))
 
 
