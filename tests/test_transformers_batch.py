@@ -17,6 +17,7 @@ from torch_paged.integrations.transformers import (
     GenerationRequest,
     generate_batch,
     patch_model,
+    patch_report,
 )
 
 PROMPT_LENGTHS = (12, 17, 6, 1, 40, 33, 25, 3)
@@ -125,6 +126,15 @@ def test_an_unpatched_model_is_patched_only_for_the_call(llama: Any) -> None:
     assert llama.config._attn_implementation == "eager"
     with pytest.raises(ValueError, match=r"must be 'torch_paged', got 'eager'; call patch_model\(model\)"):
         BatchGenerator(llama)
+
+
+def test_a_patched_model_stays_patched() -> None:
+    model = patch_model(make_model("deepseek_v3"), block_size=BLOCK_SIZE)
+    expected = run(model, prompts()[:2])
+    assert patch_report(model) is not None
+    assert [output.generated_tokens for output in run(model, prompts()[:2])] == [
+        output.generated_tokens for output in expected
+    ]
 
 
 def test_few_blocks_mean_preemption_and_no_loss(llama: Any) -> None:

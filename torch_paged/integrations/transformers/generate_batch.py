@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from torch_paged.integrations.transformers.attention import ATTENTION_NAME
 from torch_paged.integrations.transformers.batch_generator import BatchGenerator
-from torch_paged.integrations.transformers.patch import patch_model, unpatch_model
+from torch_paged.integrations.transformers.patch import patch_model, patch_report, unpatch_model
 from torch_paged.integrations.transformers.request import GenerationOutput, GenerationRequest
 
 
@@ -101,7 +101,8 @@ def _bar(num_requests: int, wanted: bool) -> Any:
 
 @contextlib.contextmanager
 def _patched(model: Any) -> Iterator[None]:
-    if model.config.get_text_config(decoder=True)._attn_implementation == ATTENTION_NAME:
+    by_hand = model.config.get_text_config(decoder=True)._attn_implementation == ATTENTION_NAME
+    if by_hand or patch_report(model) is not None:
         yield
         return
     patch_model(model)
