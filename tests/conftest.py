@@ -37,3 +37,8 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the matrix of models write the table that it is compared with."""
+    parser.addoption("--write-support-table", action="store_true", help="write docs/huggingface_support.md")
