@@ -13,8 +13,10 @@
 namespace torch_paged {
 namespace {
 
-constexpr int kMaxRowsAtOnce = kReduce >= 8 ? 8 : 4;
+constexpr int kMaxRowsAtOnce = W >= 8 ? 8 : 4;
 constexpr int kKeysAhead = 8, kValuesAhead = 16;  // rows from a load back to its prefetch into L1
+// Narrow vectors take few columns at a time: two rows share the work of a step and its prefetches.
+constexpr int kValuesPerStep = W >= 16 ? 1 : 2;
 
 // A number that a generic lambda can use as a template argument.
 template <int N>
@@ -150,21 +152,27 @@ struct RowsF32 {
     vf a[RG * NV];
     TP_UNROLL
     for (int i = 0; i < RG * NV; ++i) a[i] = loadu(acc + (i / NV) * ld + h + (i % NV) * W);
-    for (int t = 0; t < unit.count; ++t) {
+    constexpr int kBytes = NV * W * size_of<S>();
+    const int64_t in_line = h * size_of<S>() % 64;
+    const bool fetched = W < 16 && in_line != 0 && in_line + kBytes <= 64;  // with the columns before
+    for (int t = 0; t < unit.count; t += kValuesPerStep) {
       ahead.fetch(lines);
-      if (t + kValuesAhead < unit.count)
-        fetch_rows<1>(unit.value + t + kValuesAhead, h * size_of<S>(), partial ? 1 : NV * W * size_of<S>());
-      vf v[NV];
+      if (!fetched && t + kValuesAhead < unit.count)
+        fetch_rows<kValuesPerStep>(unit.value + t + kValuesAhead, h * size_of<S>(), partial ? 1 : kBytes);
       TP_UNROLL
-      for (int j = 0; j < NV; ++j) {
-        const char* from = unit.value[t] + (h + j * W) * size_of<S>();
-        v[j] = partial ? decode_partial<S>(from, partial) : decode<S>(from);
-      }
-      TP_UNROLL
-      for (int g = 0; g < RG; ++g) {
-        const vf pg = set1(p[g * 64 + t]);
+      for (int i = 0; i < kValuesPerStep; ++i) {
+        vf v[NV];
         TP_UNROLL
-        for (int j = 0; j < NV; ++j) a[g * NV + j] += pg * v[j];
+        for (int j = 0; j < NV; ++j) {
+          const char* from = unit.value[t + i] + (h + j * W) * size_of<S>();
+          v[j] = partial ? decode_partial<S>(from, partial) : decode<S>(from);
+        }
+        TP_UNROLL
+        for (int g = 0; g < RG; ++g) {
+          const vf pg = set1(p[g * 64 + t + i]);
+          TP_UNROLL
+          for (int j = 0; j < NV; ++j) a[g * NV + j] += pg * v[j];
+        }
       }
     }
     TP_UNROLL
@@ -189,7 +197,8 @@ struct RowsF32 {
     constexpr int NV = vectors_per_tile<RG>();
     LinesAhead ahead(next.value, next.count, next_bytes);
     const int64_t groups = (dim + NV * W - 1) / (NV * W);
-    accumulate_from<RG, NV>(0, p, unit, dim, acc, ld, ahead, (int)((lines_of(next_bytes) + groups - 1) / groups));
+    const int64_t lines = kValuesPerStep * lines_of(next_bytes);
+    accumulate_from<RG, NV>(0, p, unit, dim, acc, ld, ahead, (int)((lines + groups - 1) / groups));
   }
 
   // Accumulator lanes [i, i + W) in their natural order.

@@ -8,6 +8,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #include "params.h"
@@ -28,7 +30,7 @@ constexpr int W = 8;
 constexpr int kReduce = 8;
 #else
 constexpr int W = 4;
-constexpr int kReduce = 4;
+constexpr int kReduce = 8;
 #endif
 
 typedef float vf __attribute__((vector_size(4 * W)));
@@ -145,8 +147,29 @@ TP_INLINE float exp1(float x) { return vexp(set1(x))[0]; }
 TP_INLINE vu16 bytes_to_words(const void* p) {
 #if defined(__AVX512F__)
   return (vu16)_mm256_cvtepu8_epi16(load_bits<__m128i>(p));
+#elif defined(__AVX2__)
+  return (vu16)_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p));
 #else
   return __builtin_convertvector(load_bits<vu8>(p), vu16);
+#endif
+}
+
+// GCC 12 splits conversions to wider vectors into halves, but for AVX-512.
+TP_INLINE vu words_to_ints(vu16 h) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (vu)_mm256_cvtepu16_epi32((__m128i)h);
+#elif defined(__SSE2__) && !defined(__AVX2__)
+  return (vu)_mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i*)&h), _mm_setzero_si128());
+#else
+  return __builtin_convertvector(h, vu);
+#endif
+}
+
+TP_INLINE vf bf16_to_float(vu16 h) {
+#if defined(__SSE2__) && !defined(__AVX2__)
+  return (vf)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i*)&h));
+#else
+  return (vf)(words_to_ints(h) << 16);
 #endif
 }
 
@@ -156,7 +179,7 @@ TP_INLINE vf half_to_float(vu16 h) {
 #elif defined(__AVX2__)
   return _mm256_cvtph_ps((__m128i)h);
 #else
-  const vu u = __builtin_convertvector(h, vu);
+  const vu u = words_to_ints(h);
   const vu magnitude = (u & 0x7fffu) << 13;
   const vf scaled =
       (vf)magnitude * 5.192296858534828e33f;  // 2^112 moves the exponent bias from 15 to 127, subnormals too
@@ -171,7 +194,7 @@ TP_INLINE vf decode(const void* p) {
   if constexpr (S == DType::f32) {
     return load_bits<vf>(p);
   } else if constexpr (S == DType::bf16) {
-    return (vf)(__builtin_convertvector(load_bits<vu16>(p), vu) << 16);
+    return bf16_to_float(load_bits<vu16>(p));
   } else if constexpr (S == DType::f16) {
     return half_to_float(load_bits<vu16>(p));
   } else if constexpr (S == DType::i8) {
@@ -291,7 +314,13 @@ TP_INLINE void reduce_lanes(const vf* a, float* out) {
   const __m256 y = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
   _mm256_storeu_ps(out, _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31)));
 #else
-  for (int i = 0; i < kReduce; ++i) out[i] = hsum(a[i]);
+  TP_UNROLL
+  for (int i = 0; i < kReduce; i += 4) {  // pairs of halves, then of neighbours, four vectors at once
+    const vf x = vf{a[i][0], a[i + 1][0], a[i][1], a[i + 1][1]} + vf{a[i][2], a[i + 1][2], a[i][3], a[i + 1][3]};
+    const vf y =
+        vf{a[i + 2][0], a[i + 3][0], a[i + 2][1], a[i + 3][1]} + vf{a[i + 2][2], a[i + 3][2], a[i + 2][3], a[i + 3][3]};
+    storeu(out + i, vf{x[0], x[1], y[0], y[1]} + vf{x[2], x[3], y[2], y[3]});
+  }
 #endif
 }
 
