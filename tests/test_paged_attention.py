@@ -1,5 +1,7 @@
 """Decode, against the reference."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -50,7 +52,7 @@ def test_every_stored_byte_is_multiplied_as_torch_reads_it(
     byte = torch.arange(256)
     cache = poison((2, 256, 1, 4, 64), cache_dtype)
     key, value = cache.view(torch.uint8)[:, :, 0, 0]  # (256, 64) each
-    arguments = {
+    arguments: dict[str, Any] = {
         "query": torch.ones(256, 4, 64, dtype=dtype),
         "kv_cache": cache,
         "block_tables": byte[:, None].int(),

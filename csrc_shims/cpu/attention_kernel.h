@@ -122,7 +122,7 @@ void direct_item(const AttentionArgs& args, const Sequence& seq, const Item& ite
     if (seen != block.live) point_dead_keys(~seen, s.zeros, unit);
     if (quantized) scales.load(args, block, head);
     if constexpr (Kernel::kStorage == DType::i8 && !Kernel::kStages)
-      Kernel::drop_zero_rows(unit, args.value_dim, scales.value);
+      if (args.cache.scale_stride_token) Kernel::drop_zero_rows(unit, args.value_dim, scales.value);
     const int64_t at = h * rows;
     const auto run = [&](auto kernel, int64_t key_dim, int64_t value_dim) {
       direct_unit<decltype(kernel)>(args, key_dim, value_dim, unit, next, seen, common, poisoned, rule,

@@ -194,7 +194,8 @@ struct RowsF32 {
   template <int RG>
   static TP_INLINE void accumulate(const float* p, const UnitRows& unit, int64_t dim, float* acc, int64_t ld,
                                    const UnitRows& next, int64_t next_bytes) {
-    constexpr int NV = vectors_per_tile<RG>();
+    // Half of the registers: more passes over the rows spread the prefetches of the next unit more evenly.
+    constexpr int NV = W >= 16 && RG <= 4 ? vectors_per_tile<RG>() / 2 : vectors_per_tile<RG>();
     LinesAhead ahead(next.value, next.count, next_bytes);
     const int64_t groups = (dim + NV * W - 1) / (NV * W);
     const int64_t lines = kValuesPerStep * lines_of(next_bytes);

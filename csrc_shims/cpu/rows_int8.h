@@ -1,9 +1,8 @@
 // int8 rows used in place by integer dot products: nothing is widened to floating point. A query row becomes 16-bit
 // fixed point, the probabilities of a unit two 8-bit limbs, so that the products and sums of a unit are exact integers.
 // Rounded are the query, to 2^-16 of the largest lane of its row, and the probabilities, to 2^-17 of the largest of
-// their unit; bfloat16 rounds the probabilities of a flat softmax to 2^-9. So that one key does not take their bits
-// from all others, keys with a quarter of the unit's weight are added in float32, and rows of zeros weigh nothing.
-// Float32 queries must not be rounded and do not come here.
+// their unit; bfloat16 rounds the probabilities of a flat softmax to 2^-9. Float32 queries must not be rounded and do
+// not come here.
 #pragma once
 
 #include "rows_bytes.h"
@@ -122,7 +121,7 @@ struct RowsInt8 {
     }
   }
 
-  // A row of zeros has a scale of 1, which may be far above the scales of all other rows.
+  // A row of zeros has a scale of 1, which would take the bits of all other keys where their scales are small.
   static void drop_zero_rows(const UnitRows& unit, int64_t dim, float* value_scale) {
     uint64_t suspects = 0;
     for (int t = 0; t < unit.count; t += W)
@@ -137,37 +136,17 @@ struct RowsInt8 {
     }
   }
 
-  // The keys with more than a quarter of the unit's weight.
-  static TP_INLINE uint64_t heavy_keys(const float* p, int count) {
-    vf total = vf{};
-    for (int t = 0; t < count; t += W) total = total + loadu(p + t);
-    const vf quarter = set1(0.25f * hsum(total));
-    uint64_t heavy = 0;
-    for (int t = 0; t < count; t += W) heavy |= (uint64_t)_mm512_cmp_ps_mask(loadu(p + t), quarter, _CMP_GT_OQ) << t;
-    return heavy;
-  }
-
-  static void add_heavy_keys(uint64_t heavy, const float* p, const UnitRows& unit, int64_t dim, float* acc) {
-    for (; heavy; heavy &= heavy - 1) {
-      const int t = __builtin_ctzll(heavy);
-      for (int64_t h = 0; h < dim; h += W)
-        storeu(acc + h, loadu(acc + h) + p[t] * load_lanes(DType::i8, unit.value[t], h, lanes_left(dim, h)));
-    }
-  }
-
-  // High and low limbs of the probabilities of a unit, 0 for heavy keys; returns the value of one.
-  static TP_INLINE float split_weights(const float* p, int count, uint64_t heavy, char* high, char* low) {
+  // High and low limbs of the probabilities of a unit; returns the value of one.
+  static TP_INLINE float split_weights(const float* p, int count, char* high, char* low) {
     __m512i top = _mm512_setzero_si512();  // in the order of integers NaN is larger than every number
-    for (int t = 0; t < count; t += W)
-      top = _mm512_max_epu32(top, _mm512_maskz_loadu_epi32((__mmask16)(~heavy >> t), p + t));
+    for (int t = 0; t < count; t += W) top = _mm512_max_epu32(top, _mm512_loadu_si512(p + t));
     const uint32_t bits = _mm512_reduce_max_epu32(top);
     if (bits >= 0x7f800000u) return __builtin_nanf("");
     const float largest = load_bits<float>(&bits);
     const float factor = largest > 1e-33f ? 65535.0f / largest : 6.5e37f;  // finite
     const float unit = largest > 1e-33f ? largest * (1.0f / 65535) : 1.0f / 6.5e37f;
     for (int t = 0; t < count; t += W) {
-      const vf light = _mm512_maskz_loadu_ps((__mmask16)(~heavy >> t), p + t);
-      const __m512i x = _mm512_cvtps_epi32(light * factor);
+      const __m512i x = _mm512_cvtps_epi32(loadu(p + t) * factor);
       _mm_storeu_si128((__m128i*)(high + t), _mm512_cvtepi32_epi8(_mm512_srli_epi32(x, 8)));
       _mm_storeu_si128((__m128i*)(low + t), _mm512_cvtepi32_epi8(x));
     }
@@ -222,11 +201,8 @@ struct RowsInt8 {
     constexpr int R = RG < kRowsAtOnce ? RG : kRowsAtOnce;
     alignas(64) Weights weights[RG];
     TP_UNROLL
-    for (int g = 0; g < RG; ++g) {
-      const uint64_t heavy = heavy_keys(p + g * 64, unit.count);
-      if (heavy) add_heavy_keys(heavy, p + g * 64, unit, dim, acc + g * ld);
-      weights[g].unit = split_weights(p + g * 64, unit.count, heavy, weights[g].limb[0], weights[g].limb[1]);
-    }
+    for (int g = 0; g < RG; ++g)
+      weights[g].unit = split_weights(p + g * 64, unit.count, weights[g].limb[0], weights[g].limb[1]);
     LinesAhead ahead(next.value, next.count, next_bytes);
     const int64_t groups = (dim + 31) / 32;
     const int lines = (int)((4 * lines_of(next_bytes) + groups - 1) / groups);
