@@ -107,6 +107,8 @@ MUTANTS = [
            "keys.end = (uint8_t)(__builtin_clzll(some) ? 63 - __builtin_clzll(some) : 64);"),
     Mutant("tile shrinks though the maximum stays", TILE_SOFTMAX, "vexp2((old - finite) * kLog2E)",
            "vexp2(old * kLog2E - finite * kLog2E)"),
+    Mutant("tile adds poisoned values that a row does not see", TILE,
+           "for (uint64_t left = poisoned.keys & s.bits[r]; left;", "for (uint64_t left = poisoned.keys; left;"),
     Mutant("sign of a quantised row lost", "rows_bytes.h", "magnitude, bytes, _mm512_set1_epi8((char)0x80), 0xf8",
            "magnitude, bytes, _mm512_set1_epi8((char)0x80), 0xf0"),
     Mutant("int8 -128 read as 0", "rows_bytes.h", "_mm512_movepi8_mask(index), _mm512_set1_epi8((char)0xc3)",
