@@ -1,5 +1,6 @@
 """The paged cache by itself: compiled decode, gradients, misuse that must raise, growth, rolling back."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,6 +104,32 @@ def test_a_mask_that_forgets_the_padding_is_refused(model: Any, cache: PagedCach
     cache.settle()
     forward(model, PROMPT, past_key_values=cache)
     assert cache.blocks_in_use == -(-PROMPT_COLUMNS // BLOCK_SIZE)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "deepseek_v3", "bloom"])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_later_mask_may_hide_cached_tokens(family: str, chunk: int) -> None:
+    model = make_model(family)
+    padding = ragged_batch()["attention_mask"]
+    mask = torch.cat([padding, torch.ones(3, chunk, dtype=torch.long)], 1)
+    mask[:, 12:15] = 0
+    ids = torch.arange(40, 40 + chunk).expand(3, -1)
+    has_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    def two_forwards(cache: DynamicCache) -> Tensor:
+        count = padding.cumsum(1) - 1
+        for new, seen, places in (
+            (ragged_batch()["input_ids"], padding, count.clamp(min=0)),
+            (ids, mask, count[:, -1:] + torch.arange(1, chunk + 1)),
+        ):
+            options = {"position_ids": places} if has_positions else {}
+            logits = forward(model, new, attention_mask=seen, past_key_values=cache, **options)
+        return logits
+
+    expected = two_forwards(DynamicCache(config=model.config))
+    patch_model(model, block_size=BLOCK_SIZE)
+    actual = two_forwards(PagedCache(model.config, block_size=BLOCK_SIZE))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_pool_grows(model: Any) -> None:

@@ -27,6 +27,14 @@ class ColumnMap:
     positions: Tensor | None
     padded: bool
 
+    def hides_tokens(self, mask: Tensor) -> bool:
+        """Say whether a (B, C) bool mask hides a column that holds a token."""
+        if self.starts is None:
+            assert self.positions is not None
+            return bool((~mask & (self.positions >= 0)).any())
+        columns = torch.arange(self.num_columns, device=mask.device)
+        return bool((~mask & (columns >= self.starts[:, None])).any())
+
     def in_columns(self, rows: Tensor) -> Tensor:
         """Move (B, KH, L, D) from token order to column order, zeros at padding."""
         if self.positions is None:

@@ -54,14 +54,16 @@ def paged_mask(
 
     Returns:
         None with a paged cache whose queries are causal, chunk and window included, as one new token nearly always is;
-        else a (B, 1, Q, C) bool mask.
+        else a (B, 1, Q, C) bool mask, also where ``attention_mask`` hides tokens that earlier forwards did not.
 
     Raises:
         NotImplementedError: another mask than causal, in a compiled forward.
     """
+    hides_tokens = False
     if isinstance(kv_offset, MaskOffset):
         kv_offset.cache.prepare(batch_size, q_length, attention_mask)
-        if _is_causal(mask_function, kwargs):
+        hides_tokens = kv_offset.cache.hides_tokens(attention_mask)
+        if _is_causal(mask_function, kwargs) and not hides_tokens:
             return None
         if kv_offset.cache.is_packed:
             raise NotImplementedError(
@@ -82,7 +84,9 @@ def paged_mask(
         "attention_mask": attention_mask,
     }
     mask = dense_mask(mask_function=mask_function, **options, **kwargs)
-    if isinstance(kv_offset, MaskOffset) and q_length == 1 and mask is not None and kv_offset.reach.chunk is None:
+    if hides_tokens or not isinstance(kv_offset, MaskOffset):
+        return mask
+    if q_length == 1 and mask is not None and kv_offset.reach.chunk is None:
         plain = dense_mask(mask_function=_causal(kv_offset.reach), **options, **{**kwargs, "use_vmap": False})
         return None if plain is not None and torch.equal(mask, plain) else mask
     return mask

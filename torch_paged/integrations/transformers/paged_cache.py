@@ -289,6 +289,12 @@ class PagedCache(PoolSizes, DynamicCache):
             self._columns = column_map(rows, self.device)
         return self._columns
 
+    def hides_tokens(self, mask: Tensor | None) -> bool:
+        """Say whether a mask of the prepared forward, (B, columns), hides tokens that were cached as real ones."""
+        if mask is None or torch.compiler.is_compiling() or mask.shape[1] != self.columns + self.new_tokens:
+            return False
+        return not bool(mask.all()) and self.columns_now().hides_tokens(mask.bool())
+
     def settle(self) -> None:
         """End the forward in progress, and forget one that was only prepared."""
         self._finish_step()
