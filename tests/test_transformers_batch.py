@@ -263,4 +263,23 @@ def test_frequencies_are_not_those_of_a_longer_request(rope: str) -> None:
     assert outputs[1].generated_tokens == []
     assert len(outputs[2].generated_tokens) == limit + 1 - 25
     for number in (1, 2):
-        assert "beyond 32 tokens the model's rotary frequencies depend on the longest" in str(outputs[number].error)
+        assert "beyond 32 tokens the model's rotary frequencies or attention temperatures" in str(outputs[number].error)
+
+
+@pytest.mark.skipif("llama4" not in FAMILIES, reason="not in this transformers")
+@pytest.mark.parametrize("floor", [8, 24])
+def test_temperatures_are_not_those_of_another_place_in_the_row(floor: int) -> None:
+    model = make_model("llama4")
+    model.config.floor_scale = floor
+    for layer in model.model.layers:
+        layer.self_attn.floor_scale, layer.self_attn.attn_scale = floor, 2.0
+    short = [prompt[:4] for prompt in prompts()]
+    expected = [generate_alone(model, prompt, max_new_tokens=3) for prompt in short]
+    assert_same_tokens(run(model, short, max_new_tokens=3, prefix_reuse=False), expected)
+    [output] = run(model, [prompts()[4]], max_new_tokens=3)
+    assert "attention temperatures depend on the other sequences" in str(output.error)
+    padded = {"input_ids": torch.tensor(short[:3]), "attention_mask": torch.ones(3, 4, dtype=torch.long)}
+    padded["attention_mask"][0, 0] = 0
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    tokens = model.generate(**padded, **options)
+    assert torch.equal(patch_model(model).generate(**padded, **options), tokens)

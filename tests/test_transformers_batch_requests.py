@@ -207,6 +207,25 @@ def test_a_step_that_fails_can_be_run_again(
     assert [batch.outputs[number].generated_tokens for number in range(8)] == expected
 
 
+def test_an_interrupt_loses_no_token(llama: Any, expected: list[list[int]]) -> None:
+    def interrupt(ids: Tensor, scores: Tensor) -> Tensor:
+        if ids.shape[1] == len(prompts()[2]) + 3 and not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        return scores
+
+    interrupted: list[bool] = []
+    batch = BatchGenerator(llama, block_size=BLOCK_SIZE)
+    for number, prompt in enumerate(prompts()):
+        processors = LogitsProcessorList([interrupt]) if number == 2 else None
+        batch.add_request(GenerationRequest(prompt, logits_processor=processors), **SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        list(batch)
+    list(batch)
+    assert [batch.outputs[number].generated_tokens for number in range(8)] == expected
+    assert blocks_in_use(batch) == 0
+
+
 def test_a_lost_handle_raises(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = BatchGenerator(llama)
     update = batch.cache.layers[1].update

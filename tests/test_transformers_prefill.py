@@ -163,6 +163,17 @@ def test_padding_columns_are_counted_as_ever() -> None:
     assert out.past_key_values.get_seq_length() == PROMPT_COLUMNS + NEW_TOKENS - 1
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("prefix_reuse", [False, True])
+def test_positions_of_the_user_are_taken(rows: int, prefix_reuse: bool) -> None:
+    model = make_model("llama")
+    positions = (torch.arange(PROMPT_COLUMNS) * 2 + 5).expand(rows, -1)
+    expected = generate(model, ragged_batch(), position_ids=positions)
+    patch_model(model, block_size=BLOCK_SIZE, prefix_reuse=prefix_reuse)
+    for _ in range(2):
+        assert torch.equal(generate(model, ragged_batch(), position_ids=positions), expected)
+
+
 def test_adapters_are_told_apart() -> None:
     model = make_model("llama")
     adapter = torch.nn.Module()

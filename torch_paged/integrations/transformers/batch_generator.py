@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from torch_paged.integrations.transformers.packed_cache import CachedSequence, PackedCache
-from torch_paged.integrations.transformers.packed_prefill import cache_salt
+from torch_paged.integrations.transformers.packed_prefill import cache_salt, takes_positions
 from torch_paged.integrations.transformers.patch import patch_report
 from torch_paged.integrations.transformers.request import GenerationOutput, GenerationRequest
-from torch_paged.integrations.transformers.rope import most_packed_tokens, needs_other_frequencies
+from torch_paged.integrations.transformers.rope import depends_on_others, most_packed_tokens
 from torch_paged.integrations.transformers.sampling import Sampler
 
 _FIRST_BLOCKS = 64
@@ -94,7 +94,6 @@ class BatchGenerator:
             if size < 1:
                 raise ValueError(f"BatchGenerator: {name} must be >= 1, got {size}")
         self.model = model
-        self.max_batch_tokens = max_batch_tokens
         self.max_requests_per_batch = max_requests_per_batch
         self.outputs: dict[int, GenerationOutput] = {}
         self.cache = PackedCache(
@@ -107,6 +106,11 @@ class BatchGenerator:
         report = patch_report(model)
         if report is not None and report.way == "gathered":
             raise NotImplementedError(f"generate_batch: packed tokens need paged layers, got {report}; use generate()")
+        if not takes_positions(model):
+            raise NotImplementedError(
+                f"generate_batch: packed tokens need their positions, {type(model).__name__} takes no position_ids; "
+                "use generate()"
+            )
         self.cache.check_implementation()
         self._grows = num_blocks is None
         self._tokenizer = tokenizer
@@ -114,6 +118,7 @@ class BatchGenerator:
         self._running: list[_State] = []  # the oldest first
         self._supports_logits_to_keep: bool = model._supports_logits_to_keep()
         self._most_tokens = most_packed_tokens(self.cache.config)
+        self.max_batch_tokens = min(max_batch_tokens, self._most_tokens or max_batch_tokens)
         self._vocab_size: int = model.get_input_embeddings().num_embeddings
 
     def add_request(
@@ -167,7 +172,7 @@ class BatchGenerator:
                     f"got {token!r} at index {index}"
                 )
         if self._most_tokens is not None and len(ids) > self._most_tokens:
-            raise needs_other_frequencies(len(ids), self._most_tokens)
+            raise depends_on_others(len(ids), self._most_tokens)
         if not self._grows and not self.cache.can_hold(len(ids)):
             raise ValueError(
                 f"generate_batch: a prompt must fit into the cache of {self.cache.num_blocks} blocks of "
@@ -233,7 +238,9 @@ class BatchGenerator:
         for state in list(self._running):
             if budget and state in self._running:
                 budget -= self._place(state, budget, row)
-        salt = cache_salt(self.model) if self._waiting and self.cache.prefix_reuse else b""
+        if not self._waiting or not budget or len(self._running) == self.max_requests_per_batch:
+            return
+        salt = cache_salt(self.model) if self.cache.prefix_reuse else b""
         for state in list(self._waiting):
             if not budget or len(self._running) == self.max_requests_per_batch:
                 return
@@ -331,9 +338,12 @@ class BatchGenerator:
                     state.request.streamer.put(torch.tensor([token]))
                 is_done, error = sampler.is_done(token), None
                 if not is_done and self._most_tokens is not None and len(state.tokens) > self._most_tokens:
-                    raise needs_other_frequencies(len(state.tokens), self._most_tokens)
+                    raise depends_on_others(len(state.tokens), self._most_tokens)
             except Exception as raised:
                 is_done, error = True, raised
+            except BaseException:  # an interrupt: the tokens that were not chosen are computed again
+                self.cache.roll_back([(late.sequence, 1) for late in states[index:] if not late.pending])
+                raise
             if is_done:
                 self._running.remove(state)
                 self._finish(state, error)

@@ -3,7 +3,6 @@
 A patched model does not expand them: its queries are compressed instead, and attend to the cache as it is.
 """
 
-import functools
 from typing import Any
 
 from torch import Tensor
@@ -33,15 +32,10 @@ def check_not_expanded(config: PreTrainedConfig) -> None:
         )
 
 
-def keep_handle(expand: Any) -> Any:
-    """Return an ``expand_kv`` that leaves the handle of a latent cache as it is."""
-
-    @functools.wraps(expand)
-    def expand_kv(module: Any, compressed: Tensor, rotated: Tensor) -> Any:
-        if hasattr(compressed, HANDLE_ATTRIBUTE):
-            return compressed, rotated
-        if compressed.ndim != 4:
-            raise RuntimeError(LOST_HANDLE.format(type(module).__name__))
-        return expand(module, compressed, rotated)
-
-    return expand_kv
+def keep_handle(module: Any, compressed: Tensor, rotated: Tensor) -> Any:
+    """Do as ``expand_kv`` of the module's class, but leave the handle of a latent cache as it is."""
+    if hasattr(compressed, HANDLE_ATTRIBUTE):
+        return compressed, rotated
+    if compressed.ndim != 4:
+        raise RuntimeError(LOST_HANDLE.format(type(module).__name__))
+    return type(module).expand_kv(module, compressed, rotated)

@@ -63,7 +63,8 @@ def plan_layers(config: PreTrainedConfig) -> list[Reach | Any]:
     layer_types = getattr(config, "layer_types", None)
     no_windows = getattr(config, "sliding_window", None) is None
     plan: list[Reach | Any] = []
-    num_layers = getattr(config, "num_decoder_layers", None)  # T5 counts those of the encoder otherwise
+    # T5 and Bart count those of the encoder otherwise
+    num_layers = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None)
     for index, layer in enumerate(DynamicCache(config=config).layers[:num_layers]):
         if type(layer) is DynamicLayer:
             plan.append(Reach())

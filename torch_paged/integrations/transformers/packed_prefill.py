@@ -2,20 +2,23 @@
 
 import contextlib
 import copy
-import functools
 import hashlib
-import types
+import inspect
+import itertools
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
+from torch_paged.integrations.transformers.bind import bind
 from torch_paged.integrations.transformers.layer_plan import PatchReport
 from torch_paged.integrations.transformers.paged_cache import PagedCache
-from torch_paged.integrations.transformers.rope import most_packed_tokens
+from torch_paged.integrations.transformers.rope import most_packed_tokens, most_tokens_in_row
 
-_METHODS = ("_prefill", "generate")
+_POOL = "_torch_paged_prefix_pool"
+_INSTALLED = ("_prefill", "generate", _POOL)
+_SAMPLES = 16  # values of a weight that are looked at: changes through .data leave its version as it was
 _TEXT_ONLY = frozenset(
     {"attention_mask", "position_ids", "cache_position", "past_key_values", "use_cache", "logits_to_keep"}
 )
@@ -25,15 +28,28 @@ class PrefixPool:
     """The blocks that a patched model keeps from call to call.
 
     Each call of ``generate`` gets a cache of its own on the same blocks; what the call's rows held is released when it
-    ends, unless the cache is returned, and stays findable until the memory is wanted.
+    ends, unless the cache is returned, and stays findable until the memory is wanted. A model that is moved, or has
+    another dtype, begins anew.
+
+    Args:
+        options: of the caches.
     """
 
-    def __init__(self, empty: PagedCache) -> None:
-        self._empty = empty
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._kind: tuple[Any, ...] | None = None  # of the keys in the blocks
         self._made: list[PagedCache] = []
 
-    def new_cache(self, max_cache_length: int) -> PagedCache:
+    def __reduce__(self) -> Any:
+        return PrefixPool, (self._options,)  # a copy of the model has no keys yet
+
+    def new_cache(self, model: Any, max_cache_length: int) -> PagedCache:
         """Return an empty cache on these blocks."""
+        autocast = torch.is_autocast_enabled(model.device.type) and torch.get_autocast_dtype(model.device.type)
+        kind = (model.device, model.dtype, autocast)
+        if kind != self._kind:
+            self._kind = kind
+            self._empty = PagedCache(model.config, device=model.device, prefix_reuse=True, **self._options)
         cache = copy.deepcopy(self._empty)
         cache.max_cache_length = max_cache_length
         self._made.append(cache)
@@ -63,56 +79,68 @@ def why_padded(model: Any, report: PatchReport) -> str:
         return f"{name} does not only take text"
     if report.way == "gathered":
         return f"the keys of {name} are gathered"
+    if not takes_positions(model):
+        return f"{name} takes no position_ids"
     kept = [layer for layer in report.layers if isinstance(layer, str) and layer != "DummyLayer"]
     return f"{name} has a {kept[0]}" if kept else ""
 
 
-def install(model: Any, prefix_pool: PrefixPool | None) -> None:
+def takes_positions(model: Any) -> bool:
+    """Say whether a model can be told where the tokens of a packed row stand in their sequences."""
+    return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def install(model: Any, pool: PrefixPool | None) -> None:
     """Wrap ``_prefill`` of a model, and ``generate`` where prefixes are kept; of this instance only."""
-    model._prefill = types.MethodType(_packed_prefill(type(model)._prefill), model)
-    if prefix_pool is not None:
-        model.generate = types.MethodType(_releasing(type(model).generate, prefix_pool), model)
+    bind(_prefill, model, "_prefill")
+    if pool is not None:
+        setattr(model, _POOL, pool)
+        bind(_generate, model, "generate")
+
+
+def prefix_pool(model: Any) -> PrefixPool | None:
+    """Return where a model keeps prefixes, None where it does not."""
+    return getattr(model, _POOL, None)
 
 
 def uninstall(model: Any) -> None:
     """Take back what ``install`` did."""
-    for name in _METHODS:
+    for name in _INSTALLED:
         vars(model).pop(name, None)
 
 
 def cache_salt(model: Any) -> bytes:
     """Return what besides the ids decides a token's keys: the weights as they are now, and the adapters in use."""
     state: list[Any] = [torch.is_autocast_enabled(model.device.type)]
-    for parameter in model.parameters():
-        state.append((parameter.data_ptr(), -1 if parameter.is_inference() else parameter._version))
+    samples: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        state.append((tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version))
+        if tensor.numel() and type(tensor.data) is Tensor and tensor.is_contiguous() and not tensor.is_meta:
+            flat = tensor.detach().view(-1)
+            samples.setdefault((tensor.dtype, tensor.device), []).append(flat[:: -(-len(flat) // _SAMPLES)])
     for module in model.modules():
         if hasattr(module, "active_adapters") and hasattr(module, "merged_adapters"):
             state.append((list(module.active_adapters), list(module.merged_adapters), module.disable_adapters))
-    return hashlib.sha256(repr(state).encode()).digest()
+    digest = hashlib.sha256(repr(state).encode())
+    for alike in samples.values():
+        digest.update(torch.cat(alike).view(torch.uint8).cpu().numpy().tobytes())
+    return digest.digest()
 
 
-def _releasing(generate: Any, prefix_pool: PrefixPool) -> Any:
-    @functools.wraps(generate)
-    def wrapped(model: Any, *args: Any, **kwargs: Any) -> Any:
-        with prefix_pool.call() as returned:
-            result = generate(model, *args, **kwargs)
-            returned.append(getattr(result, "past_key_values", None))
-        return result
-
-    return wrapped
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    with getattr(model, _POOL).call() as returned:
+        result = type(model).generate(model, *args, **kwargs)
+        returned.append(getattr(result, "past_key_values", None))
+    return result
 
 
-def _packed_prefill(prefill: Any) -> Any:
-    @functools.wraps(prefill)
-    def wrapped(
-        model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        mask = _mask_to_pack(input_ids, generation_config, model_kwargs)
-        if mask is None:
-            return prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
-        return _run_packed(model, input_ids, mask, model_kwargs)
-
-    return wrapped
+def _prefill(
+    model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    mask = _mask_to_pack(input_ids, generation_config, model_kwargs)
+    if mask is None:
+        return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    return _run_packed(model, input_ids, mask, model_kwargs)
 
 
 def _mask_to_pack(input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> Tensor | None:
@@ -128,9 +156,14 @@ def _mask_to_pack(input_ids: Tensor, generation_config: Any, model_kwargs: dict[
     mask = model_kwargs.get("attention_mask")
     if mask is None:
         mask = torch.ones_like(input_ids)
-    if mask.shape != input_ids.shape or not input_ids.numel():
+    positions = model_kwargs.get("position_ids")
+    shapes = {mask.shape, input_ids.shape, input_ids.shape if positions is None else positions.shape}
+    if len(shapes) > 1 or not input_ids.numel():
         return None
     mask = mask.bool()
+    limit = most_tokens_in_row(cache.config)
+    if limit is not None and int(mask.sum()) > limit:
+        return None
     worthwhile = cache.prefix_reuse or not bool(mask.all())
     return mask if worthwhile and bool(mask[:, -1].all()) else None
 
@@ -139,7 +172,7 @@ def _run_packed(model: Any, input_ids: Tensor, mask: Tensor, model_kwargs: dict[
     cache: PagedCache = model_kwargs["past_key_values"]
     counted = (mask.long().cumsum(1) - 1).clamp(min=0)
     positions = model_kwargs.get("position_ids")
-    positions = counted if positions is None or positions.shape != mask.shape else positions
+    positions = counted if positions is None else positions
     prompts, limit = None, most_packed_tokens(cache.config)
     long = limit is not None and mask.shape[1] > limit
     if cache.prefix_reuse and not long and torch.equal(positions[mask], counted[mask]):

@@ -1,9 +1,7 @@
 """Switch a model to the paged cache and back, without touching any class."""
 
-import functools
 import inspect
 import logging
-import types
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +12,9 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from torch_paged import dispatch
 from torch_paged.integrations.transformers import packed_prefill
 from torch_paged.integrations.transformers.attention import ATTENTION_NAME
+from torch_paged.integrations.transformers.bind import bind
 from torch_paged.integrations.transformers.latent import LATENT_ATTENTION_NAME, keep_handle
-from torch_paged.integrations.transformers.layer_plan import PatchReport, Reach, plan_layers
+from torch_paged.integrations.transformers.layer_plan import PatchReport, Reach, Way, plan_layers
 from torch_paged.integrations.transformers.paged_cache import PagedCache
 from torch_paged.integrations.transformers.versions import PreTrainedConfig, draws_its_own_mask
 
@@ -30,8 +29,9 @@ _PATCH = "_torch_paged_patch"
 class _Patch:
     """What ``unpatch_model`` needs: the report, the implementations before, and the hook of a gathered model."""
 
-    def __init__(self, report: PatchReport) -> None:
+    def __init__(self, report: PatchReport, options: dict[str, Any]) -> None:
         self.report = report
+        self.options = options
         self.implementations: Any = None
         self.hook: Any = None
         self.expanding: list[nn.Module] = []
@@ -65,7 +65,7 @@ def patch_model(
         The same model.
 
     Raises:
-        ValueError: not a transformers model, or a block size below 1.
+        ValueError: not a transformers model, a block size below 1, or a dtype that no quantised cache has.
         NotImplementedError: a model that the paged cache cannot serve, or a device that no backend serves.
 
     Example:
@@ -97,30 +97,28 @@ def patch_model(
     planned = plan_layers(config)
     if model.device.type not in dispatch.served():
         raise NotImplementedError(dispatch.no_backend("patch_model", model.device.type))
+    options: dict[str, Any] = {"block_size": block_size, "dtype": dtype}
+    PagedCache(config, **options)  # raises where an option is wrong
     unpatch_model(model)
     reason = "gather=True asks for it" if gather else _why_gathered(model, config)
     expanding = [module for module in model.modules() if hasattr(module, "expand_kv")]
     layers = tuple(layer if isinstance(layer, Reach) else type(layer).__name__ for layer in planned)
-    patch = _Patch(PatchReport(name, "gathered" if reason else "latent" if expanding else "paged", layers, reason))
-    before_forward = _prepare_gathered if reason else _refuse_attentions
-    patch.hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    way: Way = "gathered" if reason else "latent" if expanding else "paged"
+    patch = _Patch(PatchReport(name, way, layers, reason), options)
+    why_padded = packed_prefill.why_padded(model, patch.report)
+    if prefix_reuse and why_padded:
+        raise NotImplementedError(f"patch_model: prefix_reuse is not supported: {why_padded}")
     if not reason:
         patch.implementations = _set_implementation(model, LATENT_ATTENTION_NAME if expanding else ATTENTION_NAME)
         patch.expanding = expanding
         for module in expanding:
-            module.expand_kv = types.MethodType(keep_handle(type(module).expand_kv), module)  # type: ignore[attr-defined, operator, method-assign, assignment]
-    options: dict[str, Any] = {"block_size": block_size, "dtype": dtype}
+            bind(keep_handle, module, "expand_kv")
+    before_forward = _prepare_gathered if reason else _refuse_attentions
+    patch.hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
     setattr(model, _PATCH, patch)
-    pool = None
-    why_padded = packed_prefill.why_padded(model, patch.report)
-    if prefix_reuse and why_padded:
-        unpatch_model(model)
-        raise NotImplementedError(f"patch_model: prefix_reuse is not supported: {why_padded}")
-    if prefix_reuse:
-        pool = packed_prefill.PrefixPool(PagedCache(config, device=model.device, prefix_reuse=True, **options))
-    setattr(model, _PREPARE, types.MethodType(_paged_prepare(getattr(type(model), _PREPARE), options, pool), model))
+    bind(_prepare_cache, model, _PREPARE)
     if not why_padded:
-        packed_prefill.install(model, pool)
+        packed_prefill.install(model, packed_prefill.PrefixPool(options) if prefix_reuse else None)
     logger.info("patch_model: %s", patch.report)
     return model
 
@@ -219,38 +217,36 @@ def _prepare_gathered(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
             cache.prepare(tokens.shape[0], tokens.shape[1], mask if is_padding_mask else None)
 
 
-def _paged_prepare(original: Any, options: dict[str, Any], pool: packed_prefill.PrefixPool | None) -> Any:
-    @functools.wraps(original)
-    def prepare_cache(
-        model: Any,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> Any:
-        given = model_kwargs.get("past_key_values")
-        may_compile = not generation_config.disable_compile
-        may_compile &= model.device.type != "cpu" or generation_config.compile_config is not None
-        may_compile &= not draws_its_own_mask(model)
-        if isinstance(given, PagedCache):
-            given.may_compile = may_compile
-        wants_cache = generation_config.use_cache is not False and generation_config.cache_implementation is None
-        if given is not None or not wants_cache:
-            return original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        cache: Any
-        if pool is not None:
-            cache = pool.new_cache(max_cache_length)
-        else:
-            cache = PagedCache(model.config, max_cache_length=max_cache_length, device=model.device, **options)
-        cache.gathered = getattr(model, _PATCH).report.way == "gathered"
-        cache.may_compile = may_compile
-        if model.config.is_encoder_decoder:
-            cross = DynamicCache(config=model.config.get_text_config(decoder=True))
-            cache = EncoderDecoderCache(cache, cross)
-        if generation_config.is_assistant:
-            cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
-        return None
-
-    return prepare_cache
+def _prepare_cache(
+    model: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> Any:
+    given = model_kwargs.get("past_key_values")
+    may_compile = not generation_config.disable_compile
+    may_compile &= model.device.type != "cpu" or generation_config.compile_config is not None
+    may_compile &= not draws_its_own_mask(model)
+    if isinstance(given, PagedCache):
+        given.may_compile = may_compile
+    wants_cache = generation_config.use_cache is not False and generation_config.cache_implementation is None
+    if given is not None or not wants_cache:
+        original = getattr(type(model), _PREPARE)
+        return original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    patch: _Patch = getattr(model, _PATCH)
+    cache: Any
+    if (pool := packed_prefill.prefix_pool(model)) is not None:
+        cache = pool.new_cache(model, max_cache_length)
+    else:
+        cache = PagedCache(model.config, max_cache_length=max_cache_length, device=model.device, **patch.options)
+    cache.gathered = patch.report.way == "gathered"
+    cache.may_compile = may_compile
+    if model.config.is_encoder_decoder:
+        cross = DynamicCache(config=model.config.get_text_config(decoder=True))
+        cache = EncoderDecoderCache(cache, cross)
+    if generation_config.is_assistant:
+        cache.activate_past_recording()
+    model_kwargs["past_key_values"] = cache
+    return None

@@ -1,17 +1,20 @@
-"""Rotary frequencies that depend on the longest sequence of a forward: packed, one sequence would get another's."""
+"""What a model does to a token by the whole forward: packed, a sequence would get what another one is due.
+
+Rotary frequencies may depend on the longest sequence, and Llama 4 scales queries by their place in the row.
+"""
 
 from typing import Any
 
 
 def most_packed_tokens(config: Any) -> int | None:
-    """Return up to how many tokens a sequence keeps the frequencies that it has alone; None for any number.
+    """Return up to how many tokens a packed sequence is treated as it is alone; None for any number.
 
     Args:
         config: the decoder's config.
     """
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = [part for part in parameters.values() if isinstance(part, dict)] or [parameters]
-    limits: list[int] = []
+    limits = [limit for limit in (most_tokens_in_row(config),) if limit is not None]
     for kind in kinds:
         name = kind.get("rope_type", kind.get("type"))
         if name == "dynamic":
@@ -24,9 +27,14 @@ def most_packed_tokens(config: Any) -> int | None:
     return min(limits, default=None)
 
 
-def needs_other_frequencies(num_tokens: int, limit: int) -> NotImplementedError:
+def most_tokens_in_row(config: Any) -> int | None:
+    """Return up to how many tokens the place in a packed row changes no query; None for any number."""
+    return config.floor_scale - 1 if getattr(config, "attn_temperature_tuning", None) else None
+
+
+def depends_on_others(num_tokens: int, limit: int) -> NotImplementedError:
     """Return the error for a sequence beyond the limit."""
     return NotImplementedError(
-        f"generate_batch: beyond {limit} tokens the model's rotary frequencies depend on the longest sequence, "
-        f"got {num_tokens}; use generate()"
+        f"generate_batch: beyond {limit} tokens the model's rotary frequencies or attention temperatures depend on the "
+        f"other sequences, got {num_tokens}; use generate()"
     )

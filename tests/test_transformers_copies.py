@@ -1,0 +1,131 @@
+"""A patched model is copied, pickled, moved and changed as any other."""
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make_model, ragged_batch
+from torch import Tensor
+from transformers import BartConfig, BartForCausalLM
+
+from torch_paged.integrations.transformers import PagedCache, generate_batch, patch_model, patch_report, unpatch_model
+
+BLOCK_SIZE = 4
+
+
+def generate(model: Any, **options: Any) -> Any:
+    return model.generate(**ragged_batch(), max_new_tokens=8, do_sample=False, return_dict_in_generate=True, **options)
+
+
+def pickled(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "bloom"])
+@pytest.mark.parametrize("way", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("prefix_reuse", [False, True])
+def test_a_copy_is_patched_on_its_own(family: str, way: Any, prefix_reuse: bool) -> None:
+    model = make_model(family)
+    expected = generate(model).sequences
+    prefix_reuse &= hasattr(type(model), "_prefill") and family != "bloom"
+    patch_model(model, block_size=BLOCK_SIZE, prefix_reuse=prefix_reuse)
+    generate(model)
+    other = way(model)
+    for one in (other, model):
+        output = generate(one)
+        assert torch.equal(output.sequences, expected)
+        assert isinstance(output.past_key_values, PagedCache)
+        assert patch_report(one) == patch_report(model)
+    unpatch_model(model)
+    assert torch.equal(generate(other).sequences, expected)
+    unpatch_model(other)
+    assert vars(other).keys() == vars(model).keys()
+    assert not any("expand_kv" in vars(module) for module in other.modules())
+    assert not other._forward_pre_hooks
+    assert torch.equal(generate(other).sequences, expected)
+
+
+@pytest.mark.parametrize("prefix_reuse", [False, True])
+def test_a_wrong_option_leaves_the_model_as_it_is(prefix_reuse: bool) -> None:
+    model = make_model("llama")
+    before = set(vars(model))
+    with pytest.raises(ValueError, match="dtype must be None, int8"):
+        patch_model(model, dtype=torch.float16, prefix_reuse=prefix_reuse)
+    assert set(vars(model)) == before
+    assert not model._forward_pre_hooks
+    assert model.config._attn_implementation == "eager"
+
+
+needs_prefill = pytest.mark.skipif(
+    not hasattr(type(make_model("llama")), "_prefill"), reason="this transformers has no prefill of its own"
+)
+
+
+@needs_prefill
+def test_prefixes_are_of_one_dtype() -> None:
+    model, plain = patch_model(make_model("llama"), prefix_reuse=True), make_model("llama")
+    for _ in range(2):
+        for dtype in (torch.float32, torch.bfloat16):
+            model.to(dtype)
+            plain.to(dtype)
+            assert torch.equal(generate(model).sequences, generate(plain).sequences)
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(model)
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(model)
+    assert torch.equal(generate(model).sequences, generate(plain.float()).sequences)
+
+
+def in_place(weight: Tensor) -> None:
+    weight.mul_(-1)
+
+
+def behind_its_version(weight: Tensor) -> None:
+    weight.data.mul_(-1)
+
+
+def as_an_array(weight: Tensor) -> None:
+    weight.detach().numpy()[:] *= -1
+
+
+def replaced(weight: Tensor) -> None:
+    for _ in range(2):
+        weight.data = weight.data * -1.2
+
+
+@needs_prefill
+@pytest.mark.parametrize("change", [in_place, behind_its_version, as_an_array, replaced])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_changed_weights_are_not_taken_for_the_old_ones(change: Any, mode: Any) -> None:
+    model = patch_model(make_model("llama"), block_size=BLOCK_SIZE, prefix_reuse=True)
+    with mode():
+        for _ in range(3):
+            generate(model)
+            change(model.model.layers[0].self_attn.v_proj.weight)
+            actual = generate(model).sequences
+            assert torch.equal(actual, generate(unpatch_model(copy.deepcopy(model))).sequences)
+
+
+@needs_prefill
+def test_a_changed_buffer_is_seen() -> None:
+    model = patch_model(make_model("gemma3"), block_size=BLOCK_SIZE, prefix_reuse=True)
+    generate(model)
+    model.model.embed_tokens.embed_scale.mul_(1.5)
+    actual = generate(model).sequences
+    assert torch.equal(actual, generate(unpatch_model(model)).sequences)
+
+
+def test_a_model_that_takes_no_positions_is_not_packed() -> None:
+    sizes = {"vocab_size": 256, "d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96}
+    torch.manual_seed(0)
+    model = BartForCausalLM(BartConfig(**sizes, pad_token_id=0, eos_token_id=None, init_std=0.3)).eval()
+    expected = generate(model).sequences
+    assert torch.equal(generate(patch_model(model, block_size=BLOCK_SIZE)).sequences, expected)
+    with pytest.raises(NotImplementedError, match="BartForCausalLM takes no position_ids"):
+        generate_batch(model, [[3, 4]])
