@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import PROMPT_COLUMNS, VOCAB_SIZE, as_reference, make_model, ragged_batch
+from tiny_models import PROMPT_COLUMNS, VOCAB_SIZE, as_reference, make_model, positions, ragged_batch
 from torch import Tensor
 from transformers import DynamicCache
 
 from torch_paged.integrations.transformers import PagedCache, patch_model, unpatch_model
 from torch_paged.integrations.transformers.attention import attention_forward
 from torch_paged.integrations.transformers.layer_plan import Reach
-from torch_paged.integrations.transformers.versions import CROP_IS_RELATIVE, MASKS_TAKE_POSITIONS, check_version
+from torch_paged.integrations.transformers.versions import CROP_IS_RELATIVE, check_version
 from torch_paged.testing.compare import assert_close
 
 BLOCK_SIZE = 4
@@ -36,11 +36,6 @@ def no_recompile() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield
-
-
-def positions(cache: PagedCache) -> dict[str, Tensor]:
-    """Return what a compiled forward is told where transformers counts positions outside the model."""
-    return {"cache_position": cache.columns_tensor.clone()[None]} if MASKS_TAKE_POSITIONS else {}
 
 
 def forward(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:

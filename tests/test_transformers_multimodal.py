@@ -18,6 +18,7 @@ from transformers import CompileConfig, DynamicCache, EncoderDecoderCache
 
 from torch_paged.integrations.transformers import PagedCache, attention, patch_model, patch_report, unpatch_model
 from torch_paged.integrations.transformers.block_group import BlockGroup
+from torch_paged.integrations.transformers.versions import draws_its_own_mask
 from torch_paged.testing.compare import assert_close
 
 BLOCK_SIZE = 4
@@ -83,11 +84,23 @@ def test_a_vision_language_model_writes_the_same_tokens(family: str) -> None:
     actual = generate(patch_model(model, block_size=BLOCK_SIZE), inputs)
     assert isinstance(actual.past_key_values, PagedCache)
     assert model.config.vision_config._attn_implementation == vision
-    assert torch.equal(actual.sequences, plain.sequences)
+    plain_logits = torch.stack(plain.logits)
+    if pads_windows_wrongly(model):
+        rows = [generate(unpatch_model(model), row_alone(inputs, row)) for row in (0, 1)]
+        assert torch.equal(actual.sequences[:, columns:], torch.cat([row.sequences[:, -NEW_TOKENS:] for row in rows]))
+        plain_logits = torch.cat([torch.stack(row.logits) for row in rows], 1)
+    else:
+        assert torch.equal(actual.sequences, plain.sequences)
     as_reference(unpatch_model(model))
     expected = [generate(model, row_alone(inputs, row)) for row in (0, 1)]
     logits = torch.cat([torch.stack(row.logits) for row in expected], 1)
-    assert_close(torch.stack(actual.logits), logits, torch.stack(plain.logits))
+    assert_close(torch.stack(actual.logits), logits, plain_logits)
+
+
+def pads_windows_wrongly(model: Any) -> bool:
+    """Say whether the unpatched model hides keys in a window by the padding that lies before the window."""
+    windows = getattr(model.config.get_text_config(), "sliding_window", None) is not None
+    return windows and draws_its_own_mask(model)
 
 
 def test_a_new_token_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +122,8 @@ def test_a_new_token_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", ["gemma3", "paligemma"])
 def test_what_an_image_sees_of_itself_matters(family: str) -> None:
     model, inputs = patch_model(make_vision_language(family)), image_inputs(family)
+    if draws_its_own_mask(model):
+        pytest.skip("in this version of transformers a prompt sees itself whatever its token types are")
     expected = generate(model, inputs).logits[0]
     causal = torch.zeros_like(inputs["token_type_ids"]) if family == "gemma3" else torch.ones_like(inputs["input_ids"])
     actual = generate(model, {**inputs, "token_type_ids": causal}).logits[0]
@@ -132,5 +147,6 @@ def test_a_corrupt_block_id_is_caught(family: str, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(BlockGroup, "write_tables", corrupt)
     actual = generate(patch_model(model, block_size=BLOCK_SIZE), inputs).sequences
-    assert torch.equal(actual[0], expected[0])
+    if not pads_windows_wrongly(model):
+        assert torch.equal(actual[0], expected[0])
     assert not torch.equal(actual[1], expected[1])

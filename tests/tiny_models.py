@@ -7,6 +7,9 @@ import transformers
 from torch import Tensor
 from transformers import cache_utils
 
+from torch_paged.integrations.transformers import PagedCache
+from torch_paged.integrations.transformers.versions import MASKS_TAKE_POSITIONS
+
 VOCAB_SIZE = 256
 WINDOW_TOKENS = 8
 CHUNK_TOKENS = 8
@@ -212,7 +215,16 @@ def as_reference(model: Any) -> Any:
     model.double()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
+    else:
+        for module in model.modules():
+            if type(module).__name__ == "DeepseekV3TopkRouter":  # which weighs experts in float32
+                module.register_forward_hook(lambda _, __, out: (out[0], out[1].double()))
     return model
+
+
+def positions(cache: PagedCache) -> dict[str, Tensor]:
+    """Return what a compiled forward is told where transformers counts positions outside the model."""
+    return {"cache_position": cache.columns_tensor.clone()[None]} if MASKS_TAKE_POSITIONS else {}
 
 
 def ragged_batch() -> dict[str, Tensor]:

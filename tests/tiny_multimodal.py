@@ -1,5 +1,6 @@
 """Tiny random encoder-decoders and vision-language models, with an input for each."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ LAYERS = {
     "encoder_ffn_dim": 96,
     "decoder_ffn_dim": 96,
 }
+ROPE_IN_SECTIONS: dict[str, Any] = (
+    {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
+    if hasattr(transformers, "PreTrainedConfig")
+    else {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+)
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -89,7 +95,7 @@ VISION_LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "text_config": {
                 **TEXT,
-                "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+                **ROPE_IN_SECTIONS,
             },
             "vision_config": {
                 "depth": 2,
@@ -157,7 +163,8 @@ def image_inputs(family: str) -> dict[str, Tensor]:
     pixels = torch.randn((2, 3, 28, 28), generator=generator)
     if family == "qwen2_5_vl":
         patches = pixels.reshape(2, 3, 4, 7, 4, 7).permute(0, 2, 4, 1, 3, 5).reshape(32, 147)
-        inputs["mm_token_type_ids"] = (ids == IMAGE_ID).long()
+        if "mm_token_type_ids" in inspect.signature(transformers.Qwen2_5_VLForConditionalGeneration.forward).parameters:
+            inputs["mm_token_type_ids"] = (ids == IMAGE_ID).long()
         return {**inputs, "pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
     if family == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE_ID).long()

@@ -114,6 +114,7 @@ def _check_paged_call(
 def _cached(layer: PagedLayer, query: Tensor, mask: Tensor | None, options: Options) -> Tensor:
     if mask is None:
         return _paged(layer, query, None, options)
+    mask = _without_forgotten(layer, mask)
     allowed = _as_bool(mask)
     if allowed is None or layer.group.lost_blocks:
         return _dense(query, *layer.gather_heads(), mask, options)
@@ -188,6 +189,15 @@ def _step_of_last(step: Step, batch: int, new_tokens: int) -> Step:
         one_token_each=new_tokens == 1 and positions is None,
         query_positions=None if positions is None else positions.view(batch, -1)[:, -new_tokens:].flatten(),
     )
+
+
+def _without_forgotten(layer: PagedLayer, mask: Tensor) -> Tensor:
+    """Hide in a mask in columns the keys that a layer with a window has forgotten when a forward begins."""
+    window = layer.group.reach.window
+    if window is None or layer.cache.columns < window:
+        return mask
+    forgotten = torch.arange(mask.shape[-1], device=mask.device) <= layer.cache.columns - window
+    return mask.masked_fill(forgotten, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
 
 
 def _as_bool(mask: Tensor) -> Tensor | None:

@@ -97,10 +97,13 @@ class PagedLayer(CacheLayerMixin):
 
         Raises:
             RuntimeError: the handle of the layer before was never used.
+            ValueError: the model would read the handle with another attention implementation.
         """
         batch, num_kv_heads, new_tokens, _ = key_states.shape
         self.cache.check_no_pending_handle()
         if not torch.compiler.is_compiling():
+            if not self.cache.gathered:
+                self.cache.check_implementation()
             self.cache.ensure_prepared(self, batch, new_tokens)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -101,6 +101,12 @@ def patch_model(
     PagedCache(config, **options)  # raises where an option is wrong
     unpatch_model(model)
     reason = "gather=True asks for it" if gather else _why_gathered(model, config)
+    windows = any(isinstance(layer, Reach) and layer.window is not None for layer in planned)
+    if reason and windows and draws_its_own_mask(model):
+        raise NotImplementedError(
+            f"patch_model: {name} draws masks that do not know of windows, and cannot be gathered ({reason}); "
+            "use a newer transformers"
+        )
     expanding = [module for module in model.modules() if hasattr(module, "expand_kv")]
     layers = tuple(layer if isinstance(layer, Reach) else type(layer).__name__ for layer in planned)
     way: Way = "gathered" if reason else "latent" if expanding else "paged"
