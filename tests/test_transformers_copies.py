@@ -122,7 +122,13 @@ def test_a_changed_buffer_is_seen() -> None:
 
 
 def test_a_model_that_takes_no_positions_is_not_packed() -> None:
-    sizes = {"vocab_size": 256, "d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96}
+    sizes: dict[str, Any] = {
+        "vocab_size": 256,
+        "d_model": 64,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 96,
+    }
     torch.manual_seed(0)
     model = BartForCausalLM(BartConfig(**sizes, pad_token_id=0, eos_token_id=None, init_std=0.3)).eval()
     expected = generate(model).sequences
