@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
-    BloomConfig,
-    BloomForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -214,9 +214,9 @@ def test_a_broken_checkpoint_gets_one_sentence(demo: Any, capsys: pytest.Capture
 
 
 def test_an_unsupported_model_gets_one_sentence(demo: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=2048, hidden_size=32, n_layer=1, n_head=2))
-    folder = save_with_tokenizer(bloom, tmp_path / "bloom")
-    assert "BloomForCausalLM does not use transformers' attention interface" in one_sentence(demo, capsys, folder)
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=2048, hidden_size=32, num_hidden_layers=1, state_size=4))
+    folder = save_with_tokenizer(mamba, tmp_path / "mamba")
+    assert "no layer of mamba has keys to page" in one_sentence(demo, capsys, folder)
 
 
 def test_models_of_many_kinds_are_patched() -> None:
