@@ -188,6 +188,7 @@ def test_a_rounding_tie_is_accepted_in_half_precision_only(
 
 
 def one_sentence(demo: Any, capsys: pytest.CaptureFixture[str], folder: Path) -> str:
+    capsys.readouterr()  # saving a model shows its progress
     assert demo.main(["--model", str(folder)]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("02_generate: ")
