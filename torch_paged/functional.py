@@ -217,10 +217,9 @@ def paged_attention(
     ops = _ops if compiling else _calls
     op = ops.paged_attention_with_stats if return_stats else ops.paged_attention
     if compiling:
+        # Inductor passes what is left to its default by keyword, at 0.2 us each: spell the last argument.
         if value_dim is None and query.dim() == 3 and kv_cache.dim() == 5 and kv_cache.size(0) == 2:
-            value_dim = query.size(
-                -1
-            )  # else Inductor passes all that is left to its default by keyword, at 0.2 us each
+            value_dim = query.size(-1)
     elif (
         (kv_scales is None and sinks is None and alibi_slopes is None and attn_mask is None)
         and (softmax_scale is None and logits_soft_cap == 0.0)
