@@ -127,7 +127,7 @@ def test_a_device_without_a_backend() -> None:
 def test_a_backend_is_not_explained_for_another_device() -> None:
     for name in backends.discover():
         choice = torch_paged.explain("paged_attention", device="lazy", backend=name, **decode_arguments())
-        served = backends.discover()[name].device_types
+        served = backends.discover()[name].serves()
         assert (choice.variant, choice.refusal) == (
             None,
             f"paged_attention: backend '{name}' does not support device 'lazy' (it serves {', '.join(served)}); "

@@ -29,6 +29,12 @@ def report() -> str:
     served = dispatch.served()
     for name, info in backends.discover().items():
         reason = info.why_off()
+        taken = [
+            f"{setting} gives {device} to backend '{other.name}'"
+            for other in backends.discover().values()
+            for device, setting in other.asked_for.items()
+            if device in info.device_types
+        ]
         devices = [device for device, backend in served.items() if backend == name]
         if devices:
             wrong = info.wrong_setting()
@@ -37,6 +43,8 @@ def report() -> str:
             state = f"off: {reason}"
         elif not info.automatic:
             state = f"off: chosen only by {dispatch.VARIABLE}={name}"
+        elif taken:
+            state = f"off: {taken[0]}"
         else:
             state = f"off: {dispatch.VARIABLE} names another backend"
         details = ", ".join(f"{key} {value}" for key, value in info.versions().items())

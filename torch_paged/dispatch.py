@@ -42,8 +42,8 @@ def register() -> None:
     fake.register(library)
     autograd.register(library)
     _library = library
-    for info in chosen:
-        _bind(info, library)
+    for device_type, info in chosen.items():
+        _bind(info, device_type, library)
     for name in SCHEMAS:
         op, _, overload = name.partition(".")
         packet = getattr(getattr(torch.ops, NAMESPACE), op)
@@ -81,26 +81,42 @@ def no_backend(op: str, device_type: str) -> str:
     return f"{text}; move the tensors to a served device, or see `python -m torch_paged.collect_env`"
 
 
-def _chosen_backends() -> list[BackendInfo]:
+def _chosen_backends() -> dict[str, BackendInfo]:
+    """Return which backend is to serve each device type: the one that a setting asks for, else the device's own."""
     known = backends.discover()
     wanted = os.environ.get(VARIABLE, "auto") or "auto"
-    if wanted == "auto":
-        return [info for info in known.values() if info.automatic and info.why_off() is None]
-    if wanted not in known:
+    if wanted not in ("auto", *known):
         raise ImportError(f"torch_paged: {VARIABLE} must be one of auto, {', '.join(known)}, got {wanted!r}")
-    reason = known[wanted].why_off()
+    chosen: dict[str, BackendInfo] = {}
+    settings: dict[str, str] = {}
+    for info in known.values():
+        for device_type, setting in info.asked_for.items():
+            if wanted not in ("auto", info.name) or device_type in settings:
+                other = settings.get(device_type, f"{VARIABLE}={wanted}")
+                raise ImportError(f"torch_paged: {setting} and {other} contradict each other: unset one of them")
+            _require(info, setting)
+            chosen[device_type], settings[device_type] = info, setting
+    if wanted != "auto":
+        _require(known[wanted], f"{VARIABLE}={wanted}")
+    for info in known.values():
+        if info.name == wanted or (wanted == "auto" and info.automatic and info.why_off() is None):
+            chosen = dict.fromkeys(info.device_types, info) | chosen
+    return chosen
+
+
+def _require(info: BackendInfo, setting: str) -> None:
+    reason = info.why_off()
     if reason is not None:
-        raise ImportError(f"torch_paged: {VARIABLE}={wanted} cannot be served: {reason}")
-    return [known[wanted]]
+        raise ImportError(f"torch_paged: {setting} cannot be served: {reason}")
 
 
-def _bind(info: BackendInfo, library: torch.library.Library) -> None:
-    kernels = info.load()
-    for device_type in info.device_types:
-        key = torch._C._dispatch_key_for_device(device_type)
-        for name, kernel in kernels.items():
-            library.impl(name, kernel, key)
-        _served[device_type] = info.name
+def _bind(info: BackendInfo, device_type: str, library: torch.library.Library) -> None:
+    kernels = info.load(device_type)
+    if kernels is None:
+        return
+    for name, kernel in kernels.items():
+        library.impl(name, kernel, torch._C._dispatch_key_for_device(device_type))
+    _served[device_type] = info.name
 
 
 def _no_backend_kernel(name: str) -> Callable[..., NoReturn]:

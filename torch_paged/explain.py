@@ -99,8 +99,8 @@ def explain(
     if name is None:
         return refused(dispatch.no_backend(op, device_type), None)
     info = backends.discover()[name]
-    if device_type not in info.device_types:
-        limits = f"it serves {', '.join(info.device_types)}"
+    if device_type not in info.serves():
+        limits = f"it serves {', '.join(info.serves())}"
         todo = "move the tensors, or name another backend"
         return refused(f"{op}: backend '{name}' does not support device '{device_type}' ({limits}); {todo}", name)
     reason = info.why_off()
@@ -175,7 +175,7 @@ def _device_type(op: str, arguments: Mapping[str, Any], device: str | torch.devi
     if device is not None:
         return torch.device(device).type
     if backend is not None:
-        return known[backend].device_types[0]
+        return known[backend].serves()[0]
     types = [value.device.type for value in arguments.values() if isinstance(value, torch.Tensor)]
     if not types or types[0] == "meta":
         raise ValueError(f"explain: {op} on meta tensors needs `device=` or `backend=` to be explained for")

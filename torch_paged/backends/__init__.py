@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -36,12 +36,15 @@ class BackendInfo:
         device_types: ``torch.device.type`` of the tensors it serves.
         automatic: False for a backend that only ``TORCH_PAGED_BACKEND`` can choose.
         why_off: the reason why it cannot run here, with the remedy, or None.
-        load: makes its kernels ready. Returns a Python kernel per op, or nothing where its library binds itself.
+        load: makes its kernels for a device type ready. Returns a Python kernel per op, none where its library binds
+            itself, or None where this device type is out of reach here.
         refusal: the reason why it cannot do a (valid) call, or None. Takes the op and all its arguments by name.
         variant: what it would run for a call. Takes the op and all its arguments by name; never reads data.
         versions: the versions it depends on, by name.
         wrong_setting: the reason why a setting that is read at the first call makes each call raise, or None.
         head_dim_multiple: its caches store head_dim rounded up to this multiple.
+        contiguous_cache: True where it takes contiguous caches only.
+        asked_for: device type -> the setting that asks that this backend serves it, in place of the device's own.
     """
 
     name: str
@@ -50,12 +53,18 @@ class BackendInfo:
     device_types: tuple[str, ...]
     automatic: bool
     why_off: Callable[[], str | None]
-    load: Callable[[], Mapping[str, Callable[..., Any]]]
+    load: Callable[[str], Mapping[str, Callable[..., Any]] | None]
     refusal: Callable[[str, Arguments], str | None]
     variant: Callable[[str, Arguments], Variant]
     versions: Callable[[], Mapping[str, str]]
     wrong_setting: Callable[[], str | None] = lambda: None
     head_dim_multiple: int = 1
+    contiguous_cache: bool = False
+    asked_for: Mapping[str, str] = field(default_factory=dict)
+
+    def serves(self) -> tuple[str, ...]:
+        """Return its device types; those that a setting asks for come first."""
+        return (*self.asked_for, *self.device_types)
 
 
 @cache

@@ -22,7 +22,7 @@ def why_off() -> str | None:
     return None
 
 
-def load() -> Mapping[str, Callable[..., Any]]:
+def load(device_type: str) -> Mapping[str, Callable[..., Any]]:
     """Load the library, which binds its kernels itself."""
     try:
         torch.ops.load_library(str(LIBRARY))

@@ -6,30 +6,17 @@ from typing import Any
 import torch
 
 from torch_paged.backends import Arguments, BackendInfo, Variant
-from torch_paged.contract import bounds, reference, validate
-from torch_paged.contract.schema import NAMESPACE, SCHEMAS
+from torch_paged.backends.python_kernels import python_kernels
+from torch_paged.contract import reference
 
 
-def _kernel(qualified_name: str) -> Callable[..., Any]:
-    op, _, overload = qualified_name.partition(".")
-    function = getattr(reference, f"{op}_{overload}" if overload else op)
-    schema = getattr(getattr(torch.ops, NAMESPACE), op)
-    names = [(a.name, a.default_value) for a in getattr(schema, overload or "default")._schema.arguments]
-
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        arguments = dict(names)
-        arguments.update(zip(arguments, args, strict=False))
-        arguments.update(kwargs)
-        validate.validate(op, arguments)
-        bounds.check_values(op, arguments)
-        return function(**arguments)
-
-    return kernel
-
-
-def load() -> Mapping[str, Callable[..., Any]]:
+def load(device_type: str) -> Mapping[str, Callable[..., Any]]:
     """Return a validating kernel for every op."""
-    return {name: _kernel(name) for name in SCHEMAS}
+    return python_kernels(BACKEND, _run, check_values=True)
+
+
+def _run(name: str, arguments: dict[str, Any]) -> Any:
+    return getattr(reference, name.replace(".", "_"))(**arguments)
 
 
 def variant(op: str, arguments: Arguments) -> Variant:

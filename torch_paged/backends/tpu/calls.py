@@ -1,7 +1,6 @@
 """What all ways to the kernels share: an op's arguments, checked, as the call of one JAX function. Imports no jax."""
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_paged.backends import Arguments
-from torch_paged.contract.bounds import check_values
-from torch_paged.contract.schema import NAMESPACE, SCHEMAS
-from torch_paged.contract.validate import validate
-
-_CHECK_VALUES = os.environ.get("TORCH_PAGED_DEBUG", "0") == "1"
+from torch_paged.backends import Arguments, BackendInfo
+from torch_paged.backends.python_kernels import python_kernels
 
 _CACHE_OPTIONS = ("kv_scales", "sinks", "alibi_slopes", "attn_mask")
 _ARRAYS = {
@@ -57,37 +52,19 @@ class JaxCall:
         return self.module in ("decode", "varlen")
 
 
-def kernels(
-    run: Callable[[JaxCall], tuple[Tensor, ...]], refusal: Callable[[str, Arguments], str | None]
-) -> dict[str, Callable[..., Any]]:
+def kernels(info: BackendInfo, run: Callable[[JaxCall], tuple[Tensor, ...]]) -> dict[str, Callable[..., Any]]:
     """Return a kernel for each op of the contract.
 
     Args:
+        info: this backend.
         run: runs the JAX function, writes what is to be written, and returns what the op returns.
-        refusal: why a valid call cannot be done, or None.
     """
-    return {name: _kernel(name, run, refusal) for name in SCHEMAS}
 
-
-def _kernel(
-    name: str, run: Callable[[JaxCall], tuple[Tensor, ...]], refusal: Callable[[str, Arguments], str | None]
-) -> Callable[..., Any]:
-    op, _, overload = name.partition(".")
-    schema = getattr(getattr(torch.ops, NAMESPACE), op)
-    defaults = {a.name: a.default_value for a in getattr(schema, overload or "default")._schema.arguments}
-
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        arguments = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
-        validate(op, arguments)
-        reason = refusal(op, arguments)
-        if reason is not None:
-            raise NotImplementedError(reason)
-        if _CHECK_VALUES:
-            check_values(op, arguments)
+    def run_op(name: str, arguments: dict[str, Any]) -> Any:
         results = run(jax_call(name, arguments))
         return results[0] if len(results) == 1 else results or None
 
-    return kernel
+    return python_kernels(info, run_op)
 
 
 def jax_call(name: str, arguments: Arguments) -> JaxCall:

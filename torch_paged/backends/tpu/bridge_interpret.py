@@ -1,0 +1,98 @@
+"""The kernels on CPU tensors, interpreted by jax: the same functions, no TPU, no torch_xla. Slow, and for checking.
+
+Plain interpretation runs a kernel as an XLA program for the CPU. With words of ``support.SIMULATION`` jax simulates
+the memories of a TPU instead: copies happen when they are waited for (``on_wait``) or at once (``eager``), and races
+between them are looked for. Memory that nothing was written to holds NaN either way.
+"""
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import torch
+from jax.experimental.pallas import tpu as pltpu
+from torch import Tensor
+
+from torch_paged.backends import BackendInfo
+from torch_paged.backends.tpu import calls
+from torch_paged.backends.tpu.calls import JaxCall
+from torch_paged.backends.tpu.support import INTERPRETED_CHIP, SIMULATION
+
+_NUMPY = {
+    torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
+    torch.float8_e4m3fn: (torch.int8, ml_dtypes.float8_e4m3fn),
+    torch.float8_e5m2: (torch.int8, ml_dtypes.float8_e5m2),
+}
+"""Dtypes that torch does not give to numpy: integers of the same width, and what numpy calls them."""
+
+
+def kernels(info: BackendInfo) -> dict[str, Callable[..., Any]]:
+    """Return an interpreted kernel for each op."""
+    if not jax.config.values["jax_platforms"]:
+        jax.config.update("jax_platforms", "cpu")  # jax would look for a TPU first
+    return calls.kernels(info, _run)
+
+
+def _run(call: JaxCall) -> tuple[Tensor, ...]:
+    options = dict(call.options)
+    if call.attends:
+        chips = importlib.import_module("torch_paged.backends.tpu.block_sizes").CHIPS
+        options["chip"] = chips[INTERPRETED_CHIP]
+    arrays = [None if tensor is None else _to_jax(tensor) for tensor in call.arrays]
+    results = _jitted(call.module, call.function, tuple(sorted(options.items())))(*arrays)
+    results = results if isinstance(results, tuple) else (results,)
+    jax.block_until_ready(results)
+    if "races" in SIMULATION and _races_found():
+        raise RuntimeError(f"{call.function}: the interpreter found a race; it printed where")
+    if not call.written:
+        return tuple(_to_torch(result) for result in results)
+    for position, result in zip(call.written, results, strict=True):
+        target = call.arrays[position]
+        assert target is not None
+        target.copy_(_to_torch(result))
+    return ()
+
+
+@cache
+def _jitted(module: str, function: str, options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """Return the function with these options; jax compiles it once for each set of shapes and dtypes."""
+    found = getattr(importlib.import_module(f"torch_paged.backends.tpu.{module}"), function)
+    bound = dict(options)
+    return jax.jit(lambda *arrays: found(*arrays, **bound, interpret=_interpreter()))
+
+
+def _interpreter() -> bool | pltpu.InterpretParams:
+    if not SIMULATION:
+        return True
+    copies: Any = "eager" if "eager" in SIMULATION else "on_wait"
+    return pltpu.InterpretParams(dma_execution_mode=copies, detect_races="races" in SIMULATION)
+
+
+def _races_found() -> bool:
+    """Return whether the last kernel raced; jax has no public name for it, and moved it between versions."""
+    name = "jax._src.pallas.mosaic.interpret"
+    try:
+        state = importlib.import_module(f"{name}.interpret_pallas_call")
+    except ModuleNotFoundError:
+        state = importlib.import_module(name)
+    return state.races is not None and bool(state.races.races_found)
+
+
+def _to_jax(tensor: Tensor) -> jax.Array:
+    tensor = tensor.detach().contiguous()
+    integers, dtype = _NUMPY.get(tensor.dtype, (None, None))
+    if integers is None:
+        return jax.numpy.array(tensor.numpy())
+    return jax.numpy.array(tensor.view(integers).numpy().view(dtype))
+
+
+def _to_torch(array: jax.Array) -> Tensor:
+    found = np.array(array)
+    for dtype, (integers, name) in _NUMPY.items():
+        if found.dtype == name:
+            return torch.from_numpy(found.view(str(integers).removeprefix("torch."))).view(dtype)
+    return torch.from_numpy(found)

@@ -1,0 +1,147 @@
+"""Writing, copying and gathering the cache. Callers donate what is written, and XLA then updates it in place.
+
+These are XLA programs without a kernel of our own: with DS a multiple of 128 the donated scatter and gather need no
+copy of the cache and no temporary of its size.
+"""
+
+import jax
+import jax.numpy as jnp
+
+QMAX = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
+"""Largest magnitude stored in a quantised cache, by dtype."""
+
+
+def reshape_and_cache(
+    key: jax.Array,  # (T, KH, D)
+    value: jax.Array,  # (T, KH, DV)
+    kv_cache: jax.Array,  # (2, N, KH, S, DS)
+    slot_mapping: jax.Array,  # (T,) int32
+    kv_scales: jax.Array | None = None,  # (2,) or (2, KH) float32
+    *,
+    interpret: object = False,
+) -> jax.Array:
+    """Write new keys and values to their slots; lanes up to DS become zero, slots outside [0, N * S) are dropped.
+
+    Args:
+        interpret: Taken for the sake of one signature; there is no kernel to interpret.
+
+    Returns:
+        The cache, updated.
+    """
+    del interpret
+    sides = [key, value]
+    if kv_scales is not None:
+        scales = kv_scales.reshape(2, -1, 1)  # (2, 1 | KH, 1)
+        sides = [quantize(side, scale, kv_cache.dtype) for side, scale in zip(sides, scales, strict=True)]
+    return _write(sides, kv_cache, slot_mapping)
+
+
+def quantize_and_cache(
+    key: jax.Array,  # (T, KH, D)
+    value: jax.Array,  # (T, KH, DV)
+    kv_cache: jax.Array,  # (2, N, KH, S, DS), quantised
+    kv_scales: jax.Array,  # (2, N, KH, S) float32
+    slot_mapping: jax.Array,  # (T,) int32
+    *,
+    interpret: object = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Write new keys and values with a scale ``amax / qmax`` for each token and head.
+
+    Returns:
+        The cache and the scales, updated.
+    """
+    del interpret
+    rows, scales = [], []
+    for side in (key, value):
+        magnitude = jnp.abs(side.astype(jnp.float32))
+        amax = jnp.where(jnp.isnan(magnitude), 0.0, magnitude).max(-1)  # (T, KH)
+        scale = amax / QMAX[kv_cache.dtype.name]
+        scales.append(jnp.where(scale == 0, 1.0, scale))
+        rows.append(quantize(side, scales[-1][..., None], kv_cache.dtype))
+    block, offset = _places(slot_mapping, kv_cache.shape)
+    updated = kv_scales.at[:, block, :, offset].set(jnp.stack(scales, 1), mode="drop")
+    return _write(rows, kv_cache, slot_mapping), updated
+
+
+def copy_blocks(
+    kv_cache: jax.Array,  # (2, N, KH, S, DS)
+    src_blocks: jax.Array,  # (P,) int32
+    dst_blocks: jax.Array,  # (P,) int32
+    kv_scales: jax.Array | None = None,  # (2, N, KH, S) float32
+    *,
+    interpret: object = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Copy whole blocks, all sources as they were before; a pair with an id outside [0, N) is skipped.
+
+    Returns:
+        The cache, with scales also them, updated.
+    """
+    del interpret
+    num_blocks = kv_cache.shape[1]
+    live = (src_blocks >= 0) & (src_blocks < num_blocks) & (dst_blocks >= 0)
+    src = jnp.where(live, src_blocks, 0)
+    dst = jnp.where(live, dst_blocks, num_blocks)
+    copied = kv_cache.at[:, dst].set(kv_cache[:, src], mode="drop")
+    if kv_scales is None:
+        return copied
+    return copied, kv_scales.at[:, dst].set(kv_scales[:, src], mode="drop")
+
+
+def gather_cache(
+    kv_cache: jax.Array,  # (2, N, KH, S, DS)
+    block_tables: jax.Array,  # (B, M) int32
+    context_lens: jax.Array,  # (B,) int32
+    kv_scales: jax.Array | None = None,  # (2,), (2, KH) or (2, N, KH, S) float32
+    starts: jax.Array | None = None,  # (B,) int32
+    *,
+    max_len: int,
+    interpret: object = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Gather dense keys and values; zeros where there is no token or the entry is outside [0, N).
+
+    Returns:
+        keys, values (B, KH, max_len, DS) in the cache's dtype, float32 where it is quantised.
+    """
+    del interpret
+    _, num_blocks, _, block_size, _ = kv_cache.shape
+    num_seqs, width = block_tables.shape
+    column = jnp.arange(max_len, dtype=jnp.int32) - (0 if starts is None else starts[:, None])
+    column = jnp.broadcast_to(column, (num_seqs, max_len))
+    entry = jnp.clip(column // block_size, 0, max(width - 1, 0))
+    block = jnp.take_along_axis(block_tables, entry, 1) if width else jnp.full_like(entry, -1)
+    length = jnp.clip(context_lens, 0, width * block_size)[:, None]
+    live = (column >= 0) & (column < length) & (block >= 0) & (block < num_blocks)  # (B, max_len)
+    block, offset = jnp.where(live, block, 0), jnp.where(live, column % block_size, 0)
+    live = live[..., None, None]
+    dense = []
+    for side, rows in enumerate(kv_cache):
+        read = rows[block, :, offset]  # (B, max_len, KH, DS)
+        if kv_scales is not None:
+            per_token = kv_scales.ndim == 4
+            scale = kv_scales[side][block, :, offset] if per_token else kv_scales[side].reshape(-1)
+            read = read.astype(jnp.float32) * scale[..., None]
+        dense.append(jnp.where(live, read, 0).transpose(0, 2, 1, 3))
+    return dense[0], dense[1]
+
+
+def quantize(x: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Quantise ``x`` to ``dtype`` with scales that broadcast against it, to nearest even; NaN stays NaN in fp8."""
+    qmax = QMAX[dtype.name]
+    scaled = jnp.clip(x.astype(jnp.float32) / scales, -qmax, qmax)
+    if dtype == jnp.int8:
+        return jnp.where(jnp.isnan(scaled), 0, jnp.round(scaled)).astype(dtype)
+    return scaled.astype(dtype)
+
+
+def _write(sides: list[jax.Array], kv_cache: jax.Array, slot_mapping: jax.Array) -> jax.Array:
+    stored_dim = kv_cache.shape[-1]
+    rows = [jnp.pad(side, ((0, 0), (0, 0), (0, stored_dim - side.shape[-1]))) for side in sides]
+    block, offset = _places(slot_mapping, kv_cache.shape)
+    return kv_cache.at[:, block, :, offset].set(jnp.stack(rows, 1).astype(kv_cache.dtype), mode="drop")
+
+
+def _places(slot_mapping: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Return block and offset of each slot; a slot outside the cache gets block N, whose writes are dropped."""
+    _, num_blocks, _, block_size, _ = shape
+    inside = (slot_mapping >= 0) & (slot_mapping < num_blocks * block_size)
+    return jnp.where(inside, slot_mapping // block_size, num_blocks), jnp.where(inside, slot_mapping % block_size, 0)
