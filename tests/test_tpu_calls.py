@@ -1,19 +1,18 @@
 """How the arguments of an op become the call of a JAX function: arrays in order, static options, indices in 32 bits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from torch_paged.backends.tpu import BACKEND
 from torch_paged.backends.tpu.calls import jax_call, kernels
 from torch_paged.contract.schema import SCHEMAS
 from torch_paged.testing import AttentionCase, build
 
 
-def no_refusal(op: str, arguments: object) -> None:
-    return None
-
-
 def test_there_is_a_kernel_for_every_op() -> None:
-    assert set(kernels(lambda call: (), no_refusal)) == set(SCHEMAS)
+    assert set(kernels(BACKEND, lambda call: ())) == set(SCHEMAS)
 
 
 def test_lengths_become_powers_of_two_and_the_scale_a_number() -> None:
@@ -69,10 +68,10 @@ def test_a_kernel_validates_and_asks_for_a_refusal_first() -> None:
         ran.append(call)
         return outs[0], lses[0]
 
-    merge = kernels(run, no_refusal)["merge_attention_states"]
+    merge = kernels(BACKEND, run)["merge_attention_states"]
     with pytest.raises(ValueError, match=r"^merge_attention_states: lses must"):
         merge(outs, lses[:, 1:])
-    refusing = kernels(run, lambda op, arguments: f"{op}: no")["merge_attention_states"]
+    refusing = kernels(replace(BACKEND, refusal=lambda op, arguments: f"{op}: no"), run)["merge_attention_states"]
     with pytest.raises(NotImplementedError, match=r"^merge_attention_states: no$"):
         refusing(outs, lses)
     assert not ran
