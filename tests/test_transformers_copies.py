@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import make_model, ragged_batch
 from torch import Tensor
-from transformers import BartConfig, BartForCausalLM
+from transformers import BartConfig, BartForCausalLM, DynamicCache
 
 from torch_paged.integrations.transformers import PagedCache, generate_batch, patch_model, patch_report, unpatch_model
 
@@ -135,3 +135,43 @@ def test_a_model_that_takes_no_positions_is_not_packed() -> None:
     assert torch.equal(generate(patch_model(model, block_size=BLOCK_SIZE)).sequences, expected)
     with pytest.raises(NotImplementedError, match="BartForCausalLM takes no position_ids"):
         generate_batch(model, [[3, 4]])
+
+
+def of_one_config(count: int) -> tuple[Any, list[Any]]:
+    """Return a config and models that share it, of equal weights."""
+    config = make_model("gemma2").config
+    models = [type(make_model("gemma2"))(config).eval() for _ in range(count)]
+    for model in models:
+        model.load_state_dict(make_model("gemma2").state_dict())
+    return config, models
+
+
+def test_models_of_one_config_are_patched_on_their_own() -> None:
+    config, (first, second, third) = of_one_config(3)
+    expected = generate(third).sequences
+    patch_model(first, block_size=BLOCK_SIZE)
+    assert config._attn_implementation == second.config._attn_implementation == "eager"
+    assert type(generate(second).past_key_values) is DynamicCache
+    patch_model(second, block_size=BLOCK_SIZE)
+    unpatch_model(first)
+    for model, cache in ((first, DynamicCache), (second, PagedCache), (third, DynamicCache)):
+        output = generate(model)
+        assert type(output.past_key_values) is cache
+        assert torch.equal(output.sequences, expected)
+    assert first.config._attn_implementation == "eager"
+    assert first.config.to_dict() == config.to_dict()
+    assert all(module.config is second.config for module in second.modules() if hasattr(module, "config"))
+
+
+def test_a_cache_outlives_a_change_of_options() -> None:
+    model = patch_model(make_model("llama"), block_size=BLOCK_SIZE)
+    cache = PagedCache(model.config, block_size=BLOCK_SIZE)
+    patch_model(model, dtype=torch.int8)
+    assert model(ragged_batch()["input_ids"], past_key_values=cache).past_key_values is cache
+
+
+def test_a_cache_of_the_config_before_patching_is_refused() -> None:
+    config, (model,) = of_one_config(1)
+    patch_model(model)
+    with pytest.raises(ValueError, match=r"got 'eager'; call patch_model\(model\), and make the cache of model.config"):
+        model(ragged_batch()["input_ids"], past_key_values=PagedCache(config))

@@ -323,7 +323,7 @@ class PagedCache(PoolSizes, DynamicCache):
         if self.config._attn_implementation not in (ATTENTION_NAME, LATENT_ATTENTION_NAME):
             raise ValueError(
                 f"PagedCache: the model's attention implementation must be '{ATTENTION_NAME}', "
-                f"got '{self.config._attn_implementation}'; call patch_model(model)"
+                f"got '{self.config._attn_implementation}'; call patch_model(model), and make the cache of model.config"
             )
 
     @property

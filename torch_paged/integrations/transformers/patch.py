@@ -15,6 +15,7 @@ from torch_paged.integrations.transformers.attention import ATTENTION_NAME
 from torch_paged.integrations.transformers.bind import bind
 from torch_paged.integrations.transformers.latent import LATENT_ATTENTION_NAME, keep_handle
 from torch_paged.integrations.transformers.layer_plan import PatchReport, Reach, Way, plan_layers
+from torch_paged.integrations.transformers.own_config import take_own_config
 from torch_paged.integrations.transformers.paged_cache import PagedCache
 from torch_paged.integrations.transformers.versions import PreTrainedConfig, draws_its_own_mask
 
@@ -81,13 +82,15 @@ def patch_model(
         >>> model.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0).shape
         torch.Size([1, 7])
     """
-    if (inner := _inside_adapter(model)) is not model:
-        patch_model(inner, block_size=block_size, dtype=dtype, gather=gather, prefix_reuse=prefix_reuse)
-        return model
+    _patch(_inside(model), model, {"block_size": block_size, "dtype": dtype}, gather, prefix_reuse)
+    return model
+
+
+def _patch(model: Any, holder: nn.Module, options: dict[str, Any], gather: bool, prefix_reuse: bool) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"patch_model: model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    if block_size < 1:
-        raise ValueError(f"patch_model: block_size must be >= 1, got {block_size}")
+    if options["block_size"] < 1:
+        raise ValueError(f"patch_model: block_size must be >= 1, got {options['block_size']}")
     name = type(model).__name__
     if not model.can_generate():
         raise NotImplementedError(f"patch_model: {name} cannot generate; load it with AutoModelForCausalLM")
@@ -97,9 +100,9 @@ def patch_model(
     planned = plan_layers(config)
     if model.device.type not in dispatch.served():
         raise NotImplementedError(dispatch.no_backend("patch_model", model.device.type))
-    options: dict[str, Any] = {"block_size": block_size, "dtype": dtype}
     PagedCache(config, **options)  # raises where an option is wrong
-    unpatch_model(model)
+    before: _Patch | None = getattr(model, _PATCH, None)
+    _unpatch(model)
     reason = "gather=True asks for it" if gather else _why_gathered(model, config)
     windows = any(isinstance(layer, Reach) and layer.window is not None for layer in planned)
     if reason and windows and draws_its_own_mask(model):
@@ -115,6 +118,8 @@ def patch_model(
     if prefix_reuse and why_padded:
         raise NotImplementedError(f"patch_model: prefix_reuse is not supported: {why_padded}")
     if not reason:
+        if before is None or before.implementations is None:
+            take_own_config(model, holder)
         patch.implementations = _set_implementation(model, LATENT_ATTENTION_NAME if expanding else ATTENTION_NAME)
         patch.expanding = expanding
         for module in expanding:
@@ -126,7 +131,6 @@ def patch_model(
     if not why_padded:
         packed_prefill.install(model, packed_prefill.PrefixPool(options) if prefix_reuse else None)
     logger.info("patch_model: %s", patch.report)
-    return model
 
 
 def unpatch_model(model: Model) -> Model:
@@ -138,12 +142,14 @@ def unpatch_model(model: Model) -> Model:
     Returns:
         The same model, with the attention implementation that it had.
     """
-    if (inner := _inside_adapter(model)) is not model:
-        unpatch_model(inner)
-        return model
+    _unpatch(_inside(model))
+    return model
+
+
+def _unpatch(model: Any) -> None:
     patch: _Patch | None = getattr(model, _PATCH, None)
     if patch is None:
-        return model
+        return
     patch.hook.remove()
     if patch.implementations is not None:
         model.set_attn_implementation(patch.implementations)  # type: ignore[operator]
@@ -154,16 +160,15 @@ def unpatch_model(model: Model) -> Model:
     packed_prefill.uninstall(model)
     if hasattr(model, "_compiled_call"):
         del model._compiled_call
-    return model
 
 
 def patch_report(model: nn.Module) -> PatchReport | None:
     """Return what ``patch_model`` did to a model, None where it did nothing."""
-    patch: _Patch | None = getattr(_inside_adapter(model), _PATCH, None)
+    patch: _Patch | None = getattr(_inside(model), _PATCH, None)
     return None if patch is None else patch.report
 
 
-def _inside_adapter(model: nn.Module) -> nn.Module:
+def _inside(model: nn.Module) -> Any:
     """Return the model that an adapter of peft wraps, else the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
