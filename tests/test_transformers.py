@@ -162,6 +162,29 @@ def test_hand_written_loop_over_a_padded_batch(model: Any, layout: str, chunk: i
     assert torch.equal(actual, torch.cat(expected))
 
 
+@pytest.mark.parametrize("layout", ["right", "both sides", "hole at the end", "a row of padding"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "deepseek_v3"])
+def test_generation_from_a_batch_that_ends_with_padding(family: str, layout: str) -> None:
+    model, batch = make_model(family), ragged_batch()
+    mask = batch["attention_mask"]
+    if layout == "right":
+        mask = mask.flip(1)
+    elif layout == "both sides":
+        mask[:, -4:] = 0
+    elif layout == "hole at the end":
+        mask[1, -3:-1] = 0
+        mask[0, -1] = 0
+    else:
+        mask[1] = 0
+        model.set_attn_implementation("sdpa")  # eager attends to all padding where there is nothing else
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    settings: dict[str, Any] = {**batch, "attention_mask": mask, "pad_token_id": 0, **options}
+    expected = model.generate(**settings)
+    actual = patched(model).generate(**settings)
+    assert torch.equal(actual.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=1e-3, atol=1e-4)
+
+
 def test_second_turn_continues_the_cache(model: Any) -> None:
     def two_turns() -> Tensor:
         first = model.generate(

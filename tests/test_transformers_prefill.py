@@ -80,15 +80,19 @@ def batches() -> list[dict[str, Tensor]]:
     return [batch_of([draw[0] + draw[1], draw[0] + draw[2]]), batch_of([draw[0] + draw[3], draw[0], draw[4]])]
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
-def test_a_prefix_of_an_earlier_call_is_not_computed(family: str) -> None:
+def test_a_prefix_of_an_earlier_call_is_not_computed(family: str, autocast: bool) -> None:
     model = make_model(family)
-    expected = [generate(model, batch) for batch in batches()]
-    patch_model(model, block_size=BLOCK_SIZE, prefix_reuse=True)
-    for _ in range(2):
-        with first_forward(model) as tokens:
-            actual = [generate(model, batch) for batch in batches()]
-        assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+    if autocast:  # which rounds what the unpatched model attends with
+        patch_model(model, block_size=BLOCK_SIZE)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = [generate(model, batch) for batch in batches()]
+        patch_model(model, block_size=BLOCK_SIZE, prefix_reuse=True)
+        for _ in range(2):
+            with first_forward(model) as tokens:
+                actual = [generate(model, batch) for batch in batches()]
+            assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
     real = [int(batch["attention_mask"].sum()) for batch in batches()]
     assert tokens[0] < real[0] - 50
     assert tokens[NEW_TOKENS] < real[1] - 50
@@ -185,3 +189,12 @@ def test_adapters_are_told_apart() -> None:
         salts.append(cache_salt(model))
     assert len(set(salts)) == len(salts)
     assert cache_salt(model) == salts[-1]
+
+
+def test_precisions_are_told_apart() -> None:
+    model = make_model("llama")
+    salts = {cache_salt(model)}
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            salts.add(cache_salt(model))
+    assert len(salts) == 3

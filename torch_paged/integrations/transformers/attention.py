@@ -66,7 +66,7 @@ def attention_forward(
         kwargs: what else the model passes. The window is the cache layer's; another one is refused.
 
     Returns:
-        ``(B, Q, H, DV)`` in the query's dtype, zeros in padding rows, and None for the weights.
+        ``(B, Q, H, DV)`` in the query's dtype, zeros in rows that see no token, and None for the weights.
 
     Raises:
         NotImplementedError: an option that the paged way does not have.

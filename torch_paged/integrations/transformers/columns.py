@@ -81,10 +81,13 @@ def padded_before_all_tokens(lengths: list[int], real: list[list[bool]]) -> bool
 
 
 def query_positions(lengths: list[int], real: list[list[bool]]) -> list[int]:
-    """Return the position of each new column's token, -1 at padding."""
+    """Return the position of each new column's token; padding stands at the token before it, -1 where there is none.
+
+    Its key is not kept, but where a prompt ends with padding its logits are the first that are read.
+    """
     positions = []
     for length, row in zip(lengths, real, strict=True):
         for is_real in row:
-            positions.append(length if is_real else -1)
             length += is_real
+            positions.append(length - 1)
     return positions

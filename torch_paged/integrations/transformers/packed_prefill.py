@@ -45,8 +45,7 @@ class PrefixPool:
 
     def new_cache(self, model: Any, max_cache_length: int) -> PagedCache:
         """Return an empty cache on these blocks."""
-        autocast = torch.is_autocast_enabled(model.device.type) and torch.get_autocast_dtype(model.device.type)
-        kind = (model.device, model.dtype, autocast)
+        kind = (model.device, model.dtype, _autocast_dtype(model))
         if kind != self._kind:
             self._kind = kind
             self._empty = PagedCache(model.config, device=model.device, prefix_reuse=True, **self._options)
@@ -111,7 +110,7 @@ def uninstall(model: Any) -> None:
 
 def cache_salt(model: Any) -> bytes:
     """Return what besides the ids decides a token's keys: the weights as they are now, and the adapters in use."""
-    state: list[Any] = [torch.is_autocast_enabled(model.device.type)]
+    state: list[Any] = [_autocast_dtype(model)]
     samples: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         state.append((tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version))
@@ -125,6 +124,11 @@ def cache_salt(model: Any) -> bytes:
     for alike in samples.values():
         digest.update(torch.cat(alike).view(torch.uint8).cpu().numpy().tobytes())
     return digest.digest()
+
+
+def _autocast_dtype(model: Any) -> torch.dtype | None:
+    device = model.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
