@@ -175,3 +175,63 @@ def test_a_cache_of_the_config_before_patching_is_refused() -> None:
     patch_model(model)
     with pytest.raises(ValueError, match=r"got 'eager'; call patch_model\(model\), and make the cache of model.config"):
         model(ragged_batch()["input_ids"], past_key_values=PagedCache(config))
+
+
+def counted(model: Any, name: str) -> list[str]:
+    """Give a model a method of its own, and return what it will add its calls to."""
+    calls: list[str] = []
+    method = getattr(model, name)
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return method(*args, **kwargs)
+
+    setattr(model, name, own)
+    return calls
+
+
+@needs_prefill
+@pytest.mark.parametrize("name", ["generate", "_prefill", "prepare_inputs_for_generation"])
+def test_a_method_of_the_users_own_is_called(name: str) -> None:
+    model = make_model("llama")
+    expected = generate(model).sequences
+    calls = counted(model, name)
+    own = vars(model)[name]
+    patch_model(model, block_size=BLOCK_SIZE, prefix_reuse=name == "generate")
+    for _ in range(2):
+        before = len(calls)
+        assert torch.equal(generate(model).sequences, expected)
+        assert len(calls) - before == (8 if name == "prepare_inputs_for_generation" else 1)
+    assert vars(unpatch_model(model))[name] is own
+    assert not any("torch_paged" in attribute for attribute in vars(model))
+
+
+@needs_prefill
+@pytest.mark.parametrize("name", ["generate", "_prefill", "prepare_inputs_for_generation"])
+def test_a_method_that_a_patched_model_is_given_is_called_and_stays(name: str) -> None:
+    model = make_model("llama")
+    expected = generate(model).sequences
+    patch_model(model, block_size=BLOCK_SIZE)
+    vars(model).pop(name, None)
+    calls = counted(model, name)
+    own = vars(model)[name]
+    assert torch.equal(generate(model).sequences, expected)
+    assert calls
+    assert vars(unpatch_model(model))[name] is own
+
+
+@needs_prefill
+@pytest.mark.parametrize("name", ["_prefill", "prepare_inputs_for_generation"])
+def test_prefixes_are_not_kept_where_the_prefill_is_the_users(name: str) -> None:
+    model = make_model("llama")
+    counted(model, name)
+    with pytest.raises(NotImplementedError, match=f"prefix_reuse is not supported: .* has a {name} of its own"):
+        patch_model(model, prefix_reuse=True)
+
+
+def test_a_cache_of_the_users_own_making_is_refused() -> None:
+    model = make_model("llama")
+    counted(model, "_prepare_cache_for_generation")
+    with pytest.raises(NotImplementedError, match="has a _prepare_cache_for_generation of its own; delete it"):
+        patch_model(model)
+    assert patch_report(model) is None

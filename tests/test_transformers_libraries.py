@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import as_reference, make_model, ragged_batch
+from tiny_models import as_reference, make_model, positions, ragged_batch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
@@ -42,6 +42,38 @@ def test_lora(family: str) -> None:
     config = peft.LoraConfig(r=4, target_modules=layers, init_lora_weights=False, task_type="CAUSAL_LM")
     torch.manual_seed(0)
     assert_patching_changes_no_token(peft.get_peft_model(make_model(family), config).eval())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_torch_compile_returns(family: str) -> None:
+    assert_patching_changes_no_token(torch.compile(make_model(family), backend="eager"))
+
+
+def test_lora_under_torch_compile() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed: make test-transformers has it")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make_model("llama"), config).eval()
+    assert_patching_changes_no_token(torch.compile(model, backend="eager"))
+    patch_model(model)
+    inner = model.get_base_model()
+    assert model.config is inner.config
+
+
+def test_a_patched_model_under_torch_compile_decodes_by_hand() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model: Any = torch.compile(make_model("llama"), backend="eager", fullgraph=True)
+    expected = generate(model).sequences[1:2]
+    inner = model._orig_mod
+    assert patch_model(model) is model
+    cache = PagedCache(model.config, max_cache_length=64)
+    with torch.no_grad():
+        tokens = [inner(ragged_batch()["input_ids"][1:2], past_key_values=cache).logits[:, -1:].argmax(-1)]
+        for _ in range(15):
+            cache.prepare(1, 1)
+            tokens.append(model(tokens[-1], past_key_values=cache, **positions(cache)).logits.argmax(-1))
+    assert torch.equal(torch.cat(tokens, 1), expected[:, -16:])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 
 
 def test_lora_is_trained_through_a_patched_model() -> None:

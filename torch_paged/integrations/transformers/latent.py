@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torch_paged.integrations.transformers.bind import call_bound
 from torch_paged.integrations.transformers.handle import HANDLE_ATTRIBUTE, LOST_HANDLE
 from torch_paged.integrations.transformers.versions import PreTrainedConfig
 
@@ -33,9 +34,9 @@ def check_not_expanded(config: PreTrainedConfig) -> None:
 
 
 def keep_handle(module: Any, compressed: Tensor, rotated: Tensor) -> Any:
-    """Do as ``expand_kv`` of the module's class, but leave the handle of a latent cache as it is."""
+    """Do as the module's own ``expand_kv``, but leave the handle of a latent cache as it is."""
     if hasattr(compressed, HANDLE_ATTRIBUTE):
         return compressed, rotated
     if compressed.ndim != 4:
         raise RuntimeError(LOST_HANDLE.format(type(module).__name__))
-    return type(module).expand_kv(module, compressed, rotated)
+    return call_bound(module, "expand_kv", compressed, rotated)

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from transformers import GenerationMixin
 
-from torch_paged.integrations.transformers.bind import bind
+from torch_paged.integrations.transformers.bind import bind, call_bound, unbind
 from torch_paged.integrations.transformers.layer_plan import PatchReport
 from torch_paged.integrations.transformers.paged_cache import PagedCache
 from torch_paged.integrations.transformers.rope import most_packed_tokens, most_tokens_in_row
 
 _POOL = "_torch_paged_prefix_pool"
-_INSTALLED = ("_prefill", "generate", _POOL)
+_INPUTS = "prepare_inputs_for_generation"
 _SAMPLES = 16  # values of a weight that are looked at: changes through .data leave its version as it was
 _TEXT_ONLY = frozenset(
     {"attention_mask", "position_ids", "cache_position", "past_key_values", "use_cache", "logits_to_keep"}
@@ -72,6 +73,10 @@ def why_padded(model: Any, report: PatchReport) -> str:
     name = type(model).__name__
     if not hasattr(type(model), "_prefill"):
         return f"the prefill of transformers {transformers.__version__} is a part of its loops"
+    if type(model)._prefill is not GenerationMixin._prefill or "_prefill" in vars(model):
+        return f"{name} has a _prefill of its own"
+    if _INPUTS in vars(model):
+        return f"{name} has a {_INPUTS} of its own"
     if model.config.is_encoder_decoder:
         return f"{name} is an encoder-decoder"
     if model.config.get_text_config(decoder=True) is not model.config:
@@ -104,8 +109,9 @@ def prefix_pool(model: Any) -> PrefixPool | None:
 
 def uninstall(model: Any) -> None:
     """Take back what ``install`` did."""
-    for name in _INSTALLED:
-        vars(model).pop(name, None)
+    unbind(_prefill, model, "_prefill")
+    unbind(_generate, model, "generate")
+    vars(model).pop(_POOL, None)
 
 
 def cache_salt(model: Any) -> bytes:
@@ -133,7 +139,7 @@ def _autocast_dtype(model: Any) -> torch.dtype | None:
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     with getattr(model, _POOL).call() as returned:
-        result = type(model).generate(model, *args, **kwargs)
+        result = call_bound(model, "generate", *args, **kwargs)
         returned.append(getattr(result, "past_key_values", None))
     return result
 
@@ -141,9 +147,9 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
 def _prefill(
     model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
-    mask = _mask_to_pack(input_ids, generation_config, model_kwargs)
+    mask = None if _INPUTS in vars(model) else _mask_to_pack(input_ids, generation_config, model_kwargs)
     if mask is None:
-        return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        return call_bound(model, "_prefill", input_ids, generation_config, model_kwargs, *args, **kwargs)
     return _run_packed(model, input_ids, mask, model_kwargs)
 
 

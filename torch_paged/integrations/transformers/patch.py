@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from torch_paged import dispatch
 from torch_paged.integrations.transformers import packed_prefill
 from torch_paged.integrations.transformers.attention import ATTENTION_NAME
-from torch_paged.integrations.transformers.bind import bind
+from torch_paged.integrations.transformers.bind import bind, unbind
 from torch_paged.integrations.transformers.latent import LATENT_ATTENTION_NAME, keep_handle
 from torch_paged.integrations.transformers.layer_plan import PatchReport, Reach, Way, plan_layers
 from torch_paged.integrations.transformers.own_config import take_own_config
@@ -55,7 +55,7 @@ def patch_model(
 
     Args:
         model: a model that can generate: decoder-only, encoder-decoder (its self-attention) or vision-language; or the
-            adapter of peft around one.
+            adapter of peft around one, or what ``torch.compile`` made of it.
         block_size: tokens in a block of the cache.
         dtype: of a quantised cache, as in ``PagedCache``. None: the dtype of the keys.
         gather: True to gather in any case, for a model that changes keys after it cached them.
@@ -103,6 +103,10 @@ def _patch(model: Any, holder: nn.Module, options: dict[str, Any], gather: bool,
     PagedCache(config, **options)  # raises where an option is wrong
     before: _Patch | None = getattr(model, _PATCH, None)
     _unpatch(model)
+    if _PREPARE in vars(model):
+        raise NotImplementedError(
+            f"patch_model: this {name} has a {_PREPARE} of its own; delete it or use it unpatched"
+        )
     reason = "gather=True asks for it" if gather else _why_gathered(model, config)
     windows = any(isinstance(layer, Reach) and layer.window is not None for layer in planned)
     if reason and windows and draws_its_own_mask(model):
@@ -154,9 +158,9 @@ def _unpatch(model: Any) -> None:
     if patch.implementations is not None:
         model.set_attn_implementation(patch.implementations)  # type: ignore[operator]
     for module in patch.expanding:
-        del module.expand_kv
+        unbind(keep_handle, module, "expand_kv")
     delattr(model, _PATCH)
-    vars(model).pop(_PREPARE, None)
+    unbind(_prepare_cache, model, _PREPARE)
     packed_prefill.uninstall(model)
     if hasattr(model, "_compiled_call"):
         del model._compiled_call
@@ -169,8 +173,11 @@ def patch_report(model: nn.Module) -> PatchReport | None:
 
 
 def _inside(model: nn.Module) -> Any:
-    """Return the model that an adapter of peft wraps, else the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    """Return the model inside of what ``torch.compile`` and adapters of peft put around it, else the model itself."""
+    inside = getattr(model, "_orig_mod", None)
+    if inside is None and hasattr(model, "get_base_model"):
+        inside = model.get_base_model()  # type: ignore[operator]
+    return model if inside is None else _inside(inside)
 
 
 def _why_gathered(model: Any, config: PreTrainedConfig) -> str:
