@@ -8,7 +8,15 @@ import pytest
 import torch
 from tiny_models import COMMON, FAMILIES, GATHERED, PLAIN, VOCAB_SIZE, make_model
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from torch_paged.integrations.transformers import (
     ATTENTION_NAME,
@@ -180,6 +188,43 @@ def test_sampling_is_that_of_generate_with_the_same_seed(llama: Any) -> None:
     crowded = sampled(llama, block_size=BLOCK_SIZE, num_blocks=17)
     assert any(output.preemptions for output in crowded)
     assert [output.generated_tokens for output in crowded] == expected
+
+
+def test_requests_with_the_same_settings_are_sampled_together(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def count(self: Any, ids: Tensor, scores: Tensor) -> Tensor:
+        rows.append(len(scores))
+        return apply(self, ids, scores)
+
+    rows: list[int] = []
+    apply = TopPLogitsWarper.__call__
+    monkeypatch.setattr(TopPLogitsWarper, "__call__", count)
+    settings: dict[str, Any] = {"do_sample": True, "top_k": 20, "top_p": 0.8, "max_new_tokens": NEW_TOKENS}
+    requests = [GenerationRequest(prompt, seed=seed) for seed, prompt in enumerate(prompts())]
+    requests[3].generation_config = GenerationConfig(**{**settings, "top_p": 0.7})
+    requests[5].generation_config = GenerationConfig(**settings, repetition_penalty=1.1)
+    for number in (1, 2):
+        requests[number].logits_processor = LogitsProcessorList([TopPLogitsWarper(0.9)])
+    together = run(llama, requests, **settings)
+    assert rows == NEW_TOKENS * [4, 2, 2, 1, 1]
+    for number, request in enumerate(requests):
+        assert run(llama, [request], **settings)[0].generated_tokens == together[number].generated_tokens
+    assert set(rows[5 * NEW_TOKENS :]) == {1}
+
+
+def test_settings_may_change_while_requests_run(llama: Any) -> None:
+    def cool(*_: Any) -> Tensor:
+        temperature.temperature = 0.01
+        return torch.zeros(1, dtype=torch.bool)
+
+    temperature = TemperatureLogitsWarper(1.5)
+    processors = LogitsProcessorList([temperature])
+    requests = [GenerationRequest(prompt, seed=seed) for seed, prompt in enumerate(prompts()[:2])]
+    requests[0].logits_processor, requests[0].stopping_criteria = processors, StoppingCriteriaList([cool])
+    requests[1].logits_processor = LogitsProcessorList([TemperatureLogitsWarper(1.5)])
+    together = run(llama, requests, do_sample=True)
+    temperature.temperature = 1.5
+    for request, output in zip(requests, together, strict=True):
+        assert run(llama, [request], do_sample=True)[0].generated_tokens == output.generated_tokens
 
 
 def test_seeds_are_drawn_from_torch_where_none_is_given(llama: Any) -> None:

@@ -14,7 +14,7 @@ from torch_paged.integrations.transformers.packed_prefill import cache_salt, tak
 from torch_paged.integrations.transformers.patch import patch_report
 from torch_paged.integrations.transformers.request import GenerationOutput, GenerationRequest
 from torch_paged.integrations.transformers.rope import depends_on_others, most_packed_tokens
-from torch_paged.integrations.transformers.sampling import Sampler
+from torch_paged.integrations.transformers.sampling import Sampler, probabilities_of_alike
 
 _FIRST_BLOCKS = 64
 
@@ -326,11 +326,17 @@ class BatchGenerator:
         if not states:
             return []
         best = logits.argmax(-1).tolist()
+        drawn_from = probabilities_of_alike([state.sampler for state in states], logits)
         made: list[NewToken] = []
         for index, state in enumerate(states):
             try:
                 sampler = state.sampler
-                token = best[index] if sampler.is_greedy else sampler.choose(logits[index : index + 1])
+                if sampler.is_greedy:
+                    token = best[index]
+                elif index in drawn_from:
+                    token = sampler.draw(drawn_from[index])
+                else:
+                    token = sampler.choose(logits[index : index + 1])
                 state.tokens.append(token)
                 state.output.generated_tokens.append(token)
                 made.append(NewToken(state.number, token))

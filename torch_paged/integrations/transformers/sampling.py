@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -17,6 +25,15 @@ from transformers.generation.stopping_criteria import (
 
 from torch_paged.integrations.transformers.request import GenerationRequest
 
+_ROWWISE = (
+    EpsilonLogitsWarper,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+"""Processors that look at each row of logits alone and at no ids."""
 _UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -89,18 +106,40 @@ class Sampler:
             self._ids = ids.new_empty(1, self.max_length)
             self._ids[:, :num_prompt_tokens] = ids
 
+    @property
+    def settings(self) -> tuple[Any, ...] | None:
+        """What is done to a row of logits before a token is drawn; None where that needs more than the row."""
+        if self._generator is None or any(type(processor) not in _ROWWISE for processor in self._processors):
+            return None
+        return tuple((type(processor), *sorted(vars(processor).items())) for processor in self._processors)
+
     def choose(self, logits: Tensor) -> int:
         """Return the next token.
 
         Args:
             logits: (1, V) of the last token.
         """
+        if self._generator is None:
+            return int(self._scores(logits).argmax(-1))
+        return self.draw(self.probabilities(logits))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return what a request that samples draws from.
+
+        Args:
+            logits: (n, V), of this request and of others with the same ``settings``.
+        """
+        return self._scores(logits).softmax(-1)
+
+    def draw(self, probabilities: Tensor) -> int:
+        """Return a token drawn from (1, V) probabilities with the request's own random numbers."""
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+    def _scores(self, logits: Tensor) -> Tensor:
         scores = logits.to(torch.float32, copy=True)
         if self._ids is not None:
             scores = self._processors(self._ids[:, : self._length], scores)
-        if self._generator is None:
-            return int(scores.argmax(-1))
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+        return scores
 
     def is_done(self, token: int) -> bool:
         """Take note of the new token and say whether it is the last one."""
@@ -113,6 +152,21 @@ class Sampler:
             return False
         ids = self._ids[:, : self._length]
         return any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in self._criteria)
+
+
+def probabilities_of_alike(samplers: Sequence[Sampler], logits: Tensor) -> dict[int, Tensor]:
+    """Return the (1, V) probabilities of the rows of (n, V) logits that share their ``settings`` with another row."""
+    alike: dict[Any, list[int]] = {}
+    for row, sampler in enumerate(samplers):
+        settings = sampler.settings
+        if settings is not None:
+            alike.setdefault(settings, []).append(row)
+    return {
+        row: probabilities
+        for rows in alike.values()
+        if len(rows) > 1
+        for row, probabilities in zip(rows, samplers[rows[0]].probabilities(logits[rows]).split(1), strict=True)
+    }
 
 
 def _prepared_config(
