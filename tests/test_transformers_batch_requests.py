@@ -15,6 +15,7 @@ from torch_paged.integrations.transformers import (
     BatchGenerator,
     GenerationOutput,
     GenerationRequest,
+    NewToken,
     generate_batch,
     patch_model,
 )
@@ -61,6 +62,7 @@ def blocks_in_use(batch: BatchGenerator) -> int:
 FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "empty": ([], ValueError, "a prompt must have at least 1 token, got none"),
     "vocabulary": ([5, VOCAB_SIZE], ValueError, r"token ids must be ints in \[0, 255\], got 256 at index 1"),
+    "bool": ([True, False], ValueError, "token ids must be ints"),
     "no int": ([5, 6.5], ValueError, "token ids must be ints"),
     "too long": ([5] * 200, ValueError, "must fit into the cache of 40 blocks of 4 tokens, got 200 tokens"),
     "grows too long": (
@@ -77,6 +79,13 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
         GenerationRequest([5, 6], logits_processor=LogitsProcessorList([fail])),
         ArithmeticError,
         "a fault of the user's",
+    ),
+    "too many scores": (
+        GenerationRequest(
+            [5, 6], logits_processor=LogitsProcessorList([lambda ids, scores: torch.cat([scores, scores + 1], 1)])
+        ),
+        ValueError,
+        r"a chosen token must be an id in \[0, 255\], got",
     ),
     "criterion": (
         GenerationRequest([5, 6], stopping_criteria=StoppingCriteriaList([fail])),
@@ -219,11 +228,31 @@ def test_an_interrupt_loses_no_token(llama: Any, expected: list[list[int]]) -> N
     for number, prompt in enumerate(prompts()):
         processors = LogitsProcessorList([interrupt]) if number == 2 else None
         batch.add_request(GenerationRequest(prompt, logits_processor=processors), **SETTINGS)
+    read: list[NewToken] = []
     with pytest.raises(KeyboardInterrupt):
-        list(batch)
-    list(batch)
+        for _ in range(NEW_TOKENS):
+            read += batch.step()
+    read += batch
+    for number, tokens in enumerate(expected):
+        assert [token.token_id for token in read if token.request == number] == tokens
     assert [batch.outputs[number].generated_tokens for number in range(8)] == expected
     assert blocks_in_use(batch) == 0
+
+
+def test_who_stops_reading_loses_no_token(llama: Any, expected: list[list[int]]) -> None:
+    batch = BatchGenerator(llama, block_size=BLOCK_SIZE)
+    for prompt in prompts():
+        batch.add_request(prompt, **SETTINGS)
+    seen: dict[int, list[int]] = {number: [] for number in range(8)}
+    for stop in (3, 5, 20):
+        for count, (number, token_id) in enumerate(batch, 1):
+            seen[number].append(token_id)
+            if count == stop:
+                break
+    while batch.has_unfinished:
+        for number, token_id in batch.step():
+            seen[number].append(token_id)
+    assert list(seen.values()) == expected
 
 
 def test_a_lost_handle_raises(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

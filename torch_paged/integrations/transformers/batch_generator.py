@@ -116,6 +116,7 @@ class BatchGenerator:
         self._tokenizer = tokenizer
         self._waiting: deque[_State] = deque()
         self._running: list[_State] = []  # the oldest first
+        self._made: deque[NewToken] = deque()  # and not handed out yet
         self._supports_logits_to_keep: bool = model._supports_logits_to_keep()
         self._most_tokens = most_packed_tokens(self.cache.config)
         self.max_batch_tokens = min(max_batch_tokens, self._most_tokens or max_batch_tokens)
@@ -166,7 +167,7 @@ class BatchGenerator:
         if not ids:
             raise ValueError("generate_batch: a prompt must have at least 1 token, got none")
         for index, token in enumerate(ids):
-            if not isinstance(token, int) or not 0 <= token < self._vocab_size:
+            if type(token) is not int or not 0 <= token < self._vocab_size:
                 raise ValueError(
                     f"generate_batch: token ids must be ints in [0, {self._vocab_size - 1}], "
                     f"got {token!r} at index {index}"
@@ -197,29 +198,40 @@ class BatchGenerator:
 
     def __iter__(self) -> Iterator[NewToken]:
         """Run until every request has ended; yield each token as soon as it is known."""
-        while self.has_unfinished:
-            yield from self.step()
+        while self._made or self.has_unfinished:
+            if not self._made:
+                self._step()
+            while self._made:
+                yield self._made.popleft()
 
-    @torch.no_grad()
     def step(self) -> list[NewToken]:
         """Run the model once and return the tokens that it made: none while only prompts are read.
+
+        Tokens that an interrupted step or iteration has made and not handed out come first.
 
         Raises:
             Exception: what the model raised. The step is undone: it can be run again.
         """
+        self._step()
+        made = list(self._made)
+        self._made.clear()
+        return made
+
+    @torch.no_grad()
+    def _step(self) -> None:
         self._drop_cancelled()
         row: list[tuple[_State, int]] = []
         try:
             self._schedule(row)
             if not row:
-                return []
+                return
             logits = self._forward(row)
         except BaseException:
             self.cache.roll_back([(state.sequence, count) for state, count in row])
             raise
         for state, _ in row:
             state.published_tokens = state.sequence.length
-        return self._accept([state for state, _ in row if not state.pending], logits)
+        self._accept([state for state, _ in row if not state.pending], logits)
 
     def _drop_cancelled(self) -> None:
         for state in [*self._running, *self._waiting]:
@@ -322,12 +334,11 @@ class BatchGenerator:
         self.cache.finish()
         return out.logits[0] if keep else out.logits[0, kept]
 
-    def _accept(self, states: list[_State], logits: Tensor) -> list[NewToken]:
+    def _accept(self, states: list[_State], logits: Tensor) -> None:
         if not states:
-            return []
+            return
         best = logits.argmax(-1).tolist()
         drawn_from = probabilities_of_alike([state.sampler for state in states], logits)
-        made: list[NewToken] = []
         for index, state in enumerate(states):
             try:
                 sampler = state.sampler
@@ -337,9 +348,13 @@ class BatchGenerator:
                     token = sampler.draw(drawn_from[index])
                 else:
                     token = sampler.choose(logits[index : index + 1])
+                if not 0 <= token < self._vocab_size:
+                    raise ValueError(
+                        f"generate_batch: a chosen token must be an id in [0, {self._vocab_size - 1}], got {token}"
+                    )
                 state.tokens.append(token)
                 state.output.generated_tokens.append(token)
-                made.append(NewToken(state.number, token))
+                self._made.append(NewToken(state.number, token))
                 if state.request.streamer is not None:
                     state.request.streamer.put(torch.tensor([token]))
                 is_done, error = sampler.is_done(token), None
@@ -353,7 +368,6 @@ class BatchGenerator:
             if is_done:
                 self._running.remove(state)
                 self._finish(state, error)
-        return made
 
     def _finish(self, state: _State, error: Exception | None) -> None:
         self.cache.free(state.sequence)
