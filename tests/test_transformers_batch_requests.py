@@ -216,6 +216,11 @@ def test_a_step_that_fails_can_be_run_again(
     assert [batch.outputs[number].generated_tokens for number in range(8)] == expected
 
 
+def read_steps(batch: BatchGenerator, read: list[NewToken]) -> None:
+    while batch.has_unfinished:
+        read += batch.step()
+
+
 def test_an_interrupt_loses_no_token(llama: Any, expected: list[list[int]]) -> None:
     def interrupt(ids: Tensor, scores: Tensor) -> Tensor:
         if ids.shape[1] == len(prompts()[2]) + 3 and not interrupted:
@@ -230,12 +235,33 @@ def test_an_interrupt_loses_no_token(llama: Any, expected: list[list[int]]) -> N
         batch.add_request(GenerationRequest(prompt, logits_processor=processors), **SETTINGS)
     read: list[NewToken] = []
     with pytest.raises(KeyboardInterrupt):
-        for _ in range(NEW_TOKENS):
-            read += batch.step()
-    read += batch
+        read_steps(batch, read)
+    read_steps(batch, read)
     for number, tokens in enumerate(expected):
         assert [token.token_id for token in read if token.request == number] == tokens
     assert [batch.outputs[number].generated_tokens for number in range(8)] == expected
+    assert blocks_in_use(batch) == 0
+
+
+@pytest.mark.parametrize("tokens", [3, NEW_TOKENS])
+def test_an_interrupt_of_a_streamer_loses_no_token(llama: Any, expected: list[list[int]], tokens: int) -> None:
+    def interrupt() -> None:
+        if len(streamer.values) == tokens + 1:
+            raise KeyboardInterrupt
+
+    streamer = Recorder(tokens=tokens, then=interrupt)
+    batch = BatchGenerator(llama, block_size=BLOCK_SIZE)
+    for number, prompt in enumerate(prompts()):
+        batch.add_request(GenerationRequest(prompt, streamer=streamer if number == 7 else None), **SETTINGS)
+    read: list[NewToken] = []
+    with pytest.raises(KeyboardInterrupt):
+        read_steps(batch, read)
+    read_steps(batch, read)
+    for number, wanted in enumerate(expected):
+        assert [token.token_id for token in read if token.request == number] == wanted
+        assert batch.outputs[number].generated_tokens == wanted
+    assert streamer.values[1:] == [[token] for token in expected[7]]
+    assert streamer.ended == 1
     assert blocks_in_use(batch) == 0
 
 

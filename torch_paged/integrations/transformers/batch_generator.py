@@ -183,8 +183,8 @@ class BatchGenerator:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether requests wait or run."""
-        return bool(self._waiting or self._running)
+        """Whether requests wait or run, or a token that they made was not handed out."""
+        return bool(self._waiting or self._running or self._made)
 
     @property
     def num_waiting(self) -> int:
@@ -198,7 +198,7 @@ class BatchGenerator:
 
     def __iter__(self) -> Iterator[NewToken]:
         """Run until every request has ended; yield each token as soon as it is known."""
-        while self._made or self.has_unfinished:
+        while self.has_unfinished:
             if not self._made:
                 self._step()
             while self._made:
@@ -340,6 +340,7 @@ class BatchGenerator:
         best = logits.argmax(-1).tolist()
         drawn_from = probabilities_of_alike([state.sampler for state in states], logits)
         for index, state in enumerate(states):
+            is_done, error = False, None
             try:
                 sampler = state.sampler
                 if sampler.is_greedy:
@@ -355,15 +356,20 @@ class BatchGenerator:
                 state.tokens.append(token)
                 state.output.generated_tokens.append(token)
                 self._made.append(NewToken(state.number, token))
-                if state.request.streamer is not None:
-                    state.request.streamer.put(torch.tensor([token]))
-                is_done, error = sampler.is_done(token), None
+                try:
+                    if state.request.streamer is not None:
+                        state.request.streamer.put(torch.tensor([token]))
+                finally:
+                    is_done = sampler.is_done(token)
                 if not is_done and self._most_tokens is not None and len(state.tokens) > self._most_tokens:
                     raise depends_on_others(len(state.tokens), self._most_tokens)
             except Exception as raised:
                 is_done, error = True, raised
             except BaseException:  # an interrupt: the tokens that were not chosen are computed again
                 self.cache.roll_back([(late.sequence, 1) for late in states[index:] if not late.pending])
+                if is_done:
+                    self._running.remove(state)
+                    self._finish(state, None)
                 raise
             if is_done:
                 self._running.remove(state)
