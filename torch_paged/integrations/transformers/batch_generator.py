@@ -1,6 +1,5 @@
 """Many ragged requests at once: every step is one forward over packed tokens, some of each running request."""
 
-import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -9,12 +8,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from torch_paged.integrations.transformers.packed_cache import CachedSequence, PackedCache
-from torch_paged.integrations.transformers.packed_prefill import cache_salt, takes_positions
+from torch_paged.integrations.transformers.packed_cache import PackedCache
+from torch_paged.integrations.transformers.packed_prefill import takes_positions
 from torch_paged.integrations.transformers.patch import patch_report
 from torch_paged.integrations.transformers.request import GenerationOutput, GenerationRequest
 from torch_paged.integrations.transformers.rope import depends_on_others, most_packed_tokens
 from torch_paged.integrations.transformers.sampling import Sampler, probabilities_of_alike
+from torch_paged.integrations.transformers.scheduler import QueuedRequest, Scheduler, end_request
 
 _FIRST_BLOCKS = 64
 
@@ -24,24 +24,6 @@ class NewToken(NamedTuple):
 
     request: int
     token_id: int
-
-
-class _State:
-    """A request on its way: all its tokens, and how many of them are in the cache."""
-
-    def __init__(self, number: int, request: GenerationRequest, output: GenerationOutput, sampler: Sampler) -> None:
-        self.number = number
-        self.request = request
-        self.output = output
-        self.sampler = sampler
-        self.tokens = list(output.prompt_ids)
-        self.sequence = CachedSequence((), 0)
-        self.published_tokens = 0
-
-    @property
-    def pending(self) -> int:
-        """Tokens that are not in the cache yet: 1 for a request that decodes."""
-        return len(self.tokens) - self.sequence.length
 
 
 class BatchGenerator:
@@ -94,7 +76,6 @@ class BatchGenerator:
             if size < 1:
                 raise ValueError(f"BatchGenerator: {name} must be >= 1, got {size}")
         self.model = model
-        self.max_requests_per_batch = max_requests_per_batch
         self.outputs: dict[int, GenerationOutput] = {}
         self.cache = PackedCache(
             model.config,
@@ -114,12 +95,16 @@ class BatchGenerator:
         self.cache.check_implementation()
         self._grows = num_blocks is None
         self._tokenizer = tokenizer
-        self._waiting: deque[_State] = deque()
-        self._running: list[_State] = []  # the oldest first
         self._made: deque[NewToken] = deque()  # and not handed out yet
         self._supports_logits_to_keep: bool = model._supports_logits_to_keep()
         self._most_tokens = most_packed_tokens(self.cache.config)
-        self.max_batch_tokens = min(max_batch_tokens, self._most_tokens or max_batch_tokens)
+        self._scheduler = Scheduler(
+            model,
+            self.cache,
+            grows=self._grows,
+            max_batch_tokens=min(max_batch_tokens, self._most_tokens or max_batch_tokens),
+            max_requests_per_batch=max_requests_per_batch,
+        )
         self._vocab_size: int = model.get_input_embeddings().num_embeddings
 
     def add_request(
@@ -157,9 +142,9 @@ class BatchGenerator:
             if request.streamer is not None:
                 request.streamer.put(torch.tensor([output.prompt_ids]))
         except Exception as error:
-            _end(request, output, error)
+            end_request(request, output, error)
         else:
-            self._waiting.append(_State(number, request, output, sampler))
+            self._scheduler.waiting.append(QueuedRequest(number, request, output, sampler))
         return number
 
     def _prompt_ids(self, request: GenerationRequest) -> list[int]:
@@ -184,17 +169,17 @@ class BatchGenerator:
     @property
     def has_unfinished(self) -> bool:
         """Whether requests wait or run, or a token that they made was not handed out."""
-        return bool(self._waiting or self._running or self._made)
+        return bool(self._scheduler.waiting or self._scheduler.running or self._made)
 
     @property
     def num_waiting(self) -> int:
         """Requests that wait for a place."""
-        return len(self._waiting)
+        return len(self._scheduler.waiting)
 
     @property
     def num_running(self) -> int:
         """Requests that have a place."""
-        return len(self._running)
+        return len(self._scheduler.running)
 
     def __iter__(self) -> Iterator[NewToken]:
         """Run until every request has ended; yield each token as soon as it is known."""
@@ -219,10 +204,10 @@ class BatchGenerator:
 
     @torch.no_grad()
     def _step(self) -> None:
-        self._drop_cancelled()
-        row: list[tuple[_State, int]] = []
+        self._scheduler.drop_cancelled()
+        row: list[tuple[QueuedRequest, int]] = []
         try:
-            self._schedule(row)
+            self._scheduler.schedule(row)
             if not row:
                 return
             logits = self._forward(row)
@@ -233,85 +218,7 @@ class BatchGenerator:
             state.published_tokens = state.sequence.length
         self._accept([state for state, _ in row if not state.pending], logits)
 
-    def _drop_cancelled(self) -> None:
-        for state in [*self._running, *self._waiting]:
-            if state.request.is_cancelled:
-                state.output.is_cancelled = True
-                if state in self._running:
-                    self._running.remove(state)
-                    self.cache.free(state.sequence)
-                else:
-                    self._waiting.remove(state)
-                _end(state.request, state.output)
-
-    def _schedule(self, row: list[tuple[_State, int]]) -> None:
-        """Choose how many tokens each request puts into this step, the oldest first, and give them slots."""
-        budget = self.max_batch_tokens
-        for state in list(self._running):
-            if budget and state in self._running:
-                budget -= self._place(state, budget, row)
-        if not self._waiting or not budget or len(self._running) == self.max_requests_per_batch:
-            return
-        salt = cache_salt(self.model) if self.cache.prefix_reuse else b""
-        for state in list(self._waiting):
-            if not budget or len(self._running) == self.max_requests_per_batch:
-                return
-            sequence = self.cache.add(state.tokens, salt=salt)
-            if self._is_being_computed(state, sequence):
-                self.cache.free(sequence)
-                continue
-            if self._running and not self._fits(state, sequence):
-                self.cache.free(sequence)
-                return
-            if not state.output.generated_tokens:
-                state.output.reused_tokens = sequence.length
-            state.sequence, state.published_tokens = sequence, sequence.length
-            self._waiting.remove(state)
-            self._running.append(state)
-            budget -= self._place(state, budget, row)
-
-    def _is_being_computed(self, state: _State, sequence: CachedSequence) -> bool:
-        """Say whether a running request will soon publish the block that this one would have to compute next."""
-        stop = sequence.length + self.cache.block_size
-        if not self.cache.prefix_reuse or stop >= len(state.tokens):
-            return False
-        wanted = state.tokens[:stop]
-        return any(other.published_tokens < stop and other.tokens[:stop] == wanted for other in self._running)
-
-    def _fits(self, state: _State, sequence: CachedSequence) -> bool:
-        """Say whether the request can start beside those that run, each of which may soon want another block."""
-        if self._grows:
-            return True
-        spare = sum(other.pending + self.cache.block_size for other in self._running)
-        return self.cache.fits(sequence, len(state.tokens) - sequence.length, self.max_batch_tokens, spare)
-
-    def _place(self, state: _State, budget: int, row: list[tuple[_State, int]]) -> int:
-        """Give slots to as many of a request's tokens as this step takes, and return their number."""
-        begin, count = state.sequence.length, min(state.pending, budget)
-        while not self.cache.append(state.sequence, state.tokens[begin : begin + count]):
-            newest = self._running[-1]
-            if self._grows:
-                self.cache.grow(2 * self.cache.num_blocks)
-            elif newest is not state:
-                self._preempt(newest)
-            elif len(self._running) > 1:
-                return 0  # the older ones go on, and end
-            elif count > 1:
-                count //= 2
-            else:
-                self._running.remove(state)
-                self._finish(state, _cache_is_full(self.cache, len(state.tokens)))
-                return 0
-        row.append((state, count))
-        return count
-
-    def _preempt(self, state: _State) -> None:
-        self._running.remove(state)
-        self.cache.free(state.sequence)
-        state.output.preemptions += 1
-        self._waiting.appendleft(state)
-
-    def _forward(self, row: list[tuple[_State, int]]) -> Tensor:
+    def _forward(self, row: list[tuple[QueuedRequest, int]]) -> Tensor:
         """Run the model on the packed tokens and return the logits of the requests that get a token, (n, V)."""
         ids: list[int] = []
         last_rows: list[int] = []
@@ -334,7 +241,7 @@ class BatchGenerator:
         self.cache.finish()
         return out.logits[0] if keep else out.logits[0, kept]
 
-    def _accept(self, states: list[_State], logits: Tensor) -> None:
+    def _accept(self, states: list[QueuedRequest], logits: Tensor) -> None:
         if not states:
             return
         best = logits.argmax(-1).tolist()
@@ -368,27 +275,7 @@ class BatchGenerator:
             except BaseException:  # an interrupt: the tokens that were not chosen are computed again
                 self.cache.roll_back([(late.sequence, 1) for late in states[index:] if not late.pending])
                 if is_done:
-                    self._running.remove(state)
-                    self._finish(state, None)
+                    self._scheduler.end(state, None)
                 raise
             if is_done:
-                self._running.remove(state)
-                self._finish(state, error)
-
-    def _finish(self, state: _State, error: Exception | None) -> None:
-        self.cache.free(state.sequence)
-        _end(state.request, state.output, error)
-
-
-def _end(request: GenerationRequest, output: GenerationOutput, error: Exception | None = None) -> None:
-    output.is_finished, output.error = True, error
-    if request.streamer is not None:
-        with contextlib.suppress(Exception):
-            request.streamer.end()
-
-
-def _cache_is_full(cache: PackedCache, num_tokens: int) -> ValueError:
-    return ValueError(
-        f"generate_batch: the cache of {cache.num_blocks} blocks of {cache.block_size} tokens is full "
-        f"after {num_tokens} tokens of this request; make num_blocks larger"
-    )
+                self._scheduler.end(state, error)
