@@ -127,6 +127,22 @@ def test_a_later_mask_may_hide_cached_tokens(family: str, chunk: int) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "bloom"])
+@pytest.mark.parametrize("layout", ["left", "right"])
+def test_a_later_mask_that_brings_padding_back_is_refused(family: str, layout: str) -> None:
+    model = patch_model(make_model(family), block_size=BLOCK_SIZE)
+    cache, batch = PagedCache(model.config, block_size=BLOCK_SIZE), ragged_batch()
+    if layout == "right":
+        batch["attention_mask"] = batch["attention_mask"].flip(1)
+    forward(model, **batch, past_key_values=cache)
+    step, mask = torch.tensor([[7], [8], [9]]), torch.ones(3, PROMPT_COLUMNS + 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="attention_mask must hide what was padding in earlier forwards"):
+        forward(model, step, attention_mask=mask, past_key_values=cache)
+    mask[:, :-1] = batch["attention_mask"]
+    forward(model, step, attention_mask=mask, past_key_values=cache)
+    assert cache.get_seq_length() == PROMPT_COLUMNS + 1
+
+
 def test_the_pool_grows(model: Any) -> None:
     sized = PagedCache(model.config, block_size=BLOCK_SIZE, max_cache_length=80)
     growing = PagedCache(model.config, block_size=BLOCK_SIZE)

@@ -174,7 +174,7 @@ def image_block_mask(ids: Tensor, real: Tensor, window: int | None) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["bool", "additive", "bias"])
 @pytest.mark.parametrize("layout", ["even", "padded", "holes"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "deepseek_v3", "gpt_oss", "llama4"])
 def test_a_mask_of_the_user_is_obeyed(family: str, layout: str, kind: str) -> None:
     model = make_model(family)
     ids, real = ragged_batch()["input_ids"], ragged_batch()["attention_mask"]
@@ -212,18 +212,43 @@ def test_a_mask_of_the_user_is_obeyed(family: str, layout: str, kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive"])
-def test_a_mask_shows_no_key_behind_the_window(kind: str) -> None:
-    model = make_model("mistral")
-    ids = ragged_batch()["input_ids"]
-    seen = torch.ones(3, 1, 1, PROMPT_COLUMNS, dtype=torch.bool)
-    mask = seen if kind == "bool" else torch.zeros(seen.shape)
+@pytest.mark.parametrize("columns", [PROMPT_COLUMNS, PROMPT_COLUMNS - 3])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "llama4"])
+def test_a_mask_shows_no_key_behind_the_window(family: str, columns: int, kind: str) -> None:
+    needs(family)
+    model = make_model(family)
+    real = ragged_batch()["attention_mask"][:, :columns]
+    inputs = {"input_ids": ragged_batch()["input_ids"][:, :columns], "position_ids": (real.cumsum(1) - 1).clamp(min=0)}
+    first, last = ({name: rows[:, part] for name, rows in inputs.items()} for part in (slice(-1), slice(-1, None)))
+    seen = real[:, None, None].bool()
+    mask = seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+    def alone(model: Any) -> Tensor:
+        rows = [ids[kept][None] for ids, kept in zip(inputs["input_ids"], real.bool(), strict=True)]
+        return torch.cat([model(row, use_cache=False).logits[:, -1:] for row in rows])
+
     with torch.no_grad():
-        plain = model(ids, use_cache=False).logits[:, -1:]
+        plain = alone(model)
         cache = PagedCache(patch_model(model).config, block_size=BLOCK_SIZE)
-        model(ids[:, :-1], past_key_values=cache)
-        actual = model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits
-        expected = as_reference(unpatch_model(model))(ids, use_cache=False).logits[:, -1:]
+        model(**first, attention_mask=real[:, :-1], past_key_values=cache)
+        actual = model(**last, attention_mask=mask, past_key_values=cache).logits
+        expected = alone(as_reference(unpatch_model(model)))
     assert_close(actual, expected, plain)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "llama4"])
+def test_a_mask_that_shows_what_gathered_layers_have_forgotten_is_refused(family: str) -> None:
+    needs(family)
+    model = patch_model(make_model(family), block_size=BLOCK_SIZE, gather=True)
+    ids = ragged_batch()["input_ids"]
+    mask = torch.zeros(3, 1, 1, PROMPT_COLUMNS)
+    cache = PagedCache(model.config, block_size=BLOCK_SIZE)
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache)
+        with pytest.raises(ValueError, match=r"attention_mask must hide the keys that gathered layers with (w|c)"):
+            model(ids[:, -1:], attention_mask=mask, past_key_values=cache)
+        mask[..., : -WINDOW_TOKENS if family != "llama4" else -1] = torch.finfo(torch.float32).min
+        model(ids[:, -1:], attention_mask=mask, past_key_values=cache)
 
 
 def test_weights_of_the_attention_are_not_returned() -> None:

@@ -192,12 +192,12 @@ def _step_of_last(step: Step, batch: int, new_tokens: int) -> Step:
 
 
 def _without_forgotten(layer: PagedLayer, mask: Tensor) -> Tensor:
-    """Hide in a mask in columns the keys that a layer with a window has forgotten when a forward begins."""
-    window = layer.group.reach.window
-    if window is None or layer.cache.columns < window:
+    """Hide in a mask in columns the keys that a layer with a window or chunks has forgotten when a forward begins."""
+    forgotten = layer.cache.forgotten(layer.group.reach)
+    if forgotten is None:
         return mask
-    forgotten = torch.arange(mask.shape[-1], device=mask.device) <= layer.cache.columns - window
-    return mask.masked_fill(forgotten, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+    lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(forgotten[:, None, None], lowest)
 
 
 def _as_bool(mask: Tensor) -> Tensor | None:

@@ -27,13 +27,20 @@ class ColumnMap:
     positions: Tensor | None
     padded: bool
 
-    def hides_tokens(self, mask: Tensor) -> bool:
-        """Say whether a (B, C) bool mask hides a column that holds a token."""
+    def all_positions(self) -> Tensor:
+        """Return (B, C) int64, the position of the token in each column, below 0 at padding."""
         if self.starts is None:
             assert self.positions is not None
-            return bool((~mask & (self.positions >= 0)).any())
-        columns = torch.arange(self.num_columns, device=mask.device)
-        return bool((~mask & (columns >= self.starts[:, None])).any())
+            return self.positions
+        return torch.arange(self.num_columns, device=self.starts.device) - self.starts[:, None]
+
+    def hides_tokens(self, mask: Tensor) -> bool:
+        """Say whether a (B, C) bool mask hides a column that holds a token."""
+        return bool((~mask & (self.all_positions() >= 0)).any())
+
+    def shows_padding(self, mask: Tensor) -> bool:
+        """Say whether a (B, C) bool mask shows a column that holds no token."""
+        return bool((mask & (self.all_positions() < 0)).any())
 
     def in_columns(self, rows: Tensor) -> Tensor:
         """Move (B, KH, L, D) from token order to column order, zeros at padding."""

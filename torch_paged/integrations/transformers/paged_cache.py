@@ -290,10 +290,32 @@ class PagedCache(PoolSizes, DynamicCache):
         return self._columns
 
     def hides_tokens(self, mask: Tensor | None) -> bool:
-        """Say whether a mask of the prepared forward, (B, columns), hides tokens that were cached as real ones."""
+        """Say whether a mask of the prepared forward, (B, columns), hides tokens that were cached as real ones.
+
+        Raises:
+            ValueError: it shows a column that was padding, of which no key is kept.
+        """
         if mask is None or torch.compiler.is_compiling() or mask.shape[1] != self.columns + self.new_tokens:
             return False
-        return not bool(mask.all()) and self.columns_now().hides_tokens(mask.bool())
+        if bool(mask.all()) and not any(0 in row for row in self._history):
+            return False
+        columns = self.columns_now()
+        if columns.shows_padding(mask.bool()):
+            raise ValueError(
+                "PagedCache: attention_mask must hide what was padding in earlier forwards, got 1 where it was 0"
+            )
+        return columns.hides_tokens(mask.bool())
+
+    def forgotten(self, reach: Reach) -> Tensor | None:
+        """Return which columns, (B or 1, columns) bool, hold keys that layers forgot before the prepared forward."""
+        size = reach.window or reach.chunk
+        if size is None or self.columns < size:
+            return None
+        if reach.window is not None:
+            return (torch.arange(self.columns + self.new_tokens, device=self.device) <= self.columns - size)[None]
+        positions = self.columns_now().all_positions()
+        chunk_begins = torch.tensor(self.lengths, device=self.device)[:, None] // size * size
+        return (positions >= 0) & (positions < chunk_begins)
 
     def settle(self) -> None:
         """End the forward in progress, and forget one that was only prepared."""

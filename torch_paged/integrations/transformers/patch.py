@@ -230,9 +230,26 @@ def _prepare_gathered(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     if isinstance(cache, PagedCache):
         cache.gathered = True
         tokens = inputs if inputs is not None else embeddings
-        is_padding_mask = isinstance(mask, Tensor) and mask.ndim == 2
+        padding_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if tokens is not None:
-            cache.prepare(tokens.shape[0], tokens.shape[1], mask if is_padding_mask else None)
+            cache.prepare(tokens.shape[0], tokens.shape[1], padding_mask)
+            cache.hides_tokens(padding_mask)  # raises where padding comes back
+            for reach in cache.groups:
+                _check_forgotten(cache, reach, mask)
+
+
+def _check_forgotten(cache: PagedCache, reach: Reach, mask: Any) -> None:
+    if isinstance(mask, dict):
+        mask = mask.get("sliding_attention" if reach.window is not None else "chunked_attention")
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return
+    forgotten = cache.forgotten(reach)
+    shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    if forgotten is not None and bool((shown & forgotten[:, None, None]).any()):
+        raise ValueError(
+            f"patch_model: attention_mask must hide the keys that gathered layers with {reach} have forgotten, "
+            "got one that shows them"
+        )
 
 
 def _prepare_cache(
