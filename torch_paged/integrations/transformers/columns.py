@@ -88,13 +88,17 @@ def padded_before_all_tokens(lengths: list[int], real: list[list[bool]]) -> bool
 
 
 def query_positions(lengths: list[int], real: list[list[bool]]) -> list[int]:
-    """Return the position of each new column's token; padding stands at the token before it, -1 where there is none.
+    """Return the position of each new column's token; padding stands at the new token before it, -1 without one.
 
-    Its key is not kept, but where a prompt ends with padding its logits are the first that are read.
+    Its key is not kept, but where a prompt ends with padding its logits are the first that are read. In a row of
+    padding alone it stands behind the last token, so that it sees no key which a window has forgotten.
     """
     positions = []
     for length, row in zip(lengths, real, strict=True):
+        position = length if length and not any(row) else -1
         for is_real in row:
-            length += is_real
-            positions.append(length - 1)
+            if is_real:
+                position = length
+                length += 1
+            positions.append(position)
     return positions

@@ -17,7 +17,7 @@ class Step:
         context_lens: (B,) int32, tokens of each sequence once this forward's are written.
         max_seqlen_q: the most query tokens of one sequence.
         one_token_each: whether every sequence has exactly one query token, its last.
-        query_positions: (T,) int32, at padding that of the token before. None: a sequence's query tokens are its
+        query_positions: (T,) int32, at padding that of the new token before. None: a sequence's query tokens are its
             last ones.
     """
 
