@@ -1,8 +1,12 @@
 """The TPU backend: Pallas kernels in pure JAX, reached from PyTorch by thin bridges or interpreted on CPU tensors."""
 
+import importlib
 import importlib.metadata
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 from torch_paged.backends import BackendInfo
 from torch_paged.backends.tpu.support import (
@@ -19,24 +23,37 @@ from torch_paged.backends.tpu.support import (
     wrong_setting,
 )
 
+_BRIDGES = {"xla": "torch_xla", "tpu": "torch_tpu"}
+"""Device type -> the package whose tensors have it."""
+
 
 def why_off() -> str | None:
     """Return why the kernels cannot run here, with the remedy, or None."""
     if INTERPRETED:
         return missing("jax")
-    return (
-        missing(*OLDEST)
-        or f"no tensor here is on a TPU: {install_line()}, or set {INTERPRET_VARIABLE}=1 to interpret the kernels"
-    )
+    wrong = missing(*OLDEST)
+    if wrong is not None or any(map(_in_reach, _BRIDGES)):
+        return wrong
+    return f"no tensor here is on a TPU: {install_line()}, or set {INTERPRET_VARIABLE}=1 to interpret the kernels"
 
 
 def load(device_type: str) -> Mapping[str, Callable[..., Any]] | None:
-    """Return the interpreted kernels for the CPU; no other device type is reached yet."""
-    if device_type != "cpu":
-        return None
-    from torch_paged.backends.tpu import bridge_interpret
+    """Return the kernels, which import jax and torch_xla when one is called; those for the CPU are interpreted."""
+    if device_type == "cpu":
+        from torch_paged.backends.tpu import bridge_interpret
 
-    return bridge_interpret.kernels(BACKEND)
+        return bridge_interpret.kernels(BACKEND)
+    if not _in_reach(device_type):
+        return None
+    bridge = importlib.import_module(f"torch_paged.backends.tpu.bridge_{_BRIDGES[device_type]}")
+    return bridge.kernels(BACKEND)
+
+
+def _in_reach(device_type: str) -> bool:
+    """Return whether there can be tensors of this device type; torch_tpu makes its own known where it finds a TPU."""
+    if device_type == "tpu":
+        return torch._C._get_privateuse1_backend_name() == "tpu"
+    return importlib.util.find_spec(_BRIDGES[device_type]) is not None
 
 
 def versions() -> Mapping[str, str]:
@@ -54,7 +71,7 @@ BACKEND = BackendInfo(
     name="tpu",
     summary="Pallas kernels for TPU v4 to 7x",
     limits=LIMITS,
-    device_types=("xla", "tpu"),
+    device_types=tuple(_BRIDGES),
     automatic=True,
     why_off=why_off,
     load=load,

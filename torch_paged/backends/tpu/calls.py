@@ -77,7 +77,6 @@ def jax_call(name: str, arguments: Arguments) -> JaxCall:
     op, _, overload = name.partition(".")
     arrays = {key: arguments[key] for key in _ARRAYS[op]}
     options: dict[str, Any] = {}
-    written: tuple[str, ...] = ()
     if op in ("paged_attention", "flash_attn_varlen"):
         options = _attention_options(op, arguments, stats=overload == "with_stats")
     elif op == "gather_cache":
@@ -87,20 +86,27 @@ def jax_call(name: str, arguments: Arguments) -> JaxCall:
         arrays["src_blocks"], arrays["dst_blocks"] = (
             _int32(arrays[side], last) for side in ("src_blocks", "dst_blocks")
         )
-        per_token = arguments["kv_scales"] is not None and arguments["kv_scales"].dim() == 4
-        arrays["kv_scales"] = arguments["kv_scales"] if per_token else None
-        written = ("kv_cache", "kv_scales") if per_token else ("kv_cache",)
+        arrays["kv_scales"] = arguments["kv_scales"] if "kv_scales" in written(op, arguments) else None
     elif op in ("reshape_and_cache", "quantize_and_cache"):
         slots = arguments["kv_cache"].size(1) * arguments["kv_cache"].size(3)
         arrays["slot_mapping"] = _int32(arguments["slot_mapping"], slots)
-        written = ("kv_cache",) if op == "reshape_and_cache" else ("kv_cache", "kv_scales")
     return JaxCall(
         _FUNCTIONS.get(op, "cache"),
         op,
         tuple(arrays.values()),
         options,
-        tuple(list(arrays).index(key) for key in written),
+        tuple(list(arrays).index(key) for key in written(op, arguments)),
     )
+
+
+def written(op: str, arguments: Arguments) -> tuple[str, ...]:
+    """Return the arguments that a call updates: the cache, and scales that belong to single tokens."""
+    if op == "reshape_and_cache":
+        return ("kv_cache",)
+    if op in ("quantize_and_cache", "copy_blocks"):
+        scales = arguments["kv_scales"]
+        return ("kv_cache", "kv_scales") if scales is not None and scales.dim() == 4 else ("kv_cache",)
+    return ()
 
 
 def _attention_options(op: str, arguments: Arguments, *, stats: bool) -> dict[str, Any]:

@@ -135,7 +135,8 @@ class PageStream:
             _, page, end = self.span(jnp.minimum(item, self.last - 1))
             return (item < self.last) & (page >= end)
 
-        item = lax.while_loop(empty, lambda item: item + 1, item)
+        # jax 0.7 does not interpret a loop whose condition reads a reference: the body looks ahead for it.
+        item, _ = lax.while_loop(lambda at: at[1], lambda at: (at[0] + 1, empty(at[0] + 1)), (item, empty(item)))
         _, page, end = self.span(jnp.minimum(item, self.last - 1))
         self.state[_ITEM] = item
         self.state[_PAGE] = jnp.where(item < self.last, page, 0)

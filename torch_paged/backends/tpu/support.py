@@ -28,6 +28,17 @@ BLOCK_SIZES = (8, 16, 32, 64, 128)
 OLDEST = {"jax": (0, 7, 1), "libtpu": (0, 0, 21)}
 """Package -> the oldest version that the kernels are tested with."""
 
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+"""What the runtime calls a chip -> its name."""
 INTERPRETED_CHIP = "v5e"
 """Whose block sizes interpreted kernels use."""
 INTERPRET_VARIABLE = "TORCH_PAGED_TPU_INTERPRET"
@@ -60,6 +71,16 @@ def missing(*packages: str) -> str | None:
         if tuple(int(part) for part in found.split(".")[:3] if part.isdigit()) < OLDEST[package]:
             return f"it needs {package} >= {oldest}, got {found}: {install_line()}"
     return None
+
+
+def chip_of_kind(kind: str) -> str:
+    """Return the name of the chip that the runtime calls ``kind``."""
+    if kind not in _KINDS:
+        known = ", ".join(dict.fromkeys(_KINDS.values()))
+        raise NotImplementedError(
+            f"torch_paged: backend 'tpu' does not support the chip {kind!r} ({known}); run on one of these"
+        )
+    return _KINDS[kind]
 
 
 def wrong_setting() -> str | None:

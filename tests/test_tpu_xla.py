@@ -1,0 +1,164 @@
+"""The kernels on torch_xla's tensors, interpreted by its CPU client: lazy, compiled, in place. Run by
+``make test-tpu-xla``.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+torch_xla = pytest.importorskip("torch_xla")
+
+from torch_xla.debug import metrics  # noqa: E402
+
+import torch_paged  # noqa: E402
+from torch_paged import dispatch  # noqa: E402
+from torch_paged.testing import AttentionCase, assert_attention, assert_same, build  # noqa: E402
+from torch_paged.testing.processes import run_python  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+LAYERS, BATCH, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, WIDTH = 3, 3, 8, 2, 128, 8, 4
+STEPS = range(WIDTH * BLOCK_SIZE - 3, WIDTH * BLOCK_SIZE)
+DEVICE = torch.device("xla")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    with torch.no_grad():
+        yield
+
+
+def step(
+    query: Tensor, key: Tensor, caches: list[Tensor], slots: Tensor, block_tables: Tensor, context_lens: Tensor
+) -> Tensor:
+    """Write and attend in several layers, each from what the one before returned."""
+    for factor, kv_cache in enumerate(caches, 1):
+        torch_paged.reshape_and_cache(query[:, :KV_HEADS] * factor, key, kv_cache, slots)
+        query = query + torch_paged.paged_attention(query, kv_cache, block_tables, context_lens)
+    return query
+
+
+def run_steps(function: Callable[..., Tensor], device: torch.device | str) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    block_tables = torch.randperm(BATCH * WIDTH, generator=generator).to(torch.int32).reshape(BATCH, WIDTH)
+    shape = (2, BATCH * WIDTH, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    caches = [torch.randn(shape, generator=generator).to(device) for _ in range(LAYERS)]
+    outs = []
+    for position in STEPS:
+        query = torch.randn(BATCH, HEADS, HEAD_DIM, generator=generator)
+        key = torch.randn(BATCH, KV_HEADS, HEAD_DIM, generator=generator)
+        slots = block_tables[:, position // BLOCK_SIZE].long() * BLOCK_SIZE + position % BLOCK_SIZE
+        context_lens = torch.full((BATCH,), position + 1, dtype=torch.int32)
+        query, key, slots, tables, context_lens = (
+            x.to(device) for x in (query, key, slots, block_tables, context_lens)
+        )
+        outs.append(function(query, key, caches, slots, tables, context_lens))
+        if device != "cpu":
+            torch_xla.sync()
+    return [out.cpu() for out in outs], [kv_cache.cpu() for kv_cache in caches]
+
+
+def test_this_torch_serves_the_cpu_by_the_same_library() -> None:
+    assert torch.__version__.startswith("2.9.")
+    assert dispatch.served() == {"cpu": "cpu", "xla": "tpu"}
+    case = AttentionCase("torch 2.9", head_dim=80, sinks=True)
+    arguments = build(case)
+    assert_attention(case.op, arguments, *torch.ops.paged.paged_attention.with_stats(**arguments))
+
+
+@pytest.mark.parametrize("way", ["lazy", "openxla"])
+def test_steps_write_in_place_and_compile_once_as_contexts_grow(way: str) -> None:
+    expected, expected_caches = run_steps(step, "cpu")
+    function = step if way == "lazy" else torch.compile(step, backend="openxla", fullgraph=True)
+    run_steps(function, DEVICE)
+    metrics.clear_all()
+    outs, caches = run_steps(function, DEVICE)
+    assert metrics.counter_value("UncachedCompile") is None
+    if way == "lazy":
+        assert metrics.counter_value("CachedCompile") == len(STEPS)
+    assert metrics.counter_value("aten::copy_") is None
+    for out, wanted in zip(outs, expected, strict=True):
+        torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
+    for kv_cache, wanted in zip(caches, expected_caches, strict=True):
+        torch.testing.assert_close(kv_cache, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_every_grad_mode_writes(mode: Callable[[], torch.autograd.grad_mode.no_grad]) -> None:
+    kv_cache, key = torch.zeros(2, 2, 1, 8, 128), torch.randn(3, 1, 100)
+    slots = torch.tensor([9, -1, 3])
+    with mode():
+        on_device = kv_cache.to(DEVICE)
+        torch_paged.reshape_and_cache(key.to(DEVICE), -key.to(DEVICE), on_device, slots.to(DEVICE))
+        torch_paged.reshape_and_cache(key, -key, kv_cache, slots)
+        assert_same(on_device.cpu(), kv_cache)
+
+
+def test_a_view_sees_what_was_written() -> None:
+    pool = torch.zeros(2, 2, 3, 1, 8, 128, device=DEVICE)
+    key = torch.ones(1, 1, 128, device=DEVICE)
+    torch_paged.reshape_and_cache(key, key, pool[1], torch.tensor([8], device=DEVICE))
+    assert pool.sum().item() == 2 * 128
+    assert pool[1, 0, 1, 0, 0].sum().item() == 128
+
+
+def test_scales_are_written_with_the_cache() -> None:
+    kv_cache, kv_scales = torch.zeros(2, 4, 1, 8, 128, dtype=torch.int8), torch.ones(2, 4, 1, 8)
+    key, slots = torch.randn(3, 1, 128), torch.tensor([9, -1, 31])
+    on_device = kv_cache.to(DEVICE), kv_scales.to(DEVICE)
+    torch_paged.quantize_and_cache(key.to(DEVICE), key.to(DEVICE), *on_device, slots.to(DEVICE))
+    torch_paged.quantize_and_cache(key, key, kv_cache, kv_scales, slots)
+    blocks = torch.tensor([1, 3]), torch.tensor([0, 2])
+    torch_paged.copy_blocks(on_device[0], *(x.to(DEVICE) for x in blocks), kv_scales=on_device[1])
+    torch_paged.copy_blocks(kv_cache, *blocks, kv_scales=kv_scales)
+    assert_same(on_device[0].cpu(), kv_cache)
+    torch.testing.assert_close(on_device[1].cpu(), kv_scales, rtol=1e-6, atol=0)
+
+
+def test_programs_of_the_cpu_still_compile_beside_torch_xla() -> None:
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    expected, expected_caches = run_steps(step, "cpu")
+    outs, caches = run_steps(compiled, "cpu")
+    assert all(map(torch.equal, outs, expected))
+    assert all(map(torch.equal, caches, expected_caches))
+
+
+def test_wrong_input_and_refusals_have_the_sentences_of_the_cpu() -> None:
+    arguments = build(AttentionCase("wrong", head_dim=128))
+    wrong = arguments | {"query": arguments["query"][:, :3]}
+    for call, error in ((wrong, ValueError), (arguments | {"query": arguments["query"].half()}, ValueError)):
+        with pytest.raises(error) as on_cpu:
+            torch.ops.paged.paged_attention(**call)
+        with pytest.raises(error, match=re.escape(str(on_cpu.value))):
+            torch.ops.paged.paged_attention(**{k: to_device(v) for k, v in call.items()})
+    half = {name: x.half() if name in ("query", "kv_cache") else x for name, x in arguments.items()}
+    with pytest.raises(NotImplementedError, match=r"^paged_attention: backend 'tpu' does not support query of float16"):
+        torch.ops.paged.paged_attention(**{k: to_device(v) for k, v in half.items()})
+
+
+def to_device(value: object) -> object:
+    return value.to(DEVICE) if isinstance(value, Tensor) else value
+
+
+TWINS = """
+import sys, torch, {first}
+def state():
+    kernel = torch._C._dispatch_has_kernel_for_dispatch_key("paged::reshape_and_cache", "Functionalize")
+    return "torch_xla" in sys.modules, kernel, hasattr(torch.ops.paged_functional, "reshape_and_cache")
+print(*(state() if "torch_paged" in sys.modules else ()))
+import {second}
+print(*state())
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "before"),
+    [("torch_paged", "torch_xla", "False False False"), ("torch_xla", "torch_paged", "")],
+)
+def test_twins_exist_only_where_torch_xla_is_imported(first: str, second: str, before: str) -> None:
+    code = TWINS.format(first=first, second=second)
+    assert run_python(code, PJRT_DEVICE="CPU").stdout.splitlines()[-2:] == [before, "True True True"]
