@@ -1,0 +1,74 @@
+"""The gate on compiled programs: it tells a kernel from dense attention, a shared buffer from a copy, and a refusal."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
+from torch_paged.backends.tpu import aot
+
+B, KH, G, D, S, M = 4, 2, 4, 128, 16, 8
+CACHE_BYTES = 2 * B * M * KH * S * D * 2
+
+
+def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+SIDE = shape(KH, B * M, S, D)
+ATTENTION = (shape(B, KH * G, D), SIDE, SIDE, shape(B, dtype=jnp.int32), shape(B, M, dtype=jnp.int32))
+
+
+def dense(query: Any, keys: Any, values: Any, lengths: Any, table: Any) -> Any:
+    keys, values = (x[:, table].reshape(KH, B, M * S, D) for x in (keys, values))
+    logits = jnp.einsum("bkgd,kbtd->bkgt", query.reshape(B, KH, G, D), keys)
+    logits = jnp.where(jnp.arange(M * S) < lengths[:, None, None, None], logits, -1e9)
+    return jnp.einsum("bkgt,kbtd->bkgd", jax.nn.softmax(logits), values)
+
+
+def program(chip: str, function: Any, arguments: Any, **options: Any) -> aot.Program:
+    return aot.compile_for(chip, aot.export_for(chip, function, arguments, **options))
+
+
+@pytest.mark.parametrize("chip", aot.chips())
+def test_a_kernel_is_seen_as_one(chip: str) -> None:
+    found = program(chip, partial(paged_attention, pages_per_compute_block=4), ATTENTION)
+    assert len(found.kernels) == 1
+    assert all(operation.opcode in ("copy-start", "copy-done") for operation in found.whole(CACHE_BYTES // 2))
+    assert found.argument_bytes >= CACHE_BYTES
+
+
+def test_dense_attention_is_told_apart() -> None:
+    found = program("v5e", dense, ATTENTION)
+    assert found.kernels == ()
+    assert "gather" in {operation.opcode for operation in found.whole(CACHE_BYTES // 2)}
+    assert {"convolution", "dot"} & {operation.opcode for operation in found.operations()}
+
+
+def test_a_donated_cache_is_updated_in_place_and_another_is_copied() -> None:
+    def write(cache: Any, row: Any) -> Any:
+        return cache.at[3].set(row)
+
+    arguments = (shape(2 * B * M * KH * S, D), shape(D))
+    donated = program("v6e", write, arguments, donate=(0,))
+    kept = program("v6e", write, arguments)
+    assert donated.alias_bytes == CACHE_BYTES
+    assert kept.alias_bytes == 0
+    copies = {"copy", "copy-start", "copy-done"}
+    assert copies & {operation.opcode for operation in kept.whole(CACHE_BYTES)}
+    assert not copies & {operation.opcode for operation in donated.whole(CACHE_BYTES)}
+
+
+def test_what_the_compiler_refuses_raises_its_words() -> None:
+    def kernel(x: Any, out: Any) -> None:
+        out[...] = jnp.zeros_like(out) + x[0, 0]
+
+    def too_big(x: Any) -> Any:
+        return pl.pallas_call(kernel, out_shape=shape(2**16, 2**10, dtype=jnp.float32))(x)
+
+    with pytest.raises(aot.Refused, match="vmem"):
+        program("v5e", too_big, (shape(8, 128, dtype=jnp.float32),))
