@@ -53,3 +53,26 @@ def decode_blocks(chip: Chip, num_kv_heads: int, block_size: int, stored_dim: in
     page = 2 * num_kv_heads * block_size * stored_dim * itemsize
     pages = max(1, min(chip.fetch_bytes // page, 512 // block_size, width))
     return Blocks(pages=pages, buffers=2)
+
+
+@dataclass(frozen=True)
+class VarlenBlocks:
+    """Tiling of one call of ``flash_attn_varlen``.
+
+    Attributes:
+        tokens: query tokens of a tile.
+        keys: keys of a fetched block.
+        chunk: keys that are computed at a time where a block is not seen whole.
+    """
+
+    tokens: int
+    keys: int
+    chunk: int
+
+
+def varlen_blocks(chip: Chip, group: int, max_seqlen_q: int) -> VarlenBlocks:
+    """Return the tiling of ``flash_attn_varlen`` for ``group`` query heads per kv head."""
+    tokens = 16
+    while tokens < max_seqlen_q and tokens * group < 512:
+        tokens *= 2
+    return VarlenBlocks(tokens=tokens, keys=512, chunk=128)
