@@ -1,12 +1,16 @@
 """What the tests share: the backends that run here, and memory that is never clean by luck."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 import torch_paged  # noqa: F401  (defines the ops)
-from torch_paged.testing.backends import REFERENCE, Backend, backends_here
+from torch_paged.testing.backends import REFERENCE, Backend, Refused, backends_here
+
+_refused: set[str] = set()  # tests that a refusal ended
 
 
 @pytest.fixture(params=backends_here(), ids=lambda backend: backend.name)
@@ -37,6 +41,36 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Let a refusal, which was asserted to be as it should, end a test, or one example of a drawn test."""
+    drawn = getattr(pyfuncitem.obj, "hypothesis", None)
+    if drawn is not None:
+        drawn.inner_test = _ended_by_a_refusal(drawn.inner_test, pyfuncitem.nodeid)
+    try:
+        return (yield)
+    except Refused:
+        _refused.add(pyfuncitem.nodeid)
+        return True
+
+
+def _ended_by_a_refusal(test: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return test(*args, **kwargs)
+        except Refused:
+            _refused.add(name)
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests have only seen that a backend refuses what they ask for."""
+    if _refused:
+        terminalreporter.write_line(f"{len(_refused)} of the passed tests end in a refusal, in the backend's words")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

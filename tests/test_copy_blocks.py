@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def _check(backend: Backend, case: CopyCase) -> None:
+    case = backend.served(case)
     arguments, expected = build(case), build(case)
     backend("copy_blocks", arguments)
     REFERENCE("copy_blocks", expected)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
     "case", [case for case in WRITE_CASES if case.op == "quantize_and_cache"], ids=lambda case: case.name
 )
 def test_case(backend: Backend, case: WriteCase) -> None:
+    case = backend.served(case)
     arguments, expected = build(case), build(case)
     backend(case.op, arguments)
     REFERENCE(case.op, expected)
@@ -28,6 +29,7 @@ def test_case(backend: Backend, case: WriteCase) -> None:
 def test_many_tokens(backend: Backend, dtype: torch.dtype, threads: int) -> None:
     torch.set_num_threads(threads)
     case = WriteCase("many", num_tokens=700, skipped_tokens=40, num_blocks=50, cache_dtype=dtype, scales_rank=4)
+    case = backend.served(case)
     arguments, expected = build(case), build(case)
     backend(case.op, arguments)
     REFERENCE(case.op, expected)

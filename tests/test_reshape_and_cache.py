@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
     "case", [case for case in WRITE_CASES if case.op == "reshape_and_cache"], ids=lambda case: case.name
 )
 def test_case(backend: Backend, case: WriteCase) -> None:
+    case = backend.served(case)
     arguments, expected = build(case), build(case)
     backend(case.op, arguments)
     REFERENCE(case.op, expected)
@@ -26,6 +27,7 @@ def test_case(backend: Backend, case: WriteCase) -> None:
 def test_many_tokens(backend: Backend, threads: int) -> None:
     torch.set_num_threads(threads)
     case = WriteCase("many", num_tokens=700, skipped_tokens=40, num_blocks=50, dtype=torch.bfloat16)
+    case = backend.served(case)
     arguments, expected = build(case), build(case)
     backend(case.op, arguments)
     REFERENCE(case.op, expected)
@@ -43,6 +45,7 @@ def test_many_tokens(backend: Backend, threads: int) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_write_larger_than_a_cores_cache(backend: Backend, case: WriteCase, threads: int) -> None:
     torch.set_num_threads(threads)
+    case = backend.served(case)
     arguments, expected = build(case), build(case)
     backend(case.op, arguments)
     REFERENCE(case.op, expected)

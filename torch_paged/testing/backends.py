@@ -1,16 +1,32 @@
-"""One way to call the ops for all backends, so that a test is written once."""
+"""One way to call the ops for all backends, so that a test is written once.
 
-from dataclasses import dataclass
-from typing import Any
+A cache is given to each backend as it wants it: head_dim padded to its multiple, with poison in the lanes that must
+never be read, and contiguous; what an op wrote is then copied back. A call that the backend refuses must raise its
+sentence; then there is nothing left to compare, and ``Refused`` ends the test.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from torch_paged import dispatch
+from torch_paged.backends import discover
 from torch_paged.contract import reference
 from torch_paged.contract.schema import NAMESPACE
 from torch_paged.testing.batches import take_sequences
+from torch_paged.testing.cache_cases import CopyCase, GatherCase, MergeCase, WriteCase
 from torch_paged.testing.cases import AttentionCase, build
 from torch_paged.testing.compare import assert_attention, assert_same
+from torch_paged.testing.tensors import poison
+
+Case = TypeVar("Case", AttentionCase, WriteCase, CopyCase, GatherCase, MergeCase)
+
+
+class Refused(Exception):
+    """A backend refused a call, in the words that it should."""
 
 
 @dataclass(frozen=True)
@@ -20,20 +36,93 @@ class Backend:
     name: str
     device: torch.device
     direct: bool = False
+    kernels: Mapping[str, Callable[..., Any]] | None = field(default=None, compare=False)
+    """Kernels to call in place of the dispatcher's."""
 
     def __call__(self, op: str, arguments: dict[str, Any], stats: bool = False) -> Any:
-        """Run an op; with ``stats`` its ``with_stats`` overload."""
+        """Run an op; with ``stats`` its ``with_stats`` overload.
+
+        Raises:
+            Refused: the backend refused the call, and raised the sentence that says so.
+        """
         if self.direct:
             return getattr(reference, op + ("_with_stats" if stats else ""))(**arguments)
-        packet = getattr(getattr(torch.ops, NAMESPACE), op)
-        on_device = {
-            name: value.to(self.device) if isinstance(value, torch.Tensor) else value
-            for name, value in arguments.items()
-        }
-        return (packet.with_stats if stats else packet.default)(**on_device)
+        given = {name: self._place(name, value) for name, value in arguments.items()}
+        reason = discover()[self.name].refusal(op, given)
+        if reason is not None:
+            self._assert_refused(reason, op, given, stats)
+            raise Refused(reason)
+        before = {name: value.clone() for name, value in self._copied(arguments, given) if name == "kv_cache"}
+        results = self._run(op, given, stats)
+        for name, value in self._copied(arguments, given):
+            if name in ("kv_cache", "kv_scales"):
+                width = arguments[name].size(-1)
+                arguments[name].copy_(value[..., :width])
+        if "kv_cache" in before:
+            _assert_lanes_behind(op, arguments, before["kv_cache"], given["kv_cache"])
+        if op == "gather_cache":
+            stored_dim = arguments["kv_cache"].size(-1)
+            return tuple(dense[..., :stored_dim].contiguous() for dense in results)
+        return results
+
+    def _run(self, op: str, arguments: dict[str, Any], stats: bool) -> Any:
+        overload = "with_stats" if stats else "default"
+        if self.kernels is not None:
+            return self.kernels[f"{op}.with_stats" if stats else op](**arguments)
+        return getattr(getattr(getattr(torch.ops, NAMESPACE), op), overload)(**arguments)
+
+    def _assert_refused(self, reason: str, op: str, arguments: dict[str, Any], stats: bool) -> None:
+        said = "nothing"
+        try:
+            self._run(op, arguments, stats)
+        except NotImplementedError as error:
+            said = str(error)
+        assert said == reason, f"the call says {said}, refusal() says {reason}"
+
+    def _place(self, name: str, value: Any) -> Any:
+        """Return an argument as this backend wants it, on its device."""
+        if not isinstance(value, Tensor):
+            return value
+        info = discover()[self.name]
+        if name == "kv_cache" and value.dim() == 5:
+            missing = -value.size(-1) % info.head_dim_multiple
+            if missing:
+                value = torch.cat([value, poison((*value.shape[:-1], missing), value.dtype)], -1)
+            if info.contiguous_cache:
+                value = value.contiguous()
+        return value.to(self.device)
+
+    @staticmethod
+    def _copied(arguments: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that the op got in place of the caller's."""
+        for name, value in given.items():
+            if isinstance(value, Tensor) and value is not arguments[name]:
+                yield name, value
+
+    def served(self, case: Case) -> Case:
+        """Return the case, or where it is refused, and was seen to be, the case nearest to it that is not.
+
+        Raises:
+            Refused: there is none.
+        """
+        reason = self._refusal(case)
+        if reason is None:
+            return case
+        self._assert_refused(reason, _op(case), self._placed(case), stats=False)
+        for like in _alternatives(case):
+            if self._refusal(like) is None:
+                return like
+        raise Refused(reason)
+
+    def _refusal(self, case: Any) -> str | None:
+        return None if self.direct else discover()[self.name].refusal(_op(case), self._placed(case))
+
+    def _placed(self, case: Any) -> dict[str, Any]:
+        return {name: self._place(name, value) for name, value in build(case).items()}
 
     def check(self, case: AttentionCase, seed: int = 0) -> None:
         """Assert that a case gives what the reference gives, with and without statistics."""
+        case = self.served(case)
         arguments = build(case, seed)
         out, lse, max_logits = self(case.op, arguments, stats=True)
         assert_attention(case.op, arguments, out, lse, max_logits)
@@ -41,6 +130,7 @@ class Backend:
 
     def check_batch_invariance(self, case: AttentionCase) -> None:
         """Assert that each sequence gives equal bits alone, in any batch and order, on one thread and on two."""
+        case = self.served(case)
         arguments = build(case)
         results = self(case.op, arguments, stats=True)
         assert_attention(case.op, arguments, *results)
@@ -52,6 +142,32 @@ class Backend:
                 again = self(case.op, taken, stats=True)
                 for name, actual, expected in zip(("out", "lse", "max_logits"), again, results, strict=True):
                     assert_same(actual, expected[rows], f"{name} of sequences {order} on {threads} threads")
+
+
+def _op(case: Any) -> str:
+    ops = {CopyCase: "copy_blocks", GatherCase: "gather_cache", MergeCase: "merge_attention_states"}
+    return ops.get(type(case)) or str(case.op)
+
+
+def _alternatives(case: Any) -> Iterator[Any]:
+    """Yield cases like this one with blocks of 8 and 16, each with bfloat16 in place of float16 too."""
+    halves = {name: torch.bfloat16 for name in ("dtype", "cache_dtype") if getattr(case, name, None) == torch.float16}
+    sizes = [{}, {"block_size": 8}, {"block_size": 16}] if hasattr(case, "block_size") else [{}]
+    for changes in sizes:
+        yield replace(case, **changes)
+        yield replace(case, **changes, **halves)
+
+
+def _assert_lanes_behind(op: str, arguments: dict[str, Any], before: Tensor, after: Tensor) -> None:
+    """Assert of the lanes behind the caller's: zero where a token was written, else what they were."""
+    width = arguments["kv_cache"].size(-1)
+    expected = before[..., width:]
+    if "slot_mapping" in arguments:
+        slots = arguments["slot_mapping"]
+        slots = slots[slots >= 0].long()
+        block_size = before.size(3)
+        expected[:, slots // block_size, :, slots % block_size] = torch.zeros(()).to(before.dtype)
+    assert_same(after[..., width:], expected, f"lanes of kv_cache from {width} on")
 
 
 REFERENCE = Backend("direct", torch.device("cpu"), direct=True)

@@ -1,7 +1,8 @@
 """Writing, copying and gathering the cache. Callers donate what is written, and XLA then updates it in place.
 
-These are XLA programs without a kernel of our own: with DS a multiple of 128 the donated scatter and gather need no
-copy of the cache and no temporary of its size.
+XLA programs without a kernel of our own. What matters is the shape in which XLA sees the cache: as ``(rows, DS)``,
+which is the same memory where DS is a multiple of 128 and S one of 8, it scatters rows in place, without a copy and
+without a temporary of the cache's size. The same scatter over five dimensions copies the whole cache twice for KH = 1.
 """
 
 import jax
@@ -53,14 +54,13 @@ def quantize_and_cache(
     del interpret
     rows, scales = [], []
     for side in (key, value):
-        magnitude = jnp.abs(side.astype(jnp.float32))
-        amax = jnp.where(jnp.isnan(magnitude), 0.0, magnitude).max(-1)  # (T, KH)
-        scale = amax / QMAX[kv_cache.dtype.name]
-        scales.append(jnp.where(scale == 0, 1.0, scale))
+        amax = jnp.nan_to_num(jnp.abs(side.astype(jnp.float32)), nan=0.0).max(-1)  # (T, KH), finite
+        # The barriers keep x / c from becoming x * (1 / c), and x / (a / c) from becoming x * c / a: other roundings.
+        scale = amax / jax.lax.optimization_barrier(jnp.float32(QMAX[kv_cache.dtype.name]))
+        scales.append(jax.lax.optimization_barrier(jnp.where(scale == 0, 1.0, scale)))
         rows.append(quantize(side, scales[-1][..., None], kv_cache.dtype))
-    block, offset = _places(slot_mapping, kv_cache.shape)
-    updated = kv_scales.at[:, block, :, offset].set(jnp.stack(scales, 1), mode="drop")
-    return _write(rows, kv_cache, slot_mapping), updated
+    index = _slots(slot_mapping, kv_cache.shape)
+    return _write(rows, kv_cache, slot_mapping), kv_scales.at[index].set(jnp.stack(scales), mode="drop")
 
 
 def copy_blocks(
@@ -111,16 +111,14 @@ def gather_cache(
     block = jnp.take_along_axis(block_tables, entry, 1) if width else jnp.full_like(entry, -1)
     length = jnp.clip(context_lens, 0, width * block_size)[:, None]
     live = (column >= 0) & (column < length) & (block >= 0) & (block < num_blocks)  # (B, max_len)
-    block, offset = jnp.where(live, block, 0), jnp.where(live, column % block_size, 0)
-    live = live[..., None, None]
-    dense = []
-    for side, rows in enumerate(kv_cache):
-        read = rows[block, :, offset]  # (B, max_len, KH, DS)
-        if kv_scales is not None:
-            per_token = kv_scales.ndim == 4
-            scale = kv_scales[side][block, :, offset] if per_token else kv_scales[side].reshape(-1)
-            read = read.astype(jnp.float32) * scale[..., None]
-        dense.append(jnp.where(live, read, 0).transpose(0, 2, 1, 3))
+    where = live[:, None]  # (B, 1, max_len)
+    block, offset = jnp.where(where, block[:, None], 0), jnp.where(where, column[:, None] % block_size, 0)
+    index = _index(block, offset, kv_cache.shape)
+    dense = _as_rows(kv_cache)[_rows(index, kv_cache.shape)]  # (2, B, KH, max_len, DS)
+    if kv_scales is not None:
+        scales = kv_scales[index] if kv_scales.ndim == 4 else kv_scales.reshape(2, 1, -1, 1)
+        dense = dense.astype(jnp.float32) * scales[..., None]
+    dense = jnp.where(where[..., None], dense, 0)
     return dense[0], dense[1]
 
 
@@ -135,13 +133,35 @@ def quantize(x: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def _write(sides: list[jax.Array], kv_cache: jax.Array, slot_mapping: jax.Array) -> jax.Array:
     stored_dim = kv_cache.shape[-1]
-    rows = [jnp.pad(side, ((0, 0), (0, 0), (0, stored_dim - side.shape[-1]))) for side in sides]
-    block, offset = _places(slot_mapping, kv_cache.shape)
-    return kv_cache.at[:, block, :, offset].set(jnp.stack(rows, 1).astype(kv_cache.dtype), mode="drop")
+    new = jnp.stack([jnp.pad(side, ((0, 0), (0, 0), (0, stored_dim - side.shape[-1]))) for side in sides])
+    rows = _rows(_slots(slot_mapping, kv_cache.shape), kv_cache.shape)  # (2, T, KH)
+    written = _as_rows(kv_cache).at[rows].set(new.astype(kv_cache.dtype), mode="drop")
+    return written.reshape(kv_cache.shape)
 
 
-def _places(slot_mapping: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Return block and offset of each slot; a slot outside the cache gets block N, whose writes are dropped."""
+def _as_rows(kv_cache: jax.Array) -> jax.Array:
+    return kv_cache.reshape(-1, kv_cache.shape[-1])
+
+
+def _slots(slot_mapping: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """Return the index (2, T, KH) of each token's rows; slots outside the cache point to block N, which is dropped."""
     _, num_blocks, _, block_size, _ = shape
-    inside = (slot_mapping >= 0) & (slot_mapping < num_blocks * block_size)
-    return jnp.where(inside, slot_mapping // block_size, num_blocks), jnp.where(inside, slot_mapping % block_size, 0)
+    slot = slot_mapping[:, None]
+    inside = (slot >= 0) & (slot < num_blocks * block_size)
+    return _index(jnp.where(inside, slot // block_size, num_blocks), slot % block_size, shape)
+
+
+def _index(block: jax.Array, offset: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """Return (side, block, head, offset), which broadcast: blocks are (A, 1) or (A, 1, C), heads the axis of 1."""
+    behind = (1,) * (block.ndim - 2)
+    side = jnp.arange(2, dtype=jnp.int32).reshape(2, 1, 1, *behind)
+    head = jnp.arange(shape[2], dtype=jnp.int32).reshape(-1, *behind)
+    return side, block, head, offset
+
+
+def _rows(index: tuple[jax.Array, ...], shape: tuple[int, ...]) -> jax.Array:
+    """Return which row of ``(2 * N * KH * S, DS)`` an index is; one behind the last for block N."""
+    _, num_blocks, kv_heads, block_size, _ = shape
+    side, block, head, offset = index
+    row = ((side * num_blocks + block) * kv_heads + head) * block_size + offset
+    return jnp.where(block < num_blocks, row, 2 * num_blocks * kv_heads * block_size)

@@ -1,6 +1,7 @@
 """What the TPU kernels do, what they refuse, and the settings of their interpreter. Imports no jax."""
 
 import importlib.metadata
+import math
 import os
 
 import torch
@@ -51,7 +52,7 @@ INTERPRET_SETTING = f"{INTERPRET_VARIABLE}={_asked}"
 SIMULATION = frozenset(_asked.split(",")) - {"0", "1"}
 """Words of ``INTERPRET_WORDS``; none of them: the plain interpreter, which copies at once and is fast."""
 
-_MAX_SLOTS = 2**31
+_MAX_ROWS = 2**31
 _FLOAT16_ARGUMENTS = ("query", "key", "outs", "kv_cache")
 
 
@@ -109,7 +110,7 @@ def _unsupported(arguments: Arguments) -> tuple[str, str, str] | None:
     kv_cache = arguments.get("kv_cache")
     if kv_cache is None:
         return None
-    sides, num_blocks, _, block_size, stored_dim = kv_cache.shape
+    sides, _, _, block_size, stored_dim = kv_cache.shape
     allocate = "allocate it by torch_paged.cache.allocate_kv_cache(..., backend='tpu')"
     if sides == 1:
         return "latent caches", "keys and values", "expand the latent rows into keys and values"
@@ -120,9 +121,10 @@ def _unsupported(arguments: Arguments) -> tuple[str, str, str] | None:
         return f"kv_cache with S = {block_size}", sizes, f"{allocate} and such a block size"
     if not kv_cache.is_contiguous():
         return f"kv_cache with strides {tuple(kv_cache.stride())}", "contiguous", "pass kv_cache.contiguous()"
-    if num_blocks * block_size >= _MAX_SLOTS:
-        slots = f"kv_cache with N * S = {num_blocks * block_size}"
-        return slots, "less than 2^31", "use fewer blocks, or a cache for each group of layers"
+    rows = math.prod(kv_cache.shape[:-1])
+    if rows >= _MAX_ROWS:
+        shape = f"kv_cache with 2 * N * KH * S = {rows}"
+        return shape, "less than 2^31", "use fewer blocks, or a cache for each group of layers"
     return None
 
 
