@@ -55,9 +55,8 @@ def quantize_and_cache(
     rows, scales = [], []
     for side in (key, value):
         amax = jnp.nan_to_num(jnp.abs(side.astype(jnp.float32)), nan=0.0).max(-1)  # (T, KH), finite
-        # The barriers keep x / c from becoming x * (1 / c), and x / (a / c) from becoming x * c / a: other roundings.
-        scale = amax / jax.lax.optimization_barrier(jnp.float32(QMAX[kv_cache.dtype.name]))
-        scales.append(jax.lax.optimization_barrier(jnp.where(scale == 0, 1.0, scale)))
+        scale = divide(amax, jnp.float32(QMAX[kv_cache.dtype.name]))
+        scales.append(jnp.where(scale == 0, 1.0, scale))
         rows.append(quantize(side, scales[-1][..., None], kv_cache.dtype))
     index = _slots(slot_mapping, kv_cache.shape)
     return _write(rows, kv_cache, slot_mapping), kv_scales.at[index].set(jnp.stack(scales), mode="drop")
@@ -125,10 +124,32 @@ def gather_cache(
 def quantize(x: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Quantise ``x`` to ``dtype`` with scales that broadcast against it, to nearest even; NaN stays NaN in fp8."""
     qmax = QMAX[dtype.name]
-    scaled = jnp.clip(x.astype(jnp.float32) / scales, -qmax, qmax)
+    scaled = jnp.clip(divide(x.astype(jnp.float32), scales), -qmax, qmax)
     if dtype == jnp.int8:
         return jnp.where(jnp.isnan(scaled), 0, jnp.round(scaled)).astype(dtype)
     return scaled.astype(dtype)
+
+
+def divide(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return x / y, y > 0, rounded to nearest even; exact zeros of x keep their sign.
+
+    XLA is free to multiply by a rounded inverse, which moves values across the boundaries of codes. The remainder of its
+    quotient, from products of halves that are exact, tells how far off it is. Below 2^-96 the remainder is not exact.
+    """
+    exponent = jnp.minimum(jax.lax.bitcast_convert_type(y, jnp.int32) >> 23, 252)
+    power = jax.lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)  # makes y about 1: nothing underflows
+    x, y = x * power, y * power
+    quotient = x / y
+    quotient_high, y_high = _high_half(quotient), _high_half(y)
+    quotient_low, y_low = quotient - quotient_high, y - y_high
+    remainder = x - quotient_high * y_high - quotient_high * y_low - quotient_low * y_high - quotient_low * y_low
+    corrected = quotient + remainder / y
+    return jnp.where((remainder == 0) | ~jnp.isfinite(corrected), quotient, corrected)
+
+
+def _high_half(x: jax.Array) -> jax.Array:
+    """Return ``x`` with the lower 12 bits of its fraction cut off."""
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & -4096, jnp.float32)
 
 
 def _write(sides: list[jax.Array], kv_cache: jax.Array, slot_mapping: jax.Array) -> jax.Array:
