@@ -1,8 +1,10 @@
-"""The chips, and how many pages a kernel fetches and computes at a time."""
+"""The chips, and how many pages a kernel fetches and multiplies at a time."""
 
 from dataclasses import dataclass
 
 MIB = 2**20
+LANES = 128
+SUBLANES = 8
 
 
 @dataclass(frozen=True)
@@ -13,13 +15,18 @@ class Chip:
         name: as users write it.
         vmem_bytes: VMEM of one core.
         cores: cores that one kernel runs on (megacore).
-        fetch_bytes: bytes that are to be in flight to keep HBM busy.
+        fetch_bytes: bytes of a block that keep HBM busy while another is multiplied.
     """
 
     name: str
     vmem_bytes: int
     cores: int
     fetch_bytes: int
+
+    @property
+    def kernel_bytes(self) -> int:
+        """VMEM that a kernel may take; the rest is the compiler's."""
+        return self.vmem_bytes * 3 // 4
 
 
 CHIPS = {
@@ -34,6 +41,11 @@ CHIPS = {
 }
 """Chip by name."""
 
+_MULTIPLIED_ROWS = 4096
+"""Keys of all kv heads that are multiplied at a time: enough independent work for the units to overlap."""
+_MULTIPLIED_KEYS = 2048
+"""Most keys of a head that are multiplied at a time: their logits stay in registers."""
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -41,18 +53,85 @@ class Blocks:
 
     Attributes:
         pages: pages of a fetched block.
+        tile_pages: pages that are multiplied at a time; they divide ``pages``.
         buffers: blocks in VMEM.
     """
 
     pages: int
+    tile_pages: int
     buffers: int
 
 
-def decode_blocks(chip: Chip, num_kv_heads: int, block_size: int, stored_dim: int, itemsize: int, width: int) -> Blocks:
-    """Return the tiling of ``paged_attention`` for pages of this size and a table of ``width`` columns."""
-    page = 2 * num_kv_heads * block_size * stored_dim * itemsize
-    pages = max(1, min(chip.fetch_bytes // page, 512 // block_size, width))
-    return Blocks(pages=pages, buffers=2)
+@dataclass(frozen=True)
+class Page:
+    """What a page takes.
+
+    Attributes:
+        kv_heads: kv heads of this core.
+        block_size: S.
+        stored_dim: DS.
+        itemsize: bytes of an element.
+        scales: whether each token has scales.
+    """
+
+    kv_heads: int
+    block_size: int
+    stored_dim: int
+    itemsize: int
+    scales: bool
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Bytes that are moved."""
+        return 2 * self.kv_heads * self.block_size * self.stored_dim * self.itemsize
+
+    @property
+    def vmem_bytes(self) -> int:
+        """Bytes in VMEM, where rows are padded to tiles."""
+        rows = _round_up(self.block_size, SUBLANES * 4 // self.itemsize)
+        scales = 2 * _round_up(self.kv_heads, SUBLANES) * _round_up(self.block_size, LANES) * 4 if self.scales else 0
+        return 2 * self.kv_heads * rows * self.stored_dim * self.itemsize + scales
+
+
+def decode_blocks(chip: Chip, page: Page, width: int, rows: int, mask_rows: int) -> Blocks:
+    """Return the tiling of ``paged_attention``.
+
+    Args:
+        chip: the chip.
+        page: a page of the cache.
+        width: M.
+        rows: query rows of this core, padded.
+        mask_rows: rows of the mask of a sequence; 0: no mask.
+    """
+    keys = min(_power_of_two(_MULTIPLIED_ROWS // page.kv_heads), _MULTIPLIED_KEYS)
+    tile = min(max(1, keys // page.block_size), _power_of_two(width))
+    pages = max(tile, min(chip.fetch_bytes // page.hbm_bytes, _power_of_two(width)) // tile * tile)
+    buffers = 3 if pages == tile else 2
+
+    def vmem_bytes(pages: int, tile: int, buffers: int) -> int:
+        keys = tile * page.block_size
+        logits = 6 * rows * _round_up(keys, LANES) * 4
+        wide = 2 * keys * page.stored_dim * 4
+        mask = buffers * _round_up(mask_rows, SUBLANES * 4) * _round_up(pages * page.block_size, LANES)
+        sums = 4 * rows * page.stored_dim * 4
+        return buffers * pages * page.vmem_bytes + logits + wide + mask + sums
+
+    while vmem_bytes(pages, tile, buffers) > chip.kernel_bytes and (buffers > 2 or pages > 1):
+        if buffers > 2:
+            buffers -= 1
+        elif pages > tile:
+            pages = max(tile, pages // 2 // tile * tile)
+        else:
+            pages = tile = max(1, tile // 2)
+    return Blocks(pages, tile, buffers)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
 
 
 @dataclass(frozen=True)

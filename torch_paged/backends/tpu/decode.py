@@ -1,11 +1,15 @@
 """Paged attention for decode: one query token per sequence.
 
-The grid runs over the sequences. Blocks of pages stream from HBM into a ring of VMEM buffers (``pages``); while a block
-is in flight, the one before it is multiplied: per kv head, the group's rows by the keys, one step of the online softmax
+The grid runs over the sequences, on two cores over halves of them (or of the kv heads, if there is one sequence).
+Blocks of pages stream from HBM into a ring of VMEM buffers (``pages``); while one is in flight, the one before it is
+multiplied, a tile of pages at a time: per kv head, the group's rows by the keys, one step of the online softmax
 (``logits``), the weights by the values. Sums and maxima stay in VMEM scratch until the sequence ends.
+
+For one token, length, window and chunk together are a span of keys ``[begin, end)``. Which keys of a block lie in it is
+kept as a mask in VMEM and is written anew only where that changes: at the ends of a span, and at unusable block ids.
 """
 
-import functools
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,11 +18,68 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from torch_paged.backends.tpu.block_sizes import Chip, decode_blocks
-from torch_paged.backends.tpu.logits import LANES, NOTHING, dot, modify, statistics, weigh
+from torch_paged.backends.tpu.block_sizes import LANES, SUBLANES, Blocks, Chip, Page, decode_blocks
+from torch_paged.backends.tpu.logits import NOTHING, dot, modify, statistics, weigh, weighted_sum
 from torch_paged.backends.tpu.pages import STATE_WORDS, PageStream, hide_rows
 
-SUBLANES = 8
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is static in a call: shapes, options, tiling."""
+
+    num_seqs: int
+    num_heads: int
+    head_dim: int
+    value_dim: int
+    num_kv_heads: int
+    block_size: int
+    stored_dim: int
+    width: int
+    blocks: Blocks
+    cores: int
+    split_heads: bool
+    scales_rank: int
+    sinks: bool
+    alibi: bool
+    mask_heads: int
+    """Heads of the mask: 0 (no mask), 1, KH or H."""
+    softmax_scale: float
+    soft_cap: float
+    window: int | None
+    chunk: int | None
+    stats: bool
+    query_dtype: Any
+    cache_dtype: Any
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a kv head, padded."""
+        return -(-self.group // SUBLANES) * SUBLANES
+
+    @property
+    def core_kv_heads(self) -> int:
+        return self.num_kv_heads // (self.cores if self.split_heads else 1)
+
+    @property
+    def core_heads(self) -> int:
+        return self.core_kv_heads * self.group
+
+    @property
+    def steps(self) -> int:
+        """Sequences of a core, the last of which may be one too many."""
+        return self.num_seqs if self.split_heads else -(-self.num_seqs // self.cores)
+
+    @property
+    def tile_keys(self) -> int:
+        return self.blocks.tile_pages * self.block_size
+
+    @property
+    def block_keys(self) -> int:
+        return self.blocks.pages * self.block_size
 
 
 def paged_attention(
@@ -26,133 +87,416 @@ def paged_attention(
     kv_cache: jax.Array,  # (2, N, KH, S, DS)
     block_tables: jax.Array,  # (B, M)
     context_lens: jax.Array,  # (B,)
+    kv_scales: jax.Array | None = None,  # (2,), (2, KH) or (2, N, KH, S)
+    sinks: jax.Array | None = None,  # (H,)
+    alibi_slopes: jax.Array | None = None,  # (H,)
+    attn_mask: jax.Array | None = None,  # (B, C), (KH, B, C) or (H, B, C)
     *,
     softmax_scale: float,
+    logits_soft_cap: float = 0.0,
+    sliding_window: int | None = None,
+    attention_chunk: int | None = None,
+    value_dim: int | None = None,
     stats: bool = False,
     chip: Chip,
     interpret: Any = False,
 ) -> Any:
-    """Return out (B, H, D), with ``stats`` also lse and max_logits (B, H) float32."""
+    """Attend from one token of each sequence to its cache.
+
+    Returns:
+        out (B, H, value_dim or D) in the query dtype; with ``stats`` also lse and max_logits (B, H) float32.
+    """
     num_seqs, num_heads, head_dim = query.shape
-    _, _, num_kv_heads, block_size, stored_dim = kv_cache.shape
+    _, num_blocks, num_kv_heads, block_size, stored_dim = kv_cache.shape
     width = block_tables.shape[1]
-    group = num_heads // num_kv_heads
-    rows = -(-group // SUBLANES) * SUBLANES
-    blocks = decode_blocks(chip, num_kv_heads, block_size, stored_dim, kv_cache.dtype.itemsize, width)
-    padded = jnp.pad(
-        query.reshape(num_seqs, num_kv_heads, group, head_dim),
-        ((0, 0), (0, 0), (0, rows - group), (0, stored_dim - head_dim)),
+    value_dim = head_dim if value_dim is None else value_dim
+    if not (num_seqs and num_blocks and width and value_dim):
+        return _no_keys(query, sinks, value_dim, stats)
+
+    scales_rank = 0 if kv_scales is None else kv_scales.ndim
+    mask_heads = 0 if attn_mask is None else attn_mask.shape[0] if attn_mask.ndim == 3 else 1
+    split_heads = num_seqs < chip.cores and num_kv_heads % chip.cores == 0 and not mask_heads and scales_rank < 4
+    cores = chip.cores if split_heads or num_seqs >= chip.cores else 1
+    core_kv_heads = num_kv_heads // (cores if split_heads else 1)
+    group_rows = -(-(num_heads // num_kv_heads) // SUBLANES) * SUBLANES
+    page = Page(core_kv_heads, block_size, stored_dim, kv_cache.dtype.itemsize, scales_rank == 4)
+    plan = _Plan(
+        num_seqs,
+        num_heads,
+        head_dim,
+        value_dim,
+        num_kv_heads,
+        block_size,
+        stored_dim,
+        width,
+        decode_blocks(chip, page, width, core_kv_heads * group_rows, mask_heads),
+        cores,
+        split_heads,
+        scales_rank,
+        sinks is not None,
+        alibi_slopes is not None,
+        mask_heads,
+        softmax_scale,
+        logits_soft_cap,
+        sliding_window,
+        attention_chunk,
+        stats,
+        query.dtype,
+        kv_cache.dtype,
     )
-    kernel = functools.partial(_kernel, num_columns=width, head_dim=head_dim, softmax_scale=softmax_scale, stats=stats)
+    scalars = [context_lens, block_tables.reshape(-1)]
+    scalars += [kv_scales] if kv_scales is not None and scales_rank < 4 else []
+    scalars += [x for x in (sinks, alibi_slopes) if x is not None]
+    arrays = [query, kv_cache]
+    arrays += [kv_scales] if kv_scales is not None and scales_rank == 4 else []
+    arrays += [_mask_blocks(attn_mask, plan)] if attn_mask is not None else []
+    out, *rest = _call(plan, chip, interpret)(*scalars, *arrays)
+    if not stats:
+        return out
+    return (out, *(x.reshape(num_seqs, num_heads) for x in rest))
 
-    def per_seq(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, *shape), lambda seq, *_: (seq,) + (0,) * len(shape))
 
-    tile = (num_kv_heads, rows, stored_dim)
-    stat = (num_kv_heads, rows, LANES)
-    out_shape = [jax.ShapeDtypeStruct((num_seqs, *tile), query.dtype)]
-    out_specs = [per_seq(*tile)]
-    if stats:
-        out_shape += [jax.ShapeDtypeStruct((num_seqs, *stat), jnp.float32)] * 2
-        out_specs += [per_seq(*stat)] * 2
-    page = (2, num_kv_heads, block_size, stored_dim)
-    results = pl.pallas_call(
+def _no_keys(query: jax.Array, sinks: jax.Array | None, value_dim: int, stats: bool) -> Any:
+    out = jnp.zeros((*query.shape[:2], value_dim), query.dtype)
+    nothing = jnp.full(query.shape[:2], -jnp.inf, jnp.float32)
+    lse = nothing if sinks is None else jnp.broadcast_to(sinks.astype(jnp.float32), nothing.shape)
+    return (out, lse, nothing) if stats else out
+
+
+def _mask_blocks(attn_mask: jax.Array, plan: _Plan) -> jax.Array:
+    """Return a mask as (B, blocks, heads, keys of a block) int8."""
+    mask = attn_mask if attn_mask.ndim == 3 else attn_mask[None]
+    num_blocks = -(-plan.width // plan.blocks.pages)
+    keys = num_blocks * plan.block_keys
+    mask = mask[..., :keys].astype(jnp.int8)
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, keys - mask.shape[2])))
+    return mask.reshape(*mask.shape[:2], num_blocks, plan.block_keys).transpose(1, 2, 0, 3)
+
+
+def _call(plan: _Plan, chip: Chip, interpret: Any) -> Any:
+    """Return the compiled kernel."""
+
+    def block_index(core: Any, step: Any, *_: Any) -> tuple[Any, ...]:
+        if plan.split_heads:
+            return step, core, 0
+        return jnp.minimum(core * plan.steps + step, plan.num_seqs - 1), 0, 0
+
+    def stat_index(*indices: Any) -> tuple[Any, ...]:
+        seq, part, _ = block_index(*indices)
+        return seq, part, 0, 0
+
+    parts = plan.cores if plan.split_heads else 1
+    query_block = pl.BlockSpec((1, plan.core_heads, plan.head_dim), block_index)
+    out_shape = [jax.ShapeDtypeStruct((plan.num_seqs, plan.num_heads, plan.value_dim), plan.query_dtype)]
+    out_specs = [pl.BlockSpec((1, plan.core_heads, plan.value_dim), block_index)]
+    if plan.stats:
+        stat = jax.ShapeDtypeStruct((plan.num_seqs, parts, 1, plan.core_heads), jnp.float32)
+        out_shape += [stat, stat]
+        out_specs += [pl.BlockSpec((1, 1, 1, plan.core_heads), stat_index)] * 2
+
+    buffers, pages, tiles = plan.blocks.buffers, plan.blocks.pages, plan.blocks.pages // plan.blocks.tile_pages
+    kv_heads, rows, size = plan.core_kv_heads, plan.rows, plan.block_size
+    scratch = {
+        "buffer": pltpu.VMEM((buffers, pages, 2, kv_heads, size, plan.stored_dim), plan.cache_dtype),
+        "semaphores": pltpu.SemaphoreType.DMA((buffers,)),
+        "state": pltpu.SMEM((STATE_WORDS,), jnp.int32),
+        "unusable": pltpu.SMEM((buffers,), jnp.int32),
+        "hidden": pltpu.SMEM((1,), jnp.int32),
+        "live": pltpu.VMEM((tiles, SUBLANES, plan.tile_keys), jnp.float32),
+        "heads": pltpu.VMEM((plan.core_heads + rows - plan.group, plan.stored_dim), jnp.float32),
+        "queries": pltpu.VMEM((kv_heads, rows, plan.head_dim), plan.query_dtype),
+        "maxima": pltpu.VMEM((kv_heads, rows, LANES), jnp.float32),
+        "totals": pltpu.VMEM((kv_heads, rows, LANES), jnp.float32),
+        "sums": pltpu.VMEM((kv_heads, rows, plan.stored_dim), jnp.float32),
+    }
+    if plan.scales_rank == 4:
+        scratch["scale_buffer"] = pltpu.VMEM((buffers, pages, 2, kv_heads, size), jnp.float32)
+    if plan.mask_heads:
+        scratch["mask_buffer"] = pltpu.VMEM((buffers, plan.mask_heads, plan.block_keys), jnp.int8)
+    for name in ("sinks", "alibi"):
+        if getattr(plan, name):
+            scratch[f"{name}_rows"] = pltpu.VMEM((kv_heads, rows, LANES), jnp.float32)
+
+    scalars = ["context_lens", "table"]
+    scalars += ["scales"] if 0 < plan.scales_rank < 4 else []
+    scalars += [name for name in ("sinks", "alibi") if getattr(plan, name)]
+    in_hbm = ["cache"]
+    in_hbm += ["token_scales"] if plan.scales_rank == 4 else []
+    in_hbm += ["mask"] if plan.mask_heads else []
+    outputs = ["out", "lse", "max_logits"] if plan.stats else ["out"]
+    names = [*scalars, "query", *in_hbm, *outputs, *scratch]
+
+    def kernel(*refs: Any) -> None:
+        _Kernel(plan, dict(zip(names, refs, strict=True))).run()
+
+    return pl.pallas_call(
         kernel,
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(num_seqs,),
-            in_specs=[per_seq(*tile), pl.BlockSpec(memory_space=pl.ANY)],
+            num_scalar_prefetch=len(scalars),
+            grid=(plan.cores, plan.steps),
+            in_specs=[query_block, *[pl.BlockSpec(memory_space=pl.ANY)] * len(in_hbm)],
             out_specs=out_specs,
-            scratch_shapes=[
-                pltpu.VMEM((blocks.buffers, blocks.pages, *page), kv_cache.dtype),
-                pltpu.SemaphoreType.DMA((blocks.buffers,)),
-                pltpu.SMEM((STATE_WORDS,), jnp.int32),
-                pltpu.SMEM((blocks.buffers,), jnp.int32),
-                pltpu.VMEM(stat, jnp.float32),
-                pltpu.VMEM(stat, jnp.float32),
-                pltpu.VMEM(tile, jnp.float32),
-            ],
+            scratch_shapes=list(scratch.values()),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=chip.vmem_bytes * 3 // 4
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=chip.kernel_bytes,
+            disable_bounds_checks=True,
         ),
-        name="paged_attention_decode",
+        name="paged_attention",
         interpret=interpret,
-    )(context_lens, block_tables.reshape(-1), padded, kv_cache)
-    out, *statistics_ = results
-    out = out[:, :, :group, :head_dim].reshape(query.shape)
-    if not stats:
-        return out
-    return (out, *(x[:, :, :group, 0].reshape(num_seqs, num_heads) for x in statistics_))
+    )
 
 
-def _kernel(
-    context_lens: Any,
-    table: Any,
-    query: Any,
-    cache: Any,
-    out: Any,
-    *refs: Any,
-    num_columns: int,
-    head_dim: int,
-    softmax_scale: float,
-    stats: bool,
-) -> None:
-    stat_refs, refs = (refs[:2], refs[2:]) if stats else ((), refs)
-    buffer, semaphores, state, unusable, maxima, totals, sums = refs
-    seq = pl.program_id(0)
-    _, pages_per_block, _, num_kv_heads, block_size, stored_dim = buffer.shape
-    keys_per_block = pages_per_block * block_size
+class _Kernel:
+    """The body for one sequence; ``refs`` by name."""
 
-    def keys(item: Any) -> tuple[Any, Any]:
+    def __init__(self, plan: _Plan, refs: dict[str, Any]) -> None:
+        self.plan = plan
+        self.refs = refs
+        self.buffer = refs["buffer"]
+        self.core, self.step = pl.program_id(0), pl.program_id(1)
+        first = self.core * 0 if plan.split_heads else self.core * plan.steps
+        self.first, self.last = first, jnp.minimum(first + plan.steps, plan.num_seqs)
+        self.seq = first + self.step
+        sources, buffers = [refs["cache"]], [refs["buffer"]]
+        if plan.scales_rank == 4:
+            sources, buffers = [*sources, refs["token_scales"]], [*buffers, refs["scale_buffer"]]
+        block_sources = []
+        if plan.mask_heads:
+            block_sources.append((lambda row, block: refs["mask"].at[row, block], refs["mask_buffer"]))
+        self.stream = PageStream(
+            sources,
+            buffers,
+            refs["semaphores"],
+            refs["table"],
+            refs["state"],
+            refs["unusable"],
+            self.pages,
+            plan.width,
+            self.last,
+            head=self.core * plan.core_kv_heads if plan.split_heads else None,
+            aligned=bool(plan.mask_heads),
+            block_sources=block_sources,
+        )
+
+    def keys(self, seq: Any) -> tuple[Any, Any]:
         """Return the span of the keys that a sequence sees."""
-        end = jnp.clip(context_lens[item], 0, num_columns * block_size)
-        return jnp.zeros_like(end), end
+        plan = self.plan
+        end = jnp.clip(self.refs["context_lens"][seq], 0, plan.width * plan.block_size)
+        begin = jnp.zeros_like(end)
+        if plan.window is not None:
+            begin = jnp.maximum(begin, end - min(plan.window, plan.width * plan.block_size))
+        if plan.chunk is not None:
+            position = jnp.maximum(end - 1, 0)
+            begin = jnp.maximum(begin, position - lax.rem(position, min(plan.chunk, 2**31 - 1)))
+        return begin, end
 
-    def span(item: Any) -> tuple[Any, Any, Any]:
-        begin, end = keys(item)
-        return item, lax.div(begin, block_size), pl.cdiv(end, block_size)
+    def pages(self, seq: Any) -> tuple[Any, Any, Any]:
+        """Return the row of the table, and the span of the pages that a sequence reads."""
+        begin, end = self.keys(seq)
+        return seq, lax.div(begin, self.plan.block_size), pl.cdiv(end, self.plan.block_size)
 
-    stream = PageStream((cache,), (buffer,), semaphores, table, state, unusable, span, num_columns, pl.num_programs(0))
+    def run(self) -> None:
+        @pl.when(self.step == 0)
+        def start() -> None:
+            self.stream.open(self.first)
+            self.refs["hidden"][0] = 1
+            for name in ("sinks", "alibi"):
+                if getattr(self.plan, name):
+                    self.spread(self.refs[name], self.refs[f"{name}_rows"])
 
-    @pl.when(seq == 0)
-    def open_stream() -> None:
-        stream.open(0)
+        pl.when(self.seq < self.last)(self.attend)
 
-    maxima[...] = jnp.full(maxima.shape, NOTHING, jnp.float32)
-    totals[...] = jnp.zeros(totals.shape, jnp.float32)
-    sums[...] = jnp.zeros(sums.shape, jnp.float32)
-    begin, end = keys(seq)
-    _, first_page, end_page = span(seq)
-    lane = lax.broadcasted_iota(jnp.int32, (1, stored_dim), 1)
+    def spread(self, scalars: Any, rows: Any) -> None:
+        """Write a scalar for each head as a row of its kv head."""
+        row = lax.broadcasted_iota(jnp.int32, rows.shape[1:], 0)
+        first = self.core * self.plan.core_heads if self.plan.split_heads else 0
+        for head in range(self.plan.core_kv_heads):
+            tile = jnp.zeros(rows.shape[1:], jnp.float32)
+            for i in range(self.plan.group):
+                tile = jnp.where(row == i, scalars[first + head * self.plan.group + i], tile)
+            rows[head] = tile
 
-    def block(i: Any, carry: Any) -> Any:
-        stream.fetch()
-        page = first_page + i * pages_per_block
-        slot = stream.wait(jnp.minimum(end_page - page, pages_per_block))
-        first_key = page * block_size
+    def attend(self) -> None:
+        plan, refs, stream = self.plan, self.refs, self.stream
+        refs["maxima"][...] = jnp.full(refs["maxima"].shape, NOTHING, jnp.float32)
+        refs["totals"][...] = jnp.zeros(refs["totals"].shape, jnp.float32)
+        refs["sums"][...] = jnp.zeros(refs["sums"].shape, jnp.float32)
+        heads, queries = refs["heads"], refs["queries"]
+        heads[: plan.core_heads, : plan.head_dim] = refs["query"][0].astype(jnp.float32)
+        for head in range(plan.core_kv_heads):
+            first = head * plan.group
+            queries[head] = heads[first : first + plan.rows, : plan.head_dim].astype(queries.dtype)
 
-        @pl.when((first_key < begin) | (first_key + keys_per_block > end))
-        def hide() -> None:
-            hide_rows(buffer, slot, first_key, begin, end)
+        begin, end = self.keys(self.seq)
+        _, first_page, end_page = self.pages(self.seq)
+        base = stream.base(first_page)
 
-        position = first_key + lax.broadcasted_iota(jnp.int32, (1, keys_per_block), 1)
-        seen = (position >= begin) & (position < end)
-        for head in range(num_kv_heads):
-            key = buffer[slot, :, 0, head].reshape(keys_per_block, stored_dim)
-            value = buffer[slot, :, 1, head].reshape(keys_per_block, stored_dim)
-            if head_dim < stored_dim:
-                key = jnp.where(lane < head_dim, key, jnp.zeros_like(key))
-            logits = modify(dot(query[0, head], key, (1, 1)), softmax_scale, 0.0)
-            weights, total, factor, maxima[head] = weigh(logits, seen, maxima[head])
+        def block(i: Any, carry: Any) -> Any:
+            stream.fetch()
+            page = base + i * plan.blocks.pages
+            first, stop = stream.part(page, first_page, end_page)
+            slot = stream.wait(stop - first)
+            first_key = page * plan.block_size
+            self.hide(slot, first_key, begin, end)
+            if plan.blocks.tile_pages == plan.blocks.pages:
+                self.multiply(slot, 0, first_key, end)
+            else:
+                tiles = pl.cdiv(jnp.minimum(end - first_key, plan.block_keys), plan.tile_keys)
+
+                def tile(t: Any, carry: Any) -> Any:
+                    self.multiply(slot, t, first_key + t * plan.tile_keys, end)
+                    return carry
+
+                lax.fori_loop(0, tiles, tile, 0)
+            return carry
+
+        lax.fori_loop(0, pl.cdiv(end_page - base, plan.blocks.pages), block, 0)
+        self.finish()
+
+    def hide(self, slot: Any, first_key: Any, begin: Any, end: Any) -> None:
+        """Keep what is not seen in a block from its products: clear its values and its place in the mask."""
+        plan, live, hidden = self.plan, self.refs["live"], self.refs["hidden"]
+        spoilt = self.refs["unusable"][slot] != 0
+        partial = (first_key < begin) | (first_key + plan.block_keys > end) | spoilt
+
+        @pl.when(partial | (hidden[0] != 0))
+        def write() -> None:
+            for t in range(live.shape[0]):
+                position = first_key + t * plan.tile_keys + lax.broadcasted_iota(jnp.int32, live.shape[1:], 1)
+                live[t] = jnp.where((position >= begin) & (position < end), 1.0, 0.0)
+            hidden[0] = jnp.where(partial, 1, 0)
+
+        @pl.when(partial)
+        def clear() -> None:
+            hide_rows(self.buffer, slot, first_key, begin, end)
+
+        @pl.when(spoilt)
+        def drop() -> None:
+            page = lax.div(first_key, plan.block_size)
+
+            def drop_page(j: Any, carry: Any) -> Any:
+                block_id = self.refs["table"][self.seq * plan.width + page + j]
+
+                @pl.when((block_id < 0) | (block_id >= self.refs["cache"].shape[1]))
+                def drop_keys() -> None:
+                    self.buffer[slot, j, 1] = jnp.zeros_like(self.buffer[slot, j, 1])
+                    for t in range(live.shape[0]):
+                        key = t * plan.tile_keys + lax.broadcasted_iota(jnp.int32, live.shape[1:], 1)
+                        live[t] = jnp.where(lax.div(key, plan.block_size) == j, 0.0, live[t])
+
+                return carry
+
+            _, first_page, end_page = self.pages(self.seq)
+            lax.fori_loop(*self.stream.part(page, first_page, end_page), drop_page, 0)
+
+    def multiply(self, slot: Any, t: Any, first_key: Any, end: Any) -> None:
+        """Take the keys and values of one tile into the sums."""
+        plan, refs = self.plan, self.refs
+        maxima, totals, sums = refs["maxima"], refs["totals"], refs["sums"]
+        live = refs["live"][t]
+        if plan.rows > SUBLANES:
+            live = jnp.broadcast_to(live[:1], (plan.rows, plan.tile_keys))
+        seen = live > 0
+        distances = None
+        if plan.alibi:
+            position = first_key + lax.broadcasted_iota(jnp.int32, (1, plan.tile_keys), 1)
+            distances = (end - 1 - position).astype(jnp.float32)
+        if plan.scales_rank == 4:
+            key_scales, value_scales = self.token_scales(slot, t)
+        if plan.mask_heads:
+            mask = self.mask(slot, t)
+        for head in range(plan.core_kv_heads):
+            key = self.load(slot, t, 0, head)[:, : plan.head_dim]
+            value = self.load(slot, t, 1, head)
+            scale: Any = plan.softmax_scale
+            if 0 < plan.scales_rank < 4:
+                scale = scale * self.scale(0, head)
+            elif plan.scales_rank == 4:
+                scale = scale * key_scales[head : head + 1]
+            slopes = refs["alibi_rows"][head][:, :1] if plan.alibi else None
+            logits = modify(dot(refs["queries"][head], key, (1, 1)), scale, plan.soft_cap, slopes, distances)
+            visible = seen & self.mask_rows(mask, head) if plan.mask_heads else seen
+            weights, total, factor, maxima[head] = weigh(logits, visible, maxima[head])
             totals[head] = totals[head] * factor + total
-            sums[head] = sums[head] * factor + dot(weights.astype(value.dtype), value, (1, 0))
-        return carry
+            if plan.scales_rank == 4:
+                weights = jnp.where(visible, weights * value_scales[head : head + 1], 0.0)
+            weights = weights.astype(value.dtype)
+            product = weighted_sum(weights, visible, value) if plan.mask_heads else dot(weights, value, (1, 0))
+            sums[head] = sums[head] * factor + product
 
-    lax.fori_loop(0, pl.cdiv(end_page - first_page, pages_per_block), block, 0)
-    for head in range(num_kv_heads):
-        factor, lse, max_logits = statistics(totals[head][:, :1], maxima[head][:, :1])
-        out[0, head] = (sums[head] * factor).astype(out.dtype)
-        for ref, value in zip(stat_refs, (lse, max_logits), strict=False):
-            ref[0, head] = jnp.broadcast_to(value, ref.shape[2:])
+    def load(self, slot: Any, t: Any, side: int, head: int) -> jax.Array:
+        """Return keys or values (tile_keys, DS) in the dtype of the products."""
+        plan = self.plan
+        pages = pl.ds(t * plan.blocks.tile_pages, plan.blocks.tile_pages)
+        rows = self.buffer[slot, pages, side, head]
+        if rows.dtype != plan.query_dtype:
+            rows = rows.astype(jnp.float32)
+        return rows.reshape(plan.tile_keys, plan.stored_dim).astype(plan.query_dtype)
+
+    def scale(self, side: int, head: int) -> Any:
+        """Return the scale of a kv head's keys or values."""
+        if self.plan.scales_rank == 1:
+            return self.refs["scales"][side]
+        first = self.core * self.plan.core_kv_heads if self.plan.split_heads else 0
+        return self.refs["scales"][side, first + head]
+
+    def token_scales(self, slot: Any, t: Any) -> tuple[jax.Array, jax.Array]:
+        """Return the scales of a tile's keys and values, (KH, tile_keys) each."""
+        tile_pages = self.plan.blocks.tile_pages
+        buffer = self.refs["scale_buffer"]
+        key, value = (
+            jnp.concatenate([buffer[slot, t * tile_pages + j, side] for j in range(tile_pages)], axis=1)
+            for side in (0, 1)
+        )
+        return key, value
+
+    def mask(self, slot: Any, t: Any) -> jax.Array:
+        """Return the mask of a tile, (heads of the mask, tile_keys), 0 where a key is not seen."""
+        keys = self.plan.tile_keys
+        tile = self.refs["mask_buffer"][slot]
+        if keys < self.plan.block_keys:
+            tile = self.refs["mask_buffer"][slot, :, pl.ds(pl.multiple_of(t * keys, keys), keys)]
+        return tile.astype(jnp.int32)
+
+    def mask_rows(self, mask: jax.Array, head: int) -> jax.Array:
+        """Return the mask of a kv head's rows."""
+        plan = self.plan
+        if plan.mask_heads == 1:
+            return mask != 0
+        if plan.mask_heads == plan.num_kv_heads:
+            return mask[head : head + 1] != 0
+        rows = mask[head * plan.group : (head + 1) * plan.group]
+        return jnp.pad(rows, ((0, plan.rows - plan.group), (0, 0))) != 0
+
+    def finish(self) -> None:
+        """Write the results of the sequence."""
+        plan, refs = self.plan, self.refs
+        heads = refs["heads"]
+        stats: list[list[jax.Array]] = [[], []]
+        for head in range(plan.core_kv_heads):
+            sinks = refs["sinks_rows"][head][:, :1] if plan.sinks else None
+            factor, *found = statistics(refs["totals"][head][:, :1], refs["maxima"][head][:, :1], sinks)
+            if 0 < plan.scales_rank < 4:
+                factor = factor * self.scale(1, head)
+            rows = refs["sums"][head] * factor
+            heads[head * plan.group : (head + 1) * plan.group] = rows[: plan.group]
+            for kind, value in zip(stats, found, strict=True):
+                kind.append(value)
+        refs["out"][0] = heads[: plan.core_heads, : plan.value_dim].astype(refs["out"].dtype)
+        if plan.stats:
+            for name, values in zip(("lse", "max_logits"), stats, strict=True):
+                refs[name][0, 0] = self.as_lanes(values)
+
+    def as_lanes(self, columns: list[jax.Array]) -> jax.Array:
+        """Return (1, heads) from a column (rows, 1) for each kv head."""
+        plan = self.plan
+        shape = (plan.rows, plan.core_heads)
+        row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        line = jnp.zeros((1, plan.core_heads), jnp.float32)
+        for head, column in enumerate(columns):
+            mine = (row + head * plan.group == lane) & (row < plan.group)
+            line = line + jnp.sum(jnp.where(mine, column, 0.0), axis=0, keepdims=True)
+        return line

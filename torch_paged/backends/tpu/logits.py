@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-LANES = 128
-
 NOTHING = float(jnp.finfo(jnp.float32).min)
 """The running maximum of a row that has seen no key: finite, so that a difference of two of them is no NaN."""
 
@@ -60,16 +58,39 @@ def statistics(total: jax.Array, maximum: jax.Array, sinks: Any = None) -> tuple
     """Finish rows: return the factor of their sums of values, lse and max_logits.
 
     Args:
-        total: (R, 1) sum of the weights.
+        total: (R, 1) sum of the weights; 0 in a row that saw no key.
         maximum: (R, 1).
         sinks: (R, 1), or None.
     """
-    seen = maximum > NOTHING
-    max_logits = jnp.where(seen, maximum, -jnp.inf)
+    nothing = total == 0
+    max_logits = jnp.where(nothing, -jnp.inf, maximum)
     if sinks is None:
-        lse = jnp.where(seen, maximum + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
-        return jnp.where(seen, 1.0 / jnp.where(seen, total, 1.0), 0.0), lse, max_logits
+        total = jnp.where(nothing, 1.0, total)
+        return 1.0 / total, jnp.where(nothing, -jnp.inf, maximum + jnp.log(total)), max_logits
     top = jnp.maximum(maximum, sinks)
     kept = jnp.exp(maximum - top)
     with_sink = total * kept + jnp.exp(sinks - top)
     return kept / with_sink, top + jnp.log(with_sink), max_logits
+
+
+def weighted_sum(weights: jax.Array, seen: jax.Array, values: jax.Array) -> jax.Array:
+    """Return the weighted sums (R, D) of values (K, D), of which rows may not see some that are not finite.
+
+    A weight of 0 does not hide these: they are left out of the product, and added in the rows that see them.
+    """
+    finite = jnp.abs(values.astype(jnp.float32)) < jnp.inf
+    sums = dot(weights, jnp.where(finite, values, jnp.zeros_like(values)), (1, 0))
+    wide = values.astype(jnp.float32)
+    negative = jnp.where(wide < 0, _MANY, 0.0)
+    positive = jnp.where(wide > 0, 1.0, 0.0)
+    kinds = jnp.where(finite, 0.0, jnp.where(wide != wide, _MANY + 1.0, positive + negative))
+    rows = jnp.where(seen, jnp.ones(weights.shape, jnp.float32), 0.0)
+    count = dot(rows.astype(jnp.bfloat16), kinds.astype(jnp.bfloat16), (1, 0))
+    negatives = jnp.floor(count / _MANY)
+    positives = count - negatives * _MANY
+    infinity = jnp.where(positives > 0, jnp.inf, 0.0) + jnp.where(negatives > 0, -jnp.inf, 0.0)
+    return sums + infinity
+
+
+_MANY = 4096.0
+"""More keys than are multiplied at a time, and exact in bfloat16."""

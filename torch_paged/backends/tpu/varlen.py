@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from torch_paged.backends.tpu import tiles as t
-from torch_paged.backends.tpu.block_sizes import Chip, VarlenBlocks, varlen_blocks
-from torch_paged.backends.tpu.logits import LANES, NOTHING, dot
+from torch_paged.backends.tpu.block_sizes import LANES, Chip, VarlenBlocks, varlen_blocks
+from torch_paged.backends.tpu.logits import NOTHING, dot
 from torch_paged.backends.tpu.pages import STATE_WORDS, PageStream
 
 SUBLANES = 8
