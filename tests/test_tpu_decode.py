@@ -25,7 +25,7 @@ _OPTIONS = ("logits_soft_cap", "sliding_window", "attention_chunk", "value_dim")
 
 def run(arguments: dict[str, Any], interpret: Any, chip: str = "v5e") -> tuple[torch.Tensor, ...]:
     """Return out, lse and max_logits of the kernel."""
-    arrays = [None if arguments[name] is None else to_jax(arguments[name]) for name in _ARRAYS]
+    arrays: list[Any] = [None if arguments[name] is None else to_jax(arguments[name]) for name in _ARRAYS]
     scale = arguments["softmax_scale"] or arguments["query"].shape[-1] ** -0.5
     options = {name: arguments[name] for name in _OPTIONS}
     results = paged_attention(
