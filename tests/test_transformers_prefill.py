@@ -1,5 +1,7 @@
 """The prefill of a patched model's generate() computes no padding, and no prefix that an earlier call left."""
 
+import functools
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -144,6 +146,17 @@ def test_blocks_are_released_when_a_call_ends_or_fails() -> None:
     for _ in range(3):
         generate(model, batches()[0])
     assert pool.num_blocks <= size + 20
+
+
+def test_blocks_are_released_where_generate_was_replaced_after_patching() -> None:
+    model = patch_model(make_model("llama"), block_size=BLOCK_SIZE, prefix_reuse=True)
+    model.generate = functools.partial(type(model).generate, model)
+    out = generate(model, batches()[0], return_dict_in_generate=True)
+    pool = next(iter(out.past_key_values.groups.values())).blocks
+    assert pool.in_use
+    del out
+    gc.collect()
+    assert pool.in_use == 0
 
 
 def test_unpatching_leaves_nothing_on_the_instance() -> None:

@@ -39,7 +39,7 @@ class PrefixPool:
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
         self._kind: tuple[Any, ...] | None = None  # of the keys in the blocks
-        self._made: list[PagedCache] = []
+        self._made: list[PagedCache] | None = None  # in the call that runs; a cache that is made outside dies by itself
 
     def __reduce__(self) -> Any:
         return PrefixPool, (self._options,)  # a copy of the model has no keys yet
@@ -52,20 +52,22 @@ class PrefixPool:
             self._empty = PagedCache(model.config, device=model.device, prefix_reuse=True, **self._options)
         cache = copy.deepcopy(self._empty)
         cache.max_cache_length = max_cache_length
-        self._made.append(cache)
+        if self._made is not None:
+            self._made.append(cache)
         return cache
 
     @contextlib.contextmanager
     def call(self) -> Any:
         """Release what was made within, but for a cache that is put into the list that this yields."""
-        before, returned = len(self._made), list[Any]()
+        outer, made, returned = self._made, list[PagedCache](), list[Any]()
+        self._made = made
         try:
             yield returned
         finally:
-            for cache in self._made[before:]:
+            self._made = outer
+            for cache in made:
                 if not any(cache is kept for kept in returned):
                     cache.reset()
-            del self._made[before:]
 
 
 def why_padded(model: Any, report: PatchReport) -> str:
