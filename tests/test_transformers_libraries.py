@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 from torch_paged.integrations.transformers import PagedCache, patch_model, patch_report, unpatch_model
+from torch_paged.integrations.transformers.versions import MASKS_TAKE_POSITIONS
 from torch_paged.testing.compare import assert_close
 
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "checkpoints" / "stdlib-llama-2m"
@@ -47,6 +48,18 @@ def test_lora(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_torch_compile_returns(family: str) -> None:
     assert_patching_changes_no_token(torch.compile(make_model(family), backend="eager"))
+
+
+@pytest.mark.skipif(MASKS_TAKE_POSITIONS, reason="this transformers has positions traced into the mask function")
+@pytest.mark.parametrize("part", ["forward", "in place"])
+def test_compiled_parts_that_may_break_the_graph(part: str) -> None:
+    torch._dynamo.reset()
+    model = make_model("llama", num_hidden_layers=1)
+    if part == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+    else:
+        model.compile(backend="eager")
+    assert_patching_changes_no_token(model)
 
 
 def test_lora_under_torch_compile() -> None:

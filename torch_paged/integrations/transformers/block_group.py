@@ -200,6 +200,7 @@ class BlockGroup:
             except OutOfBlocks as error:
                 self.grow(max(2 * self.num_blocks, self.num_blocks + error.needed))
 
+    @torch.compiler.disable
     def write_tables(self) -> None:
         """Make ``block_tables`` say what the allocator knows."""
         tables = [self.allocator.block_table(seq) for seq in self._seqs]

@@ -74,6 +74,7 @@ class PagedLayer(CacheLayerMixin):
         self.is_initialized = True
         self.take_storage()
 
+    @torch.compiler.disable
     def take_storage(self) -> None:
         """Hold the storage's tensors, as aliases; that of the keys leads back to this layer and to no other."""
         if self.is_initialized and self.storage.kv_cache is not None:
