@@ -6,21 +6,27 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 EDITABLE := TORCH_PAGED_NO_EXT=1 $(PIP) install --no-build-isolation -e
 WHEEL_VENV := .venv-wheel
+TPU_XLA_VENV := .venv-tpu-xla
+TPU_XLA := TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_LOG_DIR=disabled $(TPU_XLA_VENV)/bin/python -m pytest
 TORCH29_VENV := .venv-torch29
 TRANSFORMERS ?= 5.23.0 5.6.0 4.57.6
+OPS := paged_attention flash_attn_varlen reshape_and_cache quantize_and_cache copy_blocks gather_cache \
+  merge_attention_states
 CROSS ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64
 KERNELS := $(wildcard csrc_shims/*.cpp csrc_shims/*.h csrc_shims/cpu/*.cpp csrc_shims/cpu/*.h)
 LIBRARY := torch_paged/_C.abi3.so
 
 .PRECIOUS: .venv-transformers-%/.ready
-.PHONY: demo test test-transformers lint bench instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
+.PHONY: demo test test-transformers test-tpu-xla test-tpu-device lint bench instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo               generate text with a small model through torch.ops.paged"
 	@echo "make test               run all tests"
 	@echo "make test-transformers  every model and way to generate, on three versions of transformers"
+	@echo "make test-tpu-xla       the TPU's kernels through torch_xla, without a TPU (a download of 8 GB)"
+	@echo "make test-tpu-device    the cases of the tests on the TPU of this machine"
 	@echo "make lint               ruff, mypy, clang-format"
 	@echo "make bench              measure the kernels beside peers and limits (ARGS=--quick: minutes)"
 	@echo "make instructions       count the kernels' instructions and compare them with committed figures"
@@ -69,6 +75,22 @@ test-transformers-%: .venv-transformers-%/.ready $(LIBRARY)
 	  $(wildcard tests/test_transformers*.py) $(ARGS)
 
 test-transformers: $(TRANSFORMERS:%=test-transformers-%)
+
+# torch_xla wants an older torch and jax than the other tests; they read neither jax nor libtpu from the extra "test".
+$(TPU_XLA_VENV)/.ready: pyproject.toml
+	test -x $(TPU_XLA_VENV)/bin/python || $(PYTHON) -m venv $(TPU_XLA_VENV)
+	$(TPU_XLA_VENV)/bin/python -m pip -q install "torch==2.9.0" "setuptools>=77" packaging \
+	  "pytest>=8" "hypothesis>=6" "expecttest>=0.3" numpy rich tqdm
+	TORCH_PAGED_NO_EXT=1 $(TPU_XLA_VENV)/bin/python -m pip -q install --no-build-isolation -e ".[tpu-xla,transformers]"
+	touch $@
+
+test-tpu-xla: $(TPU_XLA_VENV)/.ready $(LIBRARY)
+	$(TPU_XLA_VENV)/bin/python -c "import torch_xla"
+	PJRT_DEVICE=CPU JAX_PLATFORMS=cpu $(TPU_XLA) $(wildcard tests/test_tpu_*.py) $(ARGS)
+
+# In the environment that is active: the one with torch_xla or torch_tpu.
+test-tpu-device:
+	@PYTHONPATH=. $(PYTHON) tests/tpu_device.py $(OPS:%=tests/test_%.py) tests/test_semantics.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

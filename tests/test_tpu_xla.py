@@ -2,7 +2,10 @@
 ``make test-tpu-xla``.
 """
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,7 +19,7 @@ from torch_xla.debug import metrics  # noqa: E402
 import torch_paged  # noqa: E402
 from torch_paged import dispatch  # noqa: E402
 from torch_paged.testing import AttentionCase, assert_attention, assert_same, build  # noqa: E402
-from torch_paged.testing.processes import run_python  # noqa: E402
+from torch_paged.testing.processes import SOURCE, run_python  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -98,6 +101,17 @@ def test_every_grad_mode_writes(mode: Callable[[], torch.autograd.grad_mode.no_g
         assert_same(on_device.cpu(), kv_cache)
 
 
+def test_a_copy_that_is_still_lazy_keeps_what_was_there_before() -> None:
+    kv_cache = torch.ones(2, 2, 1, 8, 128, device=DEVICE)
+    torch_xla.sync()
+    before = kv_cache.clone()
+    key = torch.full((1, 1, 128), 5.0, device=DEVICE)
+    torch_paged.reshape_and_cache(key, key, kv_cache, torch.tensor([0], device=DEVICE))
+    assert kv_cache.cpu().max() == 5
+    torch_xla.sync()
+    assert before.cpu().max() == 1
+
+
 def test_a_view_sees_what_was_written() -> None:
     pool = torch.zeros(2, 2, 3, 1, 8, 128, device=DEVICE)
     key = torch.ones(1, 1, 128, device=DEVICE)
@@ -144,6 +158,24 @@ def to_device(value: object) -> object:
     return value.to(DEVICE) if isinstance(value, Tensor) else value
 
 
+BAD_SLOT = """
+import torch, torch_xla, torch_paged
+key, kv_cache = torch.ones(1, 1, 128, device="xla"), torch.zeros(2, 2, 1, 8, 128, device="xla")
+try:
+    torch_paged.reshape_and_cache(key, key, kv_cache, torch.tensor([16], device="xla"))
+except ValueError as error:
+    print(error)
+print(kv_cache.sum().item())
+"""
+
+
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_a_slot_outside_the_cache_is_dropped_and_found_when_debugging(debug: str) -> None:
+    lines = run_python(BAD_SLOT, PJRT_DEVICE="CPU", TORCH_PAGED_DEBUG=debug).stdout.splitlines()
+    sentence = "reshape_and_cache: slot_mapping must lie in [-1, 16), got 16 at index 0"
+    assert lines == ([sentence, "0.0"] if debug == "1" else ["0.0"])
+
+
 TWINS = """
 import sys, torch, {first}
 def state():
@@ -162,3 +194,30 @@ print(*state())
 def test_twins_exist_only_where_torch_xla_is_imported(first: str, second: str, before: str) -> None:
     code = TWINS.format(first=first, second=second)
     assert run_python(code, PJRT_DEVICE="CPU").stdout.splitlines()[-2:] == [before, "True True True"]
+
+
+def test_the_example_runs_interpreted() -> None:
+    done = subprocess.run(
+        [sys.executable, "examples/08_tpu_torch_xla.py", "--steps", "9"],
+        capture_output=True,
+        text=True,
+        cwd=SOURCE,
+        env={**os.environ, "PJRT_DEVICE": "CPU", "PYTHONPATH": str(SOURCE)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "9 steps on cpu: 2 compilations" in done.stdout
+
+
+def test_without_a_tpu_the_device_tests_end_with_one_sentence() -> None:
+    done = subprocess.run(
+        [sys.executable, "tests/tpu_device.py", "tests/test_paged_attention.py"],
+        capture_output=True,
+        text=True,
+        cwd=SOURCE,
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == (
+        "test-tpu-device: no TPU is in reach here; docs/tpu.md has the commands for a TPU VM"
+    )

@@ -5,6 +5,9 @@ never be read, and contiguous; what an op wrote is then copied back. A call that
 sentence; then there is nothing left to compare, and ``Refused`` ends the test.
 """
 
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -21,6 +24,8 @@ from torch_paged.testing.cache_cases import CopyCase, GatherCase, MergeCase, Wri
 from torch_paged.testing.cases import AttentionCase, build
 from torch_paged.testing.compare import assert_attention, assert_same
 from torch_paged.testing.tensors import poison
+
+_DEVICE = "TORCH_PAGED_TEST_DEVICE"
 
 Case = TypeVar("Case", AttentionCase, WriteCase, CopyCase, GatherCase, MergeCase)
 
@@ -52,14 +57,14 @@ class Backend:
         if reason is not None:
             self._assert_refused(reason, op, given, stats)
             raise Refused(reason)
-        before = {name: value.clone() for name, value in self._copied(arguments, given) if name == "kv_cache"}
-        results = self._run(op, given, stats)
-        for name, value in self._copied(arguments, given):
-            if name in ("kv_cache", "kv_scales"):
-                width = arguments[name].size(-1)
-                arguments[name].copy_(value[..., :width])
+        before = {name: value.cpu().clone() for name, value in self._copied(arguments, given) if name == "kv_cache"}
+        results = _on_host(self._run(op, given, stats))
+        after = {name: value.cpu() for name, value in self._copied(arguments, given)}
+        for name in ("kv_cache", "kv_scales"):
+            if name in after:
+                arguments[name].copy_(after[name][..., : arguments[name].size(-1)])
         if "kv_cache" in before:
-            _assert_lanes_behind(op, arguments, before["kv_cache"], given["kv_cache"])
+            _assert_lanes_behind(op, arguments, before["kv_cache"], after["kv_cache"])
         if op == "gather_cache":
             stored_dim = arguments["kv_cache"].size(-1)
             return tuple(dense[..., :stored_dim].contiguous() for dense in results)
@@ -149,6 +154,12 @@ def _op(case: Any) -> str:
     return ops.get(type(case)) or str(case.op)
 
 
+def _on_host(results: Any) -> Any:
+    if isinstance(results, Tensor):
+        return results.cpu()
+    return results if results is None else tuple(result.cpu() for result in results)
+
+
 def _alternatives(case: Any) -> Iterator[Any]:
     """Yield cases like this one with blocks of 8 and 16, each with bfloat16 in place of float16 too."""
     halves = {name: torch.bfloat16 for name in ("dtype", "cache_dtype") if getattr(case, name, None) == torch.float16}
@@ -175,8 +186,20 @@ REFERENCE = Backend("direct", torch.device("cpu"), direct=True)
 
 
 def backends_here() -> list[Backend]:
-    """Return a ``Backend`` for each device type that is served in this process.
+    """Return a ``Backend`` for the device type that ``TORCH_PAGED_TEST_DEVICE`` names, by default the CPU.
 
-    Where none is, the CPU is still listed: its ops then raise, so tests fail instead of collecting nothing.
+    Where none serves it, it is still listed: its ops then raise, so tests fail instead of collecting nothing.
     """
-    return [Backend(name, torch.device(device)) for device, name in (dispatch.served() or {"cpu": "cpu"}).items()]
+    device = os.environ.get(_DEVICE, "cpu")
+    if device == "xla":
+        importlib.import_module("torch_xla")
+    return [Backend(dispatch.served().get(device, device), torch.device(device))]
+
+
+def tpu_device_type() -> str | None:
+    """Return the device type of this machine's TPU; None without one, or where torch_xla and torch_tpu are missing."""
+    if torch._C._get_privateuse1_backend_name() == "tpu":
+        return "tpu"
+    if importlib.util.find_spec("torch_xla") is None:
+        return None
+    return "xla" if importlib.import_module("torch_xla._internal.tpu").num_available_chips() else None

@@ -57,9 +57,9 @@ def _in_reach(device_type: str) -> bool:
 
 
 def versions() -> Mapping[str, str]:
-    """Return the versions of jax and libtpu that are installed."""
+    """Return the versions of jax, libtpu, torch_xla and torch_tpu that are installed."""
     found = {}
-    for package in OLDEST:
+    for package in (*OLDEST, *_BRIDGES.values()):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

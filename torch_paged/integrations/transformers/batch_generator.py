@@ -15,6 +15,7 @@ from torch_paged.integrations.transformers.request import GenerationOutput, Gene
 from torch_paged.integrations.transformers.rope import depends_on_others, most_packed_tokens
 from torch_paged.integrations.transformers.sampling import Sampler, probabilities_of_alike
 from torch_paged.integrations.transformers.scheduler import QueuedRequest, Scheduler, end_request
+from torch_paged.integrations.transformers.static_sizes import compiles_each_shape
 
 _FIRST_BLOCKS = 64
 
@@ -87,6 +88,11 @@ class BatchGenerator:
         report = patch_report(model)
         if report is not None and report.way == "gathered":
             raise NotImplementedError(f"generate_batch: packed tokens need paged layers, got {report}; use generate()")
+        if compiles_each_shape(model.device):
+            raise NotImplementedError(
+                f"generate_batch: device '{model.device.type}' compiles each shape, and packed steps have many; "
+                "use generate()"
+            )
         if not takes_positions(model):
             raise NotImplementedError(
                 f"generate_batch: packed tokens need their positions, {type(model).__name__} takes no position_ids; "

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch_paged.cache import BlockAllocator, OutOfBlocks
 from torch_paged.integrations.transformers.layer_plan import Reach
 from torch_paged.integrations.transformers.shared_blocks import SharedBlocks
+from torch_paged.integrations.transformers.static_sizes import static_size
 
 UNUSED_ENTRY = -1
 _LEAST_WIDTH = 2  # a compiled forward takes a size of 1 for another case
@@ -117,7 +118,7 @@ class BlockGroup:
         self._seqs = [self.allocator.allocate(prompt, salt=salt) for prompt in prompts or [()] * len(row_tokens)]
         rest = 0 if max_length is None else max(0, max_length - new_tokens)
         blocks = [-(-(tokens + rest) // self.block_size) for tokens in row_tokens]
-        self._width = max(_LEAST_WIDTH, *blocks)
+        self._width = static_size(max(_LEAST_WIDTH, *blocks), self.device)
         seen = self.reach.window or self.reach.chunk
         if seen is not None and not self.recording:
             seen_blocks = -(-(seen - 1 + new_tokens) // self.block_size) + 1
@@ -191,7 +192,7 @@ class BlockGroup:
 
     def grow(self, num_blocks: int) -> None:
         """Make the pool larger, in every layer."""
-        self.blocks.grow(num_blocks)
+        self.blocks.grow(static_size(num_blocks, self.device))
 
     def _append(self, seq: int, tokens: int | Sequence[int]) -> list[int]:
         while True:
@@ -208,7 +209,7 @@ class BlockGroup:
             return
         longest = max(len(table) for table in tables)
         if longest > self._width:
-            self._width = max(longest, 2 * self._width)
+            self._width = static_size(max(longest, 2 * self._width), self.device)
         padded = [list(table) + [UNUSED_ENTRY] * (self._width - len(table)) for table in tables]
         self.block_tables = torch.tensor(padded, dtype=torch.int32, device=self.device)
         torch._dynamo.maybe_mark_dynamic(self.block_tables, 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from torch_paged.integrations.transformers.layer_plan import Reach
+from torch_paged.integrations.transformers.static_sizes import compiles_each_shape
 from torch_paged.integrations.transformers.versions import dense_mask
 
 if TYPE_CHECKING:
@@ -74,6 +75,11 @@ def paged_mask(
             raise NotImplementedError(
                 "attention_mask: PagedCache does not support masks other than causal, window and chunk in a compiled "
                 "forward; run it eagerly"
+            )
+        if compiles_each_shape(kv_offset.cache.device):
+            raise NotImplementedError(
+                "attention_mask: PagedCache does not support masks other than causal, window and chunk on device "
+                f"'{kv_offset.cache.device.type}', where each shape is compiled; run it on the CPU"
             )
     options: dict[str, Any] = {
         "batch_size": batch_size,

@@ -24,6 +24,7 @@ from torch_paged.integrations.transformers.layer_plan import Reach, plan_layers
 from torch_paged.integrations.transformers.paged_layer import PagedLayer
 from torch_paged.integrations.transformers.pool_sizes import PoolSizes
 from torch_paged.integrations.transformers.shared_blocks import LayerStorage, SharedBlocks
+from torch_paged.integrations.transformers.static_sizes import compiles_each_shape, static_size
 from torch_paged.integrations.transformers.step import Step
 from torch_paged.integrations.transformers.versions import PreTrainedConfig, columns_after_crop
 
@@ -140,6 +141,7 @@ class PagedCache(PoolSizes, DynamicCache):
         self._history: list[bytearray] = []  # of each row, 1 for a column with a real token
         self._columns: ColumnMap | None = None
         self._packed_tokens: int | None = None  # of a prepared forward that is one row without padding
+        self.forward_columns = 0  # of the prepared forward: new_tokens, and padding to a static size
         self.pending_layer: PagedLayer | None = None
         self.columns_tensor = torch.zeros((), dtype=torch.long, device=self.device)
 
@@ -163,7 +165,7 @@ class PagedCache(PoolSizes, DynamicCache):
             if not self.prepared or self.new_tokens != new_tokens or self.paged_layers[0].written:
                 raise RuntimeError("PagedCache: call prepare() before each compiled forward")
             return
-        if self._is_packed_forward(batch_size, new_tokens):
+        if self._is_packed_forward(batch_size, new_tokens) or self._is_padded_forward(new_tokens):
             return
         self._finish_step()
         if self.prepared and self.new_tokens == new_tokens and mask is None:
@@ -186,24 +188,29 @@ class PagedCache(PoolSizes, DynamicCache):
     def _lay_out(self, new_tokens: int, real: list[list[bool]] | None) -> None:
         batch_size = len(self.lengths)
         counts = [new_tokens] * batch_size if real is None else [sum(row) for row in real]
+        columns, forward = static_size(new_tokens, self.device), real
+        if columns > 1 and compiles_each_shape(self.device):  # padded or not, the same program
+            padding = [False] * (columns - new_tokens)
+            forward = [row + padding for row in real or [[True] * new_tokens] * batch_size]
         for group in self.groups.values():
             if not group.started:
                 group.start(counts, new_tokens, self.max_cache_length)
-            group.extend(counts, real)
+            group.extend(counts, forward)
         self._new_lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         positions = None
-        if real is not None and not padded_before_all_tokens(self.lengths, real):
-            positions = self._int32(query_positions(self.lengths, real))
+        if forward is not real or (real is not None and not padded_before_all_tokens(self.lengths, real)):
+            positions = self._int32(query_positions(self.lengths, forward or []))
         self.step = Step(
-            cu_seqlens_q=self._int32(range(0, (batch_size + 1) * new_tokens, new_tokens)),
+            cu_seqlens_q=self._int32(range(0, (batch_size + 1) * columns, columns)),
             context_lens=self._int32(self._new_lengths),
-            max_seqlen_q=new_tokens,
-            one_token_each=new_tokens == 1 and positions is None,
+            max_seqlen_q=columns,
+            one_token_each=columns == 1 and positions is None,
             query_positions=positions,
         )
         self.columns_tensor.fill_(self.columns)
         self._columns = None
         self.new_tokens = new_tokens
+        self.forward_columns = columns
         self._real = real
         self.prepared = True
 
@@ -234,7 +241,8 @@ class PagedCache(PoolSizes, DynamicCache):
         starts = [0, *itertools.accumulate(new)]
         self.step = Step(self._int32(starts), self._int32(counts), max(new), max(new) == 1)
         self._new_lengths, self._real = counts, real
-        self.new_tokens, self._packed_tokens = mask.shape[1], starts[-1]
+        self.new_tokens = self.forward_columns = mask.shape[1]
+        self._packed_tokens = starts[-1]
         self.columns_tensor.fill_(self.columns)
         self._columns = None
         self.prepared = True
@@ -244,6 +252,10 @@ class PagedCache(PoolSizes, DynamicCache):
         begun = any(layer.written for layer in self.paged_layers)
         done = begun and all(layer.written for layer in self.paged_layers)
         return self.is_packed and self.prepared and not done and (batch_size, new_tokens) == (1, self._packed_tokens)
+
+    def _is_padded_forward(self, columns: int) -> bool:
+        padded = self.prepared and self.forward_columns == columns != self.new_tokens
+        return padded and not all(layer.written for layer in self.paged_layers)
 
     @property
     def is_packed(self) -> bool:
@@ -283,11 +295,14 @@ class PagedCache(PoolSizes, DynamicCache):
     def columns_now(self) -> ColumnMap:
         """Return where the tokens lie in transformers' columns, those of a forward in progress included."""
         if self._columns is None:
-            rows: list[bytes | bytearray] = list(self._history)
-            if self.prepared:
-                rows = [row + new for row, new in zip(rows, self._new_columns(), strict=True)]
-            self._columns = column_map(rows, self.device)
+            self._columns = self._columns_on(self.device)
         return self._columns
+
+    def _columns_on(self, device: torch.device) -> ColumnMap:
+        rows: list[bytes | bytearray] = list(self._history)
+        if self.prepared:
+            rows = [row + new for row, new in zip(rows, self._new_columns(), strict=True)]
+        return column_map(rows, device)
 
     def hides_tokens(self, mask: Tensor | None) -> bool:
         """Say whether a mask of the prepared forward, (B, columns), hides tokens that were cached as real ones.
@@ -299,7 +314,7 @@ class PagedCache(PoolSizes, DynamicCache):
             return False
         if bool(mask.all()) and not any(0 in row for row in self._history):
             return False
-        columns = self.columns_now()
+        columns = self.columns_now() if mask.device == self.device else self._columns_on(mask.device)
         if columns.shows_padding(mask.bool()):
             raise ValueError(
                 "PagedCache: attention_mask must hide what was padding in earlier forwards, got 1 where it was 0"

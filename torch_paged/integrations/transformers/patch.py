@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from torch_paged import dispatch
-from torch_paged.integrations.transformers import packed_prefill
+from torch_paged.integrations.transformers import packed_prefill, static_shapes
 from torch_paged.integrations.transformers.attention import ATTENTION_NAME
 from torch_paged.integrations.transformers.bind import bind, unbind
 from torch_paged.integrations.transformers.latent import LATENT_ATTENTION_NAME, keep_handle
 from torch_paged.integrations.transformers.layer_plan import PatchReport, Reach, Way, plan_layers
 from torch_paged.integrations.transformers.own_config import take_own_config
 from torch_paged.integrations.transformers.paged_cache import PagedCache
+from torch_paged.integrations.transformers.static_sizes import compiles_each_shape
 from torch_paged.integrations.transformers.versions import PreTrainedConfig, draws_its_own_mask
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -118,7 +119,15 @@ def _patch(model: Any, holder: nn.Module, options: dict[str, Any], gather: bool,
     layers = tuple(layer if isinstance(layer, Reach) else type(layer).__name__ for layer in planned)
     way: Way = "gathered" if reason else "latent" if expanding else "paged"
     patch = _Patch(PatchReport(name, way, layers, reason), options)
+    static = compiles_each_shape(model.device)
+    why_not = static_shapes.why_unsupported(model, patch.report) if static else ""
+    if why_not:
+        raise NotImplementedError(
+            f"patch_model: device '{model.device.type}' is not supported, where each shape is compiled: {why_not}"
+        )
     why_padded = packed_prefill.why_padded(model, patch.report)
+    if static:
+        why_padded = f"device '{model.device.type}' compiles each shape"
     if prefix_reuse and why_padded:
         raise NotImplementedError(f"patch_model: prefix_reuse is not supported: {why_padded}")
     if not reason:
@@ -134,6 +143,8 @@ def _patch(model: Any, holder: nn.Module, options: dict[str, Any], gather: bool,
     bind(_prepare_cache, model, _PREPARE)
     if not why_padded:
         packed_prefill.install(model, packed_prefill.PrefixPool(options) if prefix_reuse else None)
+    if static:
+        static_shapes.install(model)
     logger.info("patch_model: %s", patch.report)
 
 
@@ -162,6 +173,7 @@ def _unpatch(model: Any) -> None:
     delattr(model, _PATCH)
     unbind(_prepare_cache, model, _PREPARE)
     packed_prefill.uninstall(model)
+    static_shapes.uninstall(model)
     if hasattr(model, "_compiled_call"):
         del model._compiled_call
 
@@ -271,6 +283,10 @@ def _prepare_cache(
         original = getattr(type(model), _PREPARE)
         return original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     patch: _Patch = getattr(model, _PATCH)
+    if compiles_each_shape(model.device) != static_shapes.is_installed(model):
+        raise RuntimeError(
+            f"patch_model: the model was moved to '{model.device.type}' since; call patch_model(model) again"
+        )
     cache: Any
     if (pool := packed_prefill.prefix_pool(model)) is not None:
         cache = pool.new_cache(model, max_cache_length)

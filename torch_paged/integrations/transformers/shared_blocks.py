@@ -4,11 +4,12 @@ import weakref
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from torch_paged import functional
+from torch_paged import dispatch, functional
 from torch_paged.cache import BlockAllocator, allocate_kv_cache
 from torch_paged.integrations.transformers.layer_plan import Reach
+from torch_paged.integrations.transformers.static_sizes import static_size
 
 if TYPE_CHECKING:
     from torch_paged.integrations.transformers.paged_layer import PagedLayer
@@ -45,6 +46,7 @@ class LayerStorage:
             device=like.device,
             latent=latent,
             scales="token" if dtype.itemsize == 1 else None,
+            backend=dispatch.served().get(like.device.type, "cpu"),
         )
         self._replace(allocated.kv_cache, allocated.kv_scales)
 
@@ -109,7 +111,9 @@ class SharedBlocks:
 
     def copy_pending(self, device: torch.device) -> None:
         """Do the copies that the last appends asked for."""
-        sources, destinations = self.allocator.take_copies(device)
+        sources, destinations = self.allocator.take_copies()
         if len(sources):
+            skipped = static_size(len(sources), device) - len(sources)
+            pairs = [nn.functional.pad(x, (0, skipped), value=-1).to(device) for x in (sources, destinations)]
             for storage in self.storages:
-                storage.copy_blocks(sources, destinations)
+                storage.copy_blocks(*pairs)
