@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import cache_utils
+from transformers import PreTrainedTokenizerFast, cache_utils
 
 from torch_paged.integrations.transformers import PagedCache
 from torch_paged.integrations.transformers.versions import MASKS_TAKE_POSITIONS
@@ -220,6 +221,15 @@ def as_reference(model: Any) -> Any:
             if type(module).__name__ == "DeepseekV3TopkRouter":  # which weighs experts in float32
                 module.register_forward_hook(lambda _, __, out: (out[0], out[1].double()))
     return model
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a tokenizer whose tokens are their ids in two hexadecimal digits, but for the padding."""
+    vocab = {"<pad>" if token == 0 else f"{token:02x}": token for token in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(".."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
 
 
 def positions(cache: PagedCache) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch_paged.integrations.transformers.rope import depends_on_others, most_p
 from torch_paged.integrations.transformers.sampling import Sampler, probabilities_of_alike
 from torch_paged.integrations.transformers.scheduler import QueuedRequest, Scheduler, end_request
 from torch_paged.integrations.transformers.static_sizes import compiles_each_shape
+from torch_paged.integrations.transformers.versions import draws_its_own_mask
 
 _FIRST_BLOCKS = 64
 
@@ -97,6 +98,11 @@ class BatchGenerator:
             raise NotImplementedError(
                 f"generate_batch: packed tokens need their positions, {type(model).__name__} takes no position_ids; "
                 "use generate()"
+            )
+        if draws_its_own_mask(model):
+            raise NotImplementedError(
+                f"generate_batch: packed tokens need transformers' mask functions, {type(model).__name__} draws its "
+                "own masks in this version; use generate()"
             )
         self.cache.check_implementation()
         self._grows = num_blocks is None

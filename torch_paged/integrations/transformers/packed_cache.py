@@ -170,11 +170,13 @@ class PackedCache(PagedCache):
         Raises:
             RuntimeError: another forward.
         """
-        if batch_size != 1 or new_tokens != self._step_tokens or mask is not None:
+        if batch_size != 1 or new_tokens != self._step_tokens:
             raise RuntimeError(
-                f"PackedCache: the forward must be the packed row of {self._step_tokens} tokens without a mask, "
+                f"PackedCache: the forward must be the packed row of {self._step_tokens} tokens, "
                 f"got ({batch_size}, {new_tokens})"
             )
+        if mask is not None and not bool(mask.all()):  # some models make a mask of ones where they are given none
+            raise RuntimeError("PackedCache: attention_mask must be None or hide nothing, got one with zeros")
 
     def ensure_prepared(self, layer: PagedLayer, batch_size: int, new_tokens: int) -> None:
         """Check the same for a model that asked for no mask."""
