@@ -97,7 +97,8 @@ def _check_paged_call(
     if dropout:
         raise NotImplementedError(f"attention: PagedCache does not support dropout ({dropout}); call model.eval()")
     is_causal = kwargs.get("is_causal")
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True) or layer.cache.causal_step is layer.cache.step
     if mask is None and not is_causal and query.shape[2] > 1:
         raise NotImplementedError(f"attention: PagedCache does not support bidirectional attention ({name})")
     given_window = kwargs.get("sliding_window")

@@ -65,6 +65,8 @@ def paged_mask(
         kv_offset.cache.prepare(batch_size, q_length, attention_mask)
         hides_tokens = kv_offset.cache.hides_tokens(attention_mask)
         if _is_causal(mask_function, kwargs) and not hides_tokens:
+            if q_length > 1:
+                kv_offset.cache.causal_step = kv_offset.cache.step
             return None
         if kv_offset.cache.is_packed:
             raise NotImplementedError(

@@ -143,6 +143,7 @@ class PagedCache(PoolSizes, DynamicCache):
         self._packed_tokens: int | None = None  # of a prepared forward that is one row without padding
         self.forward_columns = 0  # of the prepared forward: new_tokens, and padding to a static size
         self.pending_layer: PagedLayer | None = None
+        self.causal_step: Step | None = None  # the last one whose mask was to be causal, whatever the layers say
         self.columns_tensor = torch.zeros((), dtype=torch.long, device=self.device)
 
     def prepare(self, batch_size: int, new_tokens: int, mask: Tensor | None = None) -> None:
