@@ -6,7 +6,7 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, cache_utils
+from transformers import PreTrainedTokenizerFast, cache_utils, masking_utils
 
 from torch_paged.integrations.transformers import PagedCache
 from torch_paged.integrations.transformers.versions import MASKS_TAKE_POSITIONS
@@ -173,6 +173,9 @@ if not hasattr(cache_utils, "LinearAttentionLayer"):
 
 FAMILIES = {family: parts for family, parts in _FAMILIES.items() if hasattr(transformers, parts[0] + parts[1])}
 """Of each family here the name and the ending of its classes, and the options of its config."""
+
+CONTINUES_LINEAR_ATTENTION = hasattr(masking_utils, "create_recurrent_attention_mask")
+"""Older versions forget the state of linear attention where several tokens follow, and read their padding."""
 
 TEXT_CONFIGS = ("Gemma3", "Gemma3n", "Gemma4", "Llama4")
 GATHERED = ("bloom", "falcon", "falcon_alibi", "gptj", "mpt")
