@@ -5,11 +5,13 @@ from pathlib import Path
 
 HEAD = """# What was run with transformers
 
-Written by `make test-transformers ARGS=--write-support-table`; do not edit. Tiny random models of each family generate
-from a left-padded ragged batch, unpatched and patched. `yes`: integers are equal, other numbers follow the rule of
-`torch_paged/testing/compare.py`. *layers* says how a patched model's attention reads the cache: *paged*, *latent*
-(paged, on compressed keys), or *gathered* (its own attention on dense copies). Where a cell has a letter, the note
-below the table says why. The [page on HuggingFace](huggingface.md) explains the columns.
+Written by `make test-transformers ARGS=--write-support-table`; do not edit. Tiny random models of each family
+generate from a left-padded ragged batch, unpatched and patched; the last rows are encoder-decoders, whose encoder
+reads that batch (whisper's reads features), and vision-language models, whose prompts have an image each. `yes`:
+integers are equal, other numbers follow the rule of `torch_paged/testing/compare.py`. *layers* says how a patched
+model's attention reads the cache: *paged*, *latent* (paged, on compressed keys), or *gathered* (its own attention on
+dense copies). Where a cell has a letter, the note below the table says why. The [page on HuggingFace](huggingface.md)
+explains the columns.
 """
 
 

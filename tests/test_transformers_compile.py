@@ -67,7 +67,7 @@ def test_generate_compiles_once_for_any_prompt(family: str) -> None:
 
 
 @MATRIX
-@pytest.mark.parametrize("family", ["gemma3", "llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["gemma3_conditional", "llava", "qwen2_5_vl"])
 def test_generate_compiles_for_prompts_with_images(family: str) -> None:
     model, inputs = make_vision_language(family), image_inputs(family)
     options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}

@@ -104,7 +104,7 @@ def pads_windows_wrongly(model: Any) -> bool:
 
 
 def test_a_new_token_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = patch_model(make_vision_language("gemma3")), image_inputs("gemma3")
+    model, inputs = patch_model(make_vision_language("gemma3_conditional")), image_inputs("gemma3_conditional")
     masks = []
     attend = attention._cached
 
@@ -119,13 +119,17 @@ def test_a_new_token_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {had_mask for new_tokens, had_mask in masks if new_tokens == 1} == {False}
 
 
-@pytest.mark.parametrize("family", ["gemma3", "paligemma"])
+@pytest.mark.parametrize("family", ["gemma3_conditional", "paligemma"])
 def test_what_an_image_sees_of_itself_matters(family: str) -> None:
     model, inputs = patch_model(make_vision_language(family)), image_inputs(family)
     if draws_its_own_mask(model):
         pytest.skip("in this version of transformers a prompt sees itself whatever its token types are")
     expected = generate(model, inputs).logits[0]
-    causal = torch.zeros_like(inputs["token_type_ids"]) if family == "gemma3" else torch.ones_like(inputs["input_ids"])
+    causal = (
+        torch.zeros_like(inputs["token_type_ids"])
+        if family == "gemma3_conditional"
+        else torch.ones_like(inputs["input_ids"])
+    )
     actual = generate(model, {**inputs, "token_type_ids": causal}).logits[0]
     assert not torch.allclose(actual, expected, atol=0.1)
 

@@ -36,7 +36,18 @@ VISION = {
 }
 
 ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "t5": ("T5", {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}),
+    "t5": (
+        "T5",
+        {
+            "d_model": 64,
+            "d_kv": 16,
+            "d_ff": 96,
+            "num_layers": 3,
+            "num_decoder_layers": 2,
+            "num_heads": 4,
+            "tie_word_embeddings": True,  # newer versions tie them in any case
+        },
+    ),
     "bart": ("Bart", {**LAYERS, "max_position_embeddings": 128, "forced_eos_token_id": None, "scale_embedding": True}),
     "whisper": (
         "Whisper",
@@ -52,7 +63,7 @@ ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 VISION_LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma3": (
+    "gemma3_conditional": (
         "Gemma3",
         {
             "text_config": {**COMMON, **WINDOW, **ALTERNATING, "query_pre_attn_scalar": 16},
@@ -118,16 +129,16 @@ VISION_LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_encoder_decoder(family: str) -> Any:
-    """Make an encoder-decoder whose tokens depend on what it attends to."""
+def make_encoder_decoder(family: str, factor: float = 1.0) -> Any:
+    """Make an encoder-decoder whose tokens depend on what it attends to; ``factor`` makes its weights smaller."""
     name, options = ENCODER_DECODERS[family]
-    return _make(name, {**SEQ2SEQ, **options}, 0.7 if family == "bart" else 3.0)
+    return _make(name, {**SEQ2SEQ, **options}, factor * {"t5": 1.5, "bart": 0.7, "whisper": 3.0}[family])
 
 
-def make_vision_language(family: str) -> Any:
-    """Make a vision-language model whose tokens depend on what it attends to."""
+def make_vision_language(family: str, factor: float = 1.0) -> Any:
+    """Make a vision-language model whose tokens depend on what it attends to; ``factor`` makes its weights smaller."""
     name, options = VISION_LANGUAGE[family]
-    return _make(name, {**options, "tie_word_embeddings": False}, 2.0)
+    return _make(name, {**options, "tie_word_embeddings": False}, factor * 2.0)
 
 
 def _make(name: str, options: dict[str, Any], scale: float) -> Any:
@@ -144,14 +155,14 @@ def encoder_inputs(family: str) -> dict[str, Tensor]:
     """Return what the encoder reads: ragged ids, or features for whisper."""
     if family != "whisper":
         return ragged_batch()
-    features = torch.randn((3, 8, 40), generator=torch.Generator().manual_seed(0))
+    features = torch.randn((3, 8, 40), generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     return {"input_features": features, "attention_mask": torch.ones((3, 40), dtype=torch.long)}
 
 
 def image_inputs(family: str) -> dict[str, Tensor]:
     """Return two prompts of 8 and 11 tokens with an image in each, left-padded."""
     generator = torch.Generator().manual_seed(0)
-    num_tokens = 4 if family in ("gemma3", "qwen2_5_vl") else 16
+    num_tokens = 4 if family in ("gemma3_conditional", "qwen2_5_vl") else 16
     rows = []
     for length in (8, 11):
         text = torch.randint(10, 200, (length,), generator=generator)
@@ -160,13 +171,13 @@ def image_inputs(family: str) -> dict[str, Tensor]:
         rows.append(torch.cat([torch.zeros(11 - length, dtype=torch.long), text[:4], image, text[4:]]))
     ids = torch.stack(rows)
     inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
-    pixels = torch.randn((2, 3, 28, 28), generator=generator)
+    pixels = torch.randn((2, 3, 28, 28), generator=generator, dtype=torch.float32)
     if family == "qwen2_5_vl":
         patches = pixels.reshape(2, 3, 4, 7, 4, 7).permute(0, 2, 4, 1, 3, 5).reshape(32, 147)
         if "mm_token_type_ids" in inspect.signature(transformers.Qwen2_5_VLForConditionalGeneration.forward).parameters:
             inputs["mm_token_type_ids"] = (ids == IMAGE_ID).long()
         return {**inputs, "pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
-    if family == "gemma3":
+    if family == "gemma3_conditional":
         inputs["token_type_ids"] = (ids == IMAGE_ID).long()
     elif family.startswith("paligemma"):
         inputs["token_type_ids"] = torch.zeros_like(ids)  # all of the prompt sees itself
