@@ -46,6 +46,12 @@ def test_a_backend_that_was_not_chosen() -> None:
     assert states["reference"] == "on for cpu"
 
 
+def test_a_backend_whose_device_a_setting_gives_to_another() -> None:
+    states = backends_of(collect(TORCH_PAGED_TPU_INTERPRET="on_wait"))
+    assert states["cpu"] == "off: TORCH_PAGED_TPU_INTERPRET=on_wait gives cpu to backend 'tpu'"
+    assert states["tpu"].startswith("on for cpu")
+
+
 def test_a_setting_that_makes_each_call_raise() -> None:
     assert backends_of(collect(TORCH_PAGED_CPU_ISA="avx3"))["cpu"] == (
         "on for cpu, but each call raises: TORCH_PAGED_CPU_ISA must name kernels that this machine runs, got 'avx3'"

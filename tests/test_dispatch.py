@@ -97,6 +97,38 @@ def test_an_unknown_instruction_set_is_refused_at_the_first_call() -> None:
     assert failed.stderr.splitlines()[-1].endswith("got 'sse9'")
 
 
+@pytest.mark.parametrize("value", ["cpu", "reference"])
+def test_settings_that_ask_for_two_backends_are_refused_at_import(value: str) -> None:
+    settings = {"TORCH_PAGED_BACKEND": value, "TORCH_PAGED_TPU_INTERPRET": "eager"}
+    failed = run_python("import torch_paged", check=False, **settings)
+    assert failed.stderr.splitlines()[-1] == (
+        f"ImportError: torch_paged: TORCH_PAGED_TPU_INTERPRET=eager and TORCH_PAGED_BACKEND={value} contradict each "
+        "other: unset one of them"
+    )
+
+
+@pytest.mark.parametrize("value", ["auto", "tpu"])
+def test_a_backend_that_a_setting_asks_for_serves_the_device(value: str) -> None:
+    code = "import torch_paged; from torch_paged import dispatch; print(dispatch.served()['cpu'])"
+    printed = run_python(code, TORCH_PAGED_BACKEND=value, TORCH_PAGED_TPU_INTERPRET="1").stdout
+    assert printed.strip() == "tpu"
+
+
+def test_a_backend_that_a_setting_asks_for_and_that_is_off_makes_the_import_fail() -> None:
+    code = """
+import importlib.metadata
+def missing(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = missing
+import torch_paged
+"""
+    last = run_python(code, check=False, TORCH_PAGED_TPU_INTERPRET="1").stderr.splitlines()[-1]
+    assert last == (
+        "ImportError: torch_paged: TORCH_PAGED_TPU_INTERPRET=1 cannot be served: it needs jax >= 0.7.1, which is not "
+        "installed: `pip install 'torch_paged[tpu]'`, or `pip install 'torch_paged[tpu-xla]'` beside torch_xla"
+    )
+
+
 def test_ops_that_are_defined_already_are_reported_at_import() -> None:
     code = """
 import torch

@@ -131,7 +131,15 @@ class Backend:
         arguments = build(case, seed)
         out, lse, max_logits = self(case.op, arguments, stats=True)
         assert_attention(case.op, arguments, out, lse, max_logits)
-        assert_same(self(case.op, arguments), out, "out without statistics")
+        again = self(case.op, arguments)
+        if self.one_program(case.op, arguments):
+            assert_same(again, out, "out without statistics")
+        else:
+            assert_attention(case.op, arguments, again)
+
+    def one_program(self, op: str, arguments: dict[str, Any]) -> bool:
+        """Return whether all calls run the same machine code, not programs of a compiler that may order sums anew."""
+        return self.direct or discover()[self.name].variant(op, arguments).compiled
 
     def check_batch_invariance(self, case: AttentionCase) -> None:
         """Assert that each sequence gives equal bits alone, in any batch and order, on one thread and on two."""

@@ -133,8 +133,8 @@ def quantize(x: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def divide(x: jax.Array, y: jax.Array) -> jax.Array:
     """Return x / y, y > 0, rounded to nearest even; exact zeros of x keep their sign.
 
-    XLA is free to multiply by a rounded inverse, which moves values across the boundaries of codes. The remainder of its
-    quotient, from products of halves that are exact, tells how far off it is. Below 2^-96 the remainder is not exact.
+    XLA is free to multiply by a rounded inverse, which moves values across the boundaries of codes. The remainder of
+    its quotient, from products of halves that are exact, tells how far off it is. Below x = 2^-96 it is not exact.
     """
     exponent = jnp.minimum(jax.lax.bitcast_convert_type(y, jnp.int32) >> 23, 252)
     power = jax.lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)  # makes y about 1: nothing underflows

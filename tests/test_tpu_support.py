@@ -1,0 +1,113 @@
+"""What the TPU backend refuses, in whose words, and that it refuses nothing else."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from torch_paged.backends.tpu import support
+from torch_paged.contract.validate import validate
+from torch_paged.testing import AttentionCase, build
+
+SERVED = AttentionCase("served", head_dim=80, stored_dim=128, query_lens=(3, 0, 5, 1), new_lens=(3, 0, 5, 1))
+ALLOCATE = "allocate it by torch_paged.cache.allocate_kv_cache(..., backend='tpu')"
+
+
+def refusal(case: AttentionCase, **changes: Any) -> str | None:
+    arguments = build(case) | changes
+    validate(case.op, arguments)
+    return support.refusal(case.op, arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"dtype": torch.float16}, "query of float16 (float32 or bfloat16); convert it to bfloat16"),
+        (
+            {"latent": True, "value_dim": 64, "num_kv_heads": 1},
+            "latent caches (keys and values); expand the latent rows into keys and values",
+        ),
+        ({"stored_dim": 80}, f"kv_cache with DS = 80 (a multiple of 128); {ALLOCATE}"),
+        (
+            {"block_size": 3},
+            f"kv_cache with S = 3 (8, 16, 32, 64 or 128); {ALLOCATE} and such a block size",
+        ),
+    ],
+)
+def test_refusals(changes: dict[str, Any], says: str) -> None:
+    case = replace(SERVED, **changes)
+    assert refusal(case) == f"flash_attn_varlen: backend 'tpu' does not support {says}"
+
+
+def test_a_cache_in_another_layout_is_refused() -> None:
+    said = refusal(replace(SERVED, layout="nhd"))
+    assert said is not None
+    assert said.startswith("flash_attn_varlen: backend 'tpu' does not support kv_cache with strides (")
+    assert said.endswith(") (contiguous); pass kv_cache.contiguous()")
+
+
+def test_a_cache_of_too_many_rows_is_refused() -> None:
+    kv_cache = torch.empty((2, 2**23, 8, 16, 128), dtype=torch.int8, device="meta")
+    said = support.refusal("copy_blocks", {"kv_cache": kv_cache})
+    assert said is not None
+    assert f"kv_cache with 2 * N * KH * S = {2**31} (less than 2^31)" in said
+
+
+@pytest.mark.parametrize("head_dim", [1, 17, 64, 80, 96, 128, 192, 256])
+def test_what_is_not_refused(head_dim: int) -> None:
+    stored_dim = -(-head_dim // 128) * 128
+    for block_size, group, (dtype, stored, rank) in itertools.product(
+        support.BLOCK_SIZES,
+        (1, 3, 4, 8),
+        (
+            (torch.float32, None, None),
+            (torch.bfloat16, None, None),
+            (torch.bfloat16, torch.int8, 1),
+            (torch.float32, torch.float8_e4m3fn, 2),
+            (torch.bfloat16, torch.float8_e5m2, 4),
+        ),
+    ):
+        case = AttentionCase(
+            "served",
+            context_lens=(3,),
+            head_dim=head_dim,
+            stored_dim=stored_dim,
+            block_size=block_size,
+            group=group,
+            dtype=dtype,
+            cache_dtype=stored,
+            scales_rank=rank,
+            sinks=True,
+            alibi=True,
+            mask="heads",
+            sliding_window=2,
+            attention_chunk=16,
+            logits_soft_cap=5.0,
+        )
+        assert refusal(case) is None
+
+
+@pytest.mark.parametrize(
+    ("package", "found", "says"),
+    [
+        ("jax", None, "it needs jax >= 0.7.1, which is not installed: "),
+        ("jax", "0.6.2", "it needs jax >= 0.7.1, got 0.6.2: "),
+        ("libtpu", "0.0.20", "it needs libtpu >= 0.0.21, got 0.0.20: "),
+        ("libtpu", "0.0.21.dev20250919", None),
+        ("jax", "0.10.2", None),
+        ("jax", "1.0", None),
+    ],
+)
+def test_a_package_that_is_missing_or_old(
+    monkeypatch: pytest.MonkeyPatch, package: str, found: str | None, says: str | None
+) -> None:
+    def version(name: str) -> str:
+        if found is None:
+            raise support.importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(support.importlib.metadata, "version", version)
+    said = support.missing(package)
+    assert said == (None if says is None else says + support.install_line())
