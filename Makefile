@@ -7,24 +7,29 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 EDITABLE := TORCH_PAGED_NO_EXT=1 $(PIP) install --no-build-isolation -e
 WHEEL_VENV := .venv-wheel
 TPU_XLA_VENV := .venv-tpu-xla
-TPU_XLA := TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_LOG_DIR=disabled $(TPU_XLA_VENV)/bin/python -m pytest
+TPU_VENV := .venv-tpu
+WITHOUT_TPU := JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_LOG_DIR=disabled
+TPU_XLA := $(WITHOUT_TPU) PJRT_DEVICE=CPU $(TPU_XLA_VENV)/bin/python -m pytest
+TPU := $(WITHOUT_TPU) $(TPU_VENV)/bin/python -m pytest
 TORCH29_VENV := .venv-torch29
 TRANSFORMERS ?= 5.23.0 5.6.0 4.57.6
 OPS := paged_attention flash_attn_varlen reshape_and_cache quantize_and_cache copy_blocks gather_cache \
   merge_attention_states
+CONFORMANCE := $(OPS) semantics scenarios hidden_keys combinations attention_properties
 CROSS ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64
 KERNELS := $(wildcard csrc_shims/*.cpp csrc_shims/*.h csrc_shims/cpu/*.cpp csrc_shims/cpu/*.h)
 LIBRARY := torch_paged/_C.abi3.so
 
 .PRECIOUS: .venv-transformers-%/.ready
-.PHONY: demo test test-transformers test-tpu-xla test-tpu-device lint bench instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
+.PHONY: demo test test-transformers test-tpu test-tpu-xla test-tpu-device lint bench instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo               generate text with a small model through torch.ops.paged"
 	@echo "make test               run all tests"
 	@echo "make test-transformers  every model and way to generate, on three versions of transformers"
+	@echo "make test-tpu           the TPU's kernels, interpreted on every case, and compiled for its chips (hours)"
 	@echo "make test-tpu-xla       the TPU's kernels through torch_xla, without a TPU (a download of 8 GB)"
 	@echo "make test-tpu-device    the cases of the tests on the TPU of this machine"
 	@echo "make lint               ruff, mypy, clang-format"
@@ -76,6 +81,19 @@ test-transformers-%: .venv-transformers-%/.ready $(LIBRARY)
 
 test-transformers: $(TRANSFORMERS:%=test-transformers-%)
 
+$(TPU_VENV)/.ready: pyproject.toml
+	test -x $(TPU_VENV)/bin/python || $(PYTHON) -m venv $(TPU_VENV)
+	$(TPU_VENV)/bin/python -m pip -q install "torch==$(TORCH)" "setuptools>=77" packaging
+	TORCH_PAGED_NO_EXT=1 $(TPU_VENV)/bin/python -m pip -q install --no-build-isolation -e ".[test,tpu,transformers]"
+	touch $@
+
+# The kernels' own tests, then with simulated memories, then every conformance case on CPU tensors, interpreted.
+test-tpu: $(TPU_VENV)/.ready $(LIBRARY)
+	$(TPU) $(wildcard tests/test_tpu_*.py) tests/test_on_import.py $(ARGS)
+	TORCH_PAGED_TPU_INTERPRET=on_wait,races $(TPU) tests/test_tpu_interpret.py $(ARGS)
+	TORCH_PAGED_TPU_INTERPRET=eager,races $(TPU) tests/test_tpu_interpret.py $(ARGS)
+	TORCH_PAGED_TPU_INTERPRET=1 $(TPU) $(CONFORMANCE:%=tests/test_%.py) $(ARGS)
+
 # torch_xla wants an older torch and jax than the other tests; they read neither jax nor libtpu from the extra "test".
 $(TPU_XLA_VENV)/.ready: pyproject.toml
 	test -x $(TPU_XLA_VENV)/bin/python || $(PYTHON) -m venv $(TPU_XLA_VENV)
@@ -86,7 +104,7 @@ $(TPU_XLA_VENV)/.ready: pyproject.toml
 
 test-tpu-xla: $(TPU_XLA_VENV)/.ready $(LIBRARY)
 	$(TPU_XLA_VENV)/bin/python -c "import torch_xla"
-	PJRT_DEVICE=CPU JAX_PLATFORMS=cpu $(TPU_XLA) $(wildcard tests/test_tpu_*.py) $(ARGS)
+	$(TPU_XLA) $(wildcard tests/test_tpu_*.py) $(ARGS)
 
 # In the environment that is active: the one with torch_xla or torch_tpu.
 test-tpu-device:
@@ -133,6 +151,6 @@ test-aarch64:
 	$(QEMU) build/kernels_test_aarch64
 
 clean:
-	rm -rf $(VENV) $(WHEEL_VENV) $(TORCH29_VENV) .venv-transformers-* build dist *.egg-info torch_paged/*.so
+	rm -rf $(VENV) $(WHEEL_VENV) $(TORCH29_VENV) $(TPU_VENV) .venv-transformers-* build dist *.egg-info torch_paged/*.so
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

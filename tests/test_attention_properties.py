@@ -41,6 +41,7 @@ def _assert_same_results(actual: Any, expected: Any) -> None:
 @given(case=cases, seed=st.integers(0, 1000))
 def test_moving_blocks_with_their_table_changes_no_bit(backend: Backend, case: AttentionCase, seed: int) -> None:
     assume(case.context_lens is not None)
+    case = backend.served(case)
     arguments = build(case)
     blocks = arguments["kv_cache"].size(1)
     moved = permute_blocks(arguments, torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)))
@@ -50,6 +51,7 @@ def test_moving_blocks_with_their_table_changes_no_bit(backend: Backend, case: A
 @few
 @given(case=cases, data=st.data())
 def test_the_order_of_the_batch_changes_no_bit(backend: Backend, case: AttentionCase, data: st.DataObject) -> None:
+    case = backend.served(case)
     arguments = build(case)
     order = data.draw(st.permutations(range(case.num_seqs)))
     results = backend(case.op, arguments, stats=True)
@@ -61,6 +63,7 @@ def test_the_order_of_the_batch_changes_no_bit(backend: Backend, case: Attention
 @given(case=cases, columns=st.integers(1, 5), rows=st.integers(1, 5))
 def test_padding_changes_no_bit(backend: Backend, case: AttentionCase, columns: int, rows: int) -> None:
     """Wider tables, and more rows behind the last sequence, full of NaN."""
+    case = backend.served(case)
     arguments = build(case)
     results = backend(case.op, arguments, stats=True)
     padded = dict(arguments)
@@ -84,6 +87,7 @@ def test_padding_changes_no_bit(backend: Backend, case: AttentionCase, columns: 
 @given(case=cases, poison=st.sampled_from([0.0, float("inf")]))
 def test_what_dead_slots_hold_changes_no_bit(backend: Backend, case: AttentionCase, poison: float) -> None:
     assume(case.cache_dtype is None)
+    case = backend.served(case)
     arguments = build(case)
     other = {
         name: torch.where(value.isnan(), poison, value)
@@ -97,6 +101,7 @@ def test_what_dead_slots_hold_changes_no_bit(backend: Backend, case: AttentionCa
 @few
 @given(case=cases, slack=st.integers(0, 1000))
 def test_a_window_that_covers_everything_is_no_window(backend: Backend, case: AttentionCase, slack: int) -> None:
+    case = backend.served(case)
     arguments = build(replace(case, sliding_window=None))
     wide = dict(arguments, sliding_window=max(case.kv_lens, default=0) + 50 + slack)
     assert_attention(case.op, arguments, *backend(case.op, wide, stats=True))
@@ -105,6 +110,7 @@ def test_a_window_that_covers_everything_is_no_window(backend: Backend, case: At
 @few
 @given(case=cases)
 def test_a_mask_of_ones_is_no_mask(backend: Backend, case: AttentionCase) -> None:
+    case = backend.served(case)
     arguments = build(replace(case, mask=None))
     columns = max(case.kv_lens, default=0)
     ones = torch.ones((case.num_heads, arguments["query"].size(0), columns), dtype=torch.bool)
@@ -116,6 +122,7 @@ def test_a_mask_of_ones_is_no_mask(backend: Backend, case: AttentionCase) -> Non
 def test_parts_merge_to_the_whole(backend: Backend, case: AttentionCase, data: st.DataObject) -> None:
     """Split the keys with masks, attend to each part, merge by lse: the sink is counted once, here in the merge."""
     case = replace(case, dtype=torch.float32, mask=None, sinks=True)
+    case = backend.served(case)
     arguments = build(case)
     columns = max(case.kv_lens, default=0)
     split = data.draw(st.integers(0, columns))

@@ -66,6 +66,8 @@ def test_upper_bounds_change_nothing(backend: Backend, slack: int) -> None:
 def test_new_keys_beside_the_cache_equal_the_same_keys_in_it(backend: Backend, dtype: torch.dtype) -> None:
     queries = (3, 0, 17, 1)
     both = AttentionCase("sources", query_lens=queries, new_lens=queries, dtype=dtype, block_size=3, sliding_window=40)
+    both = backend.served(both)
+    size = both.block_size
     arguments = build(both)
     tables = torch.nn.functional.pad(arguments["block_tables"], (0, 10), value=-1)
     spare = arguments["kv_cache"].size(1)
@@ -73,10 +75,10 @@ def test_new_keys_beside_the_cache_equal_the_same_keys_in_it(backend: Backend, d
     slots = []
     for seq, (context, count) in enumerate(zip(both.context_lens or (), queries, strict=True)):
         for position in range(context, context + count):
-            if position % 3 == 0:
-                tables[seq, position // 3] = spare
+            if position % size == 0:
+                tables[seq, position // size] = spare
                 spare += 1
-            slots.append(int(tables[seq, position // 3]) * 3 + position % 3)
+            slots.append(int(tables[seq, position // size]) * size + position % size)
     backend(
         "reshape_and_cache",
         {"key": arguments["key"], "value": arguments["value"], "kv_cache": cache, "slot_mapping": torch.tensor(slots)},

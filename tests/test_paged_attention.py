@@ -50,7 +50,7 @@ def test_every_stored_byte_is_multiplied_as_torch_reads_it(
 ) -> None:
     """NaN and infinities included: each sequence has one key, which holds one byte, and whose value holds 64."""
     byte = torch.arange(256)
-    cache = poison((2, 256, 1, 4, 64), cache_dtype)
+    cache = poison((2, 256, 1, backend.block_size(4), 64), cache_dtype)
     key, value = cache.view(torch.uint8)[:, :, 0, 0]  # (256, 64) each
     arguments: dict[str, Any] = {
         "query": torch.ones(256, 4, 64, dtype=dtype),

@@ -57,13 +57,13 @@ def test_a_write_larger_than_a_cores_cache(backend: Backend, case: WriteCase, th
 def test_quantisation_saturates(backend: Backend, dtype: torch.dtype, source: torch.dtype) -> None:
     qmax = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}[dtype]
     rows = torch.tensor([[[65000.0, -65000.0, float("inf"), 0.0]]], dtype=source)
-    cache = torch.zeros((2, 1, 1, 1, 4), dtype=torch.float32).to(dtype)
+    cache = torch.zeros((2, 1, 1, backend.block_size(1), 4)).to(dtype)
     scales = torch.tensor([0.5, 0.25])
     backend(
         "reshape_and_cache",
         {"key": rows, "value": rows, "kv_cache": cache, "slot_mapping": torch.tensor([0]), "kv_scales": scales},
     )
-    assert cache.float().flatten().tolist() == [qmax, -qmax, qmax, 0.0] * 2
+    assert cache[..., 0, :].float().flatten().tolist() == [qmax, -qmax, qmax, 0.0] * 2
 
 
 @pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)
@@ -74,7 +74,7 @@ def test_quantisation_rounds_half_to_even(backend: Backend, dtype: torch.dtype) 
         torch.float8_e5m2: ([9.0, 11.0, 13.0, -15.0], [8.0, 12.0, 12.0, -16.0]),
     }[dtype]
     rows = torch.tensor([[halfway]]) * 0.5
-    cache = torch.zeros((2, 1, 1, 1, 4)).to(dtype)
+    cache = torch.zeros((2, 1, 1, backend.block_size(1), 4)).to(dtype)
     backend(
         "reshape_and_cache",
         {
@@ -85,13 +85,13 @@ def test_quantisation_rounds_half_to_even(backend: Backend, dtype: torch.dtype) 
             "kv_scales": torch.tensor([0.5, 0.5]),
         },
     )
-    assert cache.float().flatten().tolist() == even * 2
+    assert cache[..., 0, :].float().flatten().tolist() == even * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_nan_stays_nan_in_fp8(backend: Backend, dtype: torch.dtype) -> None:
     rows = torch.tensor([[[1.0, float("nan")]]])
-    cache = torch.zeros((2, 1, 1, 1, 2)).to(dtype)
+    cache = torch.zeros((2, 1, 1, backend.block_size(1), 2)).to(dtype)
     backend(
         "reshape_and_cache",
         {
@@ -102,7 +102,7 @@ def test_nan_stays_nan_in_fp8(backend: Backend, dtype: torch.dtype) -> None:
             "kv_scales": torch.tensor([1.0, 1.0]),
         },
     )
-    assert cache.float().isnan().flatten().tolist() == [False, True] * 2
+    assert cache[..., 0, :].float().isnan().flatten().tolist() == [False, True] * 2
 
 
 @pytest.mark.parametrize("source", [torch.float32, *HALF_DTYPES])
@@ -115,12 +115,13 @@ def test_every_half_precision_value_quantises_like_torch(
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(pattern)
     values = values[values.isfinite()]
     rows = values[: values.numel() // 64 * 64].reshape(-1, 1, 64).to(source)
-    cache = torch.zeros((2, rows.size(0), 1, 1, 64)).to(dtype)
+    size = backend.block_size(1)
+    cache = torch.zeros((2, rows.size(0), 1, size, 64)).to(dtype)
     arguments = {
         "key": rows,
         "value": rows,
         "kv_cache": cache,
-        "slot_mapping": torch.arange(rows.size(0)),
+        "slot_mapping": torch.arange(rows.size(0)) * size,
         "kv_scales": torch.tensor([0.037, 1.0]),
     }
     expected = dict(arguments, kv_cache=cache.clone())

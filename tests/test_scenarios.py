@@ -92,6 +92,7 @@ def test_cached_part_and_new_part_merge_with_the_sink_counted_once(backend: Back
 def test_zig_zag_context_parallel_halves(backend: Backend, ranks: int, window: int | None) -> None:
     """Rank r computes chunks r and 2R - 1 - r of the queries by ``query_positions``; together they are all rows."""
     case = AttentionCase("zigzag", context_lens=(96,), query_lens=(96,), sliding_window=window, block_size=3)
+    case = backend.served(case)
     arguments = build(case)
     expected, expected_lse, expected_max = oracle(case.op, arguments)
     plain = REFERENCE(case.op, arguments)

@@ -41,10 +41,11 @@ def attend(
     key[:, 0, 0] = torch.tensor(logits)
     value = torch.eye(LANES)[:keys, None]
     cached = {"new": 0, "cache": keys, "both": keys // 2}[source]
-    cache = torch.full((2, 8, 1, 2, LANES), float("nan"))
+    size = implementation.block_size(2)
+    cache = torch.full((2, 8, 1, size, LANES), float("nan"))
     tables = torch.tensor([[5, 2, 7, 0]], dtype=torch.int32)
     for position in range(cached):
-        block, offset = tables[0, position // 2], position % 2
+        block, offset = tables[0, position // size], position % size
         cache[0, block, 0, offset], cache[1, block, 0, offset] = key[position, 0], value[position, 0]
     arguments: dict[str, Any] = {
         "query": query,
@@ -287,6 +288,7 @@ def test_10_float32_is_not_rounded(implementation: Backend, source: str) -> None
 @pytest.mark.parametrize("queries", [None, (5, 0, 17, 3)])
 def test_11_dead_slots_never_arrive(implementation: Backend, poison: float, queries: tuple[int, ...] | None) -> None:
     case = AttentionCase("dead", query_lens=queries, stored_dim=80, block_size=3, sliding_window=9, padding_rows=2)
+    case = implementation.served(case)
     arguments = build(case)
     expected = implementation(case.op, arguments, stats=True)
     for name in ("query", "kv_cache"):

@@ -119,6 +119,14 @@ class Backend:
                 return like
         raise Refused(reason)
 
+    def block_size(self, wanted: int) -> int:
+        """Return a block size that this backend serves: the wanted one, or the next."""
+        if self.direct:
+            return wanted
+        info = discover()[self.name]
+        caches = (torch.empty((2, 1, 1, size, info.head_dim_multiple), device="meta") for size in (wanted, 8, 16))
+        return next(x.size(3) for x in caches if info.refusal("gather_cache", {"kv_cache": x}) is None)
+
     def _refusal(self, case: Any) -> str | None:
         return None if self.direct else discover()[self.name].refusal(_op(case), self._placed(case))
 
