@@ -99,8 +99,8 @@ def test_an_unknown_instruction_set_is_refused_at_the_first_call() -> None:
 
 @pytest.mark.parametrize("value", ["cpu", "reference"])
 def test_settings_that_ask_for_two_backends_are_refused_at_import(value: str) -> None:
-    settings = {"TORCH_PAGED_BACKEND": value, "TORCH_PAGED_TPU_INTERPRET": "eager"}
-    failed = run_python("import torch_paged", check=False, **settings)
+    code = "import torch_paged"
+    failed = run_python(code, check=False, TORCH_PAGED_BACKEND=value, TORCH_PAGED_TPU_INTERPRET="eager")
     assert failed.stderr.splitlines()[-1] == (
         f"ImportError: torch_paged: TORCH_PAGED_TPU_INTERPRET=eager and TORCH_PAGED_BACKEND={value} contradict each "
         "other: unset one of them"

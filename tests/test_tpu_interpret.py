@@ -23,7 +23,6 @@ from torch_paged.testing import (
 from torch_paged.testing.backends import REFERENCE, Backend, Refused
 from torch_paged.testing.processes import run_python
 
-SETTING = "TORCH_PAGED_TPU_INTERPRET"
 BF16, INT8, E4M3 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
 
 DECODE = """
@@ -61,32 +60,32 @@ def interpreted() -> Backend:
 
 
 def test_public_functions_and_compiled_ones_run_the_kernels() -> None:
-    printed = run_python(PUBLIC, **{SETTING: "1"}).stdout.splitlines()[-1]
+    printed = run_python(PUBLIC, TORCH_PAGED_TPU_INTERPRET="1").stdout.splitlines()[-1]
     assert printed == "{'cpu': 'tpu'} paged_attention on cpu: tpu, decode, v5e, interpreted, cache: float32"
 
 
 @pytest.mark.parametrize("value", ["0", ""])
 def test_the_setting_can_say_no(value: str) -> None:
     code = "from torch_paged import dispatch; import torch_paged; print(dispatch.served()['cpu'])"
-    assert run_python(code, **{SETTING: value}).stdout.strip() == "cpu"
+    assert run_python(code, TORCH_PAGED_TPU_INTERPRET=value).stdout.strip() == "cpu"
 
 
 @pytest.mark.parametrize("value", ["2", "on_wait,eager", "1,race"])
 def test_a_wrong_setting_makes_each_call_raise(value: str) -> None:
     code = DECODE + "torch_paged.paged_attention(query, kv_cache, tables, lengths)"
-    failed = run_python(code, check=False, **{SETTING: value}).stderr.splitlines()[-1]
+    failed = run_python(code, check=False, TORCH_PAGED_TPU_INTERPRET=value).stderr.splitlines()[-1]
     assert failed == (
-        f"ValueError: torch_paged: {SETTING} must be 0, 1 or a list of on_wait, eager, races, but not on_wait with "
-        f"eager, got {value!r}"
+        "ValueError: torch_paged: TORCH_PAGED_TPU_INTERPRET must be 0, 1 or a list of on_wait, eager, races, but not "
+        f"on_wait with eager, got {value!r}"
     )
 
 
 def test_values_are_checked_when_debugging_and_harmless_otherwise() -> None:
     code = DECODE + "tables[0, 1] = 4\nprint(torch_paged.paged_attention(query, kv_cache * 0, tables, lengths).shape)"
-    failed = run_python(code, check=False, TORCH_PAGED_DEBUG="1", **{SETTING: "1"}).stderr.splitlines()[-1]
+    failed = run_python(code, check=False, TORCH_PAGED_DEBUG="1", TORCH_PAGED_TPU_INTERPRET="1").stderr.splitlines()[-1]
     rule = "block_tables must lie in [0, N = 4) where used, got 4 at index (0, 1)"
     assert failed == f"ValueError: paged_attention: {rule}"
-    assert run_python(code, **{SETTING: "1"}).stdout.strip() == "torch.Size([2, 1, 64])"
+    assert run_python(code, TORCH_PAGED_TPU_INTERPRET="1").stdout.strip() == "torch.Size([2, 1, 64])"
 
 
 def test_a_write_outside_the_cache_is_dropped() -> None:

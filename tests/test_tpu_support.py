@@ -1,5 +1,6 @@
 """What the TPU backend refuses, in whose words, and that it refuses nothing else."""
 
+import importlib.metadata
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -105,9 +106,9 @@ def test_a_package_that_is_missing_or_old(
 ) -> None:
     def version(name: str) -> str:
         if found is None:
-            raise support.importlib.metadata.PackageNotFoundError(name)
+            raise importlib.metadata.PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(support.importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "version", version)
     said = support.missing(package)
     assert said == (None if says is None else says + support.install_line())
