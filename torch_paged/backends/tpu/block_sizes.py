@@ -71,14 +71,12 @@ class Page:
         block_size: S.
         stored_dim: DS.
         itemsize: bytes of an element.
-        scales: whether each token has scales.
     """
 
     kv_heads: int
     block_size: int
     stored_dim: int
     itemsize: int
-    scales: bool
 
     @property
     def hbm_bytes(self) -> int:
@@ -89,49 +87,40 @@ class Page:
     def vmem_bytes(self) -> int:
         """Bytes in VMEM, where rows are padded to tiles."""
         rows = _round_up(self.block_size, SUBLANES * 4 // self.itemsize)
-        scales = 2 * _round_up(self.kv_heads, SUBLANES) * _round_up(self.block_size, LANES) * 4 if self.scales else 0
-        return 2 * self.kv_heads * rows * self.stored_dim * self.itemsize + scales
+        return 2 * self.kv_heads * rows * self.stored_dim * self.itemsize
 
 
-def decode_blocks(chip: Chip, page: Page, width: int, rows: int, mask_rows: int) -> Blocks:
-    """Return the tiling of ``paged_attention``.
+def decode_blocks(chip: Chip, page: Page, width: int, rows: int, key_bytes: int) -> Blocks:
+    """Return the tiling of ``paged_attention``; all its numbers of pages are powers of two.
 
     Args:
         chip: the chip.
         page: a page of the cache.
         width: M.
         rows: query rows of this core, padded.
-        mask_rows: rows of the mask of a sequence; 0: no mask.
+        key_bytes: bytes that come with each key beside the cache: mask and scales.
     """
-    keys = min(_power_of_two(_MULTIPLIED_ROWS // page.kv_heads), _MULTIPLIED_KEYS)
-    tile = min(max(1, keys // page.block_size), _power_of_two(width))
-    pages = max(tile, min(chip.fetch_bytes // page.hbm_bytes, _power_of_two(width)) // tile * tile)
+    keys = min(power_of_two(_MULTIPLIED_ROWS // page.kv_heads), _MULTIPLIED_KEYS)
+    tile = min(max(1, keys // page.block_size), power_of_two(width))
+    pages = max(tile, min(power_of_two(chip.fetch_bytes // page.hbm_bytes), power_of_two(width)))
     buffers = 3 if pages == tile else 2
 
-    def vmem_bytes(pages: int, tile: int, buffers: int) -> int:
+    def vmem_bytes() -> int:
         keys = tile * page.block_size
         logits = 6 * rows * _round_up(keys, LANES) * 4
-        wide = 2 * keys * page.stored_dim * 4
-        mask = buffers * _round_up(mask_rows, SUBLANES * 4) * _round_up(pages * page.block_size, LANES)
+        widened = 2 * keys * page.stored_dim * 4
+        beside = key_bytes * _round_up(pages * page.block_size, LANES)
         sums = 4 * rows * page.stored_dim * 4
-        return buffers * pages * page.vmem_bytes + logits + wide + mask + sums
+        return buffers * (pages * page.vmem_bytes + beside) + logits + widened + sums
 
-    while vmem_bytes(pages, tile, buffers) > chip.kernel_bytes and (buffers > 2 or pages > 1):
+    while vmem_bytes() > chip.kernel_bytes and pages > 1:
         if buffers > 2:
             buffers -= 1
         elif pages > tile:
-            pages = max(tile, pages // 2 // tile * tile)
+            pages //= 2
         else:
-            pages = tile = max(1, tile // 2)
+            pages = tile = tile // 2
     return Blocks(pages, tile, buffers)
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << max(0, size - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -155,3 +144,12 @@ def varlen_blocks(chip: Chip, group: int, max_seqlen_q: int) -> VarlenBlocks:
     while tokens < max_seqlen_q and tokens * group < 512:
         tokens *= 2
     return VarlenBlocks(tokens=tokens, keys=512, chunk=128)
+
+
+def power_of_two(size: int) -> int:
+    """Return the smallest power of two that is no less than ``size``."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

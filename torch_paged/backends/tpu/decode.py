@@ -9,6 +9,7 @@ For one token, length, window and chunk together are a span of keys ``[begin, en
 kept as a mask in VMEM and is written anew only where that changes: at the ends of a span, and at unusable block ids.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from torch_paged.backends.tpu.block_sizes import LANES, SUBLANES, Blocks, Chip, Page, decode_blocks
 from torch_paged.backends.tpu.logits import NOTHING, dot, modify, statistics, weigh, weighted_sum
-from torch_paged.backends.tpu.pages import STATE_WORDS, PageStream, hide_rows
+from torch_paged.backends.tpu.pages import STATE_WORDS, PageStream
+
+MASK_ROWS = 32
+"""Rows of a tile of int8."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,11 @@ class _Plan:
         return self.num_seqs if self.split_heads else -(-self.num_seqs // self.cores)
 
     @property
+    def block_sources(self) -> tuple[str, ...]:
+        """What is copied for each block beside its pages."""
+        return (("scale",) if self.scales_rank == 4 else ()) + (("mask",) if self.mask_heads else ())
+
+    @property
     def tile_keys(self) -> int:
         return self.blocks.tile_pages * self.block_size
 
@@ -119,7 +128,8 @@ def paged_attention(
     cores = chip.cores if split_heads or num_seqs >= chip.cores else 1
     core_kv_heads = num_kv_heads // (cores if split_heads else 1)
     group_rows = -(-(num_heads // num_kv_heads) // SUBLANES) * SUBLANES
-    page = Page(core_kv_heads, block_size, stored_dim, kv_cache.dtype.itemsize, scales_rank == 4)
+    page = Page(core_kv_heads, block_size, stored_dim, kv_cache.dtype.itemsize)
+    key_bytes = (8 * core_kv_heads if scales_rank == 4 else 0) + -(-mask_heads // MASK_ROWS) * MASK_ROWS
     plan = _Plan(
         num_seqs,
         num_heads,
@@ -129,7 +139,7 @@ def paged_attention(
         block_size,
         stored_dim,
         width,
-        decode_blocks(chip, page, width, core_kv_heads * group_rows, mask_heads),
+        decode_blocks(chip, page, width, core_kv_heads * group_rows, key_bytes),
         cores,
         split_heads,
         scales_rank,
@@ -148,8 +158,10 @@ def paged_attention(
     scalars += [kv_scales] if kv_scales is not None and scales_rank < 4 else []
     scalars += [x for x in (sinks, alibi_slopes) if x is not None]
     arrays = [query, kv_cache]
-    arrays += [kv_scales] if kv_scales is not None and scales_rank == 4 else []
-    arrays += [_mask_blocks(attn_mask, plan)] if attn_mask is not None else []
+    if kv_scales is not None and scales_rank == 4:
+        arrays.append(_scale_blocks(kv_scales, block_tables, plan))
+    if attn_mask is not None:
+        arrays.append(_mask_blocks(attn_mask, plan))
     out, *rest = _call(plan, chip, interpret)(*scalars, *arrays)
     if not stats:
         return out
@@ -163,14 +175,27 @@ def _no_keys(query: jax.Array, sinks: jax.Array | None, value_dim: int, stats: b
     return (out, lse, nothing) if stats else out
 
 
+def _scale_blocks(kv_scales: jax.Array, block_tables: jax.Array, plan: _Plan) -> jax.Array:
+    """Return the scales of all columns as (B, blocks, rows, keys of a block): keys of all heads, then values."""
+    ids = jnp.clip(block_tables, 0, kv_scales.shape[1] - 1)
+    scales = kv_scales[:, ids]  # (2, B, M, KH, S)
+    rows = scales.transpose(1, 0, 3, 2, 4).reshape(plan.num_seqs, 2 * plan.num_kv_heads, -1)
+    return _key_blocks(rows.astype(jnp.float32), SUBLANES, plan)
+
+
 def _mask_blocks(attn_mask: jax.Array, plan: _Plan) -> jax.Array:
-    """Return a mask as (B, blocks, heads, keys of a block) int8."""
+    """Return a mask as (B, blocks, rows, keys of a block)."""
     mask = attn_mask if attn_mask.ndim == 3 else attn_mask[None]
+    return _key_blocks(mask.astype(jnp.int8).transpose(1, 0, 2), MASK_ROWS, plan)
+
+
+def _key_blocks(rows: jax.Array, multiple: int, plan: _Plan) -> jax.Array:
+    """Return (B, R, keys) as (B, blocks, R up to a multiple, keys of a block)."""
     num_blocks = -(-plan.width // plan.blocks.pages)
     keys = num_blocks * plan.block_keys
-    mask = mask[..., :keys].astype(jnp.int8)
-    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, keys - mask.shape[2])))
-    return mask.reshape(*mask.shape[:2], num_blocks, plan.block_keys).transpose(1, 2, 0, 3)
+    rows = rows[..., :keys]
+    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % multiple), (0, keys - rows.shape[2])))
+    return rows.reshape(*rows.shape[:2], num_blocks, plan.block_keys).transpose(0, 2, 1, 3)
 
 
 def _call(plan: _Plan, chip: Chip, interpret: Any) -> Any:
@@ -210,9 +235,11 @@ def _call(plan: _Plan, chip: Chip, interpret: Any) -> Any:
         "sums": pltpu.VMEM((kv_heads, rows, plan.stored_dim), jnp.float32),
     }
     if plan.scales_rank == 4:
-        scratch["scale_buffer"] = pltpu.VMEM((buffers, pages, 2, kv_heads, size), jnp.float32)
+        height = -(-2 * kv_heads // SUBLANES) * SUBLANES
+        scratch["scale_buffer"] = pltpu.VMEM((buffers, height, plan.block_keys), jnp.float32)
     if plan.mask_heads:
-        scratch["mask_buffer"] = pltpu.VMEM((buffers, plan.mask_heads, plan.block_keys), jnp.int8)
+        height = -(-plan.mask_heads // MASK_ROWS) * MASK_ROWS
+        scratch["mask_buffer"] = pltpu.VMEM((buffers, height, plan.block_keys), jnp.int8)
     for name in ("sinks", "alibi"):
         if getattr(plan, name):
             scratch[f"{name}_rows"] = pltpu.VMEM((kv_heads, rows, LANES), jnp.float32)
@@ -220,9 +247,7 @@ def _call(plan: _Plan, chip: Chip, interpret: Any) -> Any:
     scalars = ["context_lens", "table"]
     scalars += ["scales"] if 0 < plan.scales_rank < 4 else []
     scalars += [name for name in ("sinks", "alibi") if getattr(plan, name)]
-    in_hbm = ["cache"]
-    in_hbm += ["token_scales"] if plan.scales_rank == 4 else []
-    in_hbm += ["mask"] if plan.mask_heads else []
+    in_hbm = ["cache", *plan.block_sources]
     outputs = ["out", "lse", "max_logits"] if plan.stats else ["out"]
     names = [*scalars, "query", *in_hbm, *outputs, *scratch]
 
@@ -260,15 +285,13 @@ class _Kernel:
         first = self.core * 0 if plan.split_heads else self.core * plan.steps
         self.first, self.last = first, jnp.minimum(first + plan.steps, plan.num_seqs)
         self.seq = first + self.step
-        sources, buffers = [refs["cache"]], [refs["buffer"]]
-        if plan.scales_rank == 4:
-            sources, buffers = [*sources, refs["token_scales"]], [*buffers, refs["scale_buffer"]]
-        block_sources = []
-        if plan.mask_heads:
-            block_sources.append((lambda row, block: refs["mask"].at[row, block], refs["mask_buffer"]))
+        block_sources = [
+            (functools.partial(lambda ref, row, block: ref.at[row, block], refs[name]), refs[f"{name}_buffer"])
+            for name in plan.block_sources
+        ]
         self.stream = PageStream(
-            sources,
-            buffers,
+            (refs["cache"],),
+            (refs["buffer"],),
             refs["semaphores"],
             refs["table"],
             refs["state"],
@@ -277,7 +300,7 @@ class _Kernel:
             plan.width,
             self.last,
             head=self.core * plan.core_kv_heads if plan.split_heads else None,
-            aligned=bool(plan.mask_heads),
+            aligned=bool(block_sources),
             block_sources=block_sources,
         )
 
@@ -296,7 +319,12 @@ class _Kernel:
     def pages(self, seq: Any) -> tuple[Any, Any, Any]:
         """Return the row of the table, and the span of the pages that a sequence reads."""
         begin, end = self.keys(seq)
-        return seq, lax.div(begin, self.plan.block_size), pl.cdiv(end, self.plan.block_size)
+        shift = self.plan.block_size.bit_length() - 1
+        return (
+            seq,
+            lax.shift_right_logical(begin, shift),
+            lax.shift_right_logical(end + self.plan.block_size - 1, shift),
+        )
 
     def run(self) -> None:
         @pl.when(self.step == 0)
@@ -340,7 +368,7 @@ class _Kernel:
             first, stop = stream.part(page, first_page, end_page)
             slot = stream.wait(stop - first)
             first_key = page * plan.block_size
-            self.hide(slot, first_key, begin, end)
+            self.hide(slot, page, begin, end)
             if plan.blocks.tile_pages == plan.blocks.pages:
                 self.multiply(slot, 0, first_key, end)
             else:
@@ -356,9 +384,10 @@ class _Kernel:
         lax.fori_loop(0, pl.cdiv(end_page - base, plan.blocks.pages), block, 0)
         self.finish()
 
-    def hide(self, slot: Any, first_key: Any, begin: Any, end: Any) -> None:
+    def hide(self, slot: Any, page: Any, begin: Any, end: Any) -> None:
         """Keep what is not seen in a block from its products: clear its values and its place in the mask."""
-        plan, live, hidden = self.plan, self.refs["live"], self.refs["hidden"]
+        plan, live, hidden, table = self.plan, self.refs["live"], self.refs["hidden"], self.refs["table"]
+        first_key = page * plan.block_size
         spoilt = self.refs["unusable"][slot] != 0
         partial = (first_key < begin) | (first_key + plan.block_keys > end) | spoilt
 
@@ -369,28 +398,30 @@ class _Kernel:
                 live[t] = jnp.where((position >= begin) & (position < end), 1.0, 0.0)
             hidden[0] = jnp.where(partial, 1, 0)
 
-        @pl.when(partial)
-        def clear() -> None:
-            hide_rows(self.buffer, slot, first_key, begin, end)
+            def hide_page(j: Any, carry: Any) -> Any:
+                key = first_key + j * plan.block_size
+                outside = (key + plan.block_size <= begin) | (key >= end)
+                block_id = table[jnp.where(outside, 0, self.seq * plan.width + page + j)]
+                unusable = spoilt & ((block_id < 0) | (block_id >= self.stream.num_pages))
+                stop = jnp.where(outside | unusable, begin, end)
 
-        @pl.when(spoilt)
-        def drop() -> None:
-            page = lax.div(first_key, plan.block_size)
+                @pl.when((key < begin) | (key + plan.block_size > stop))
+                def clear() -> None:
+                    values = self.buffer[slot, j, 1]
+                    position = key + lax.broadcasted_iota(jnp.int32, values.shape, 1)
+                    kept = (position >= begin) & (position < stop)
+                    self.buffer[slot, j, 1] = jnp.where(kept, values, jnp.zeros_like(values))
 
-            def drop_page(j: Any, carry: Any) -> Any:
-                block_id = self.refs["table"][self.seq * plan.width + page + j]
-
-                @pl.when((block_id < 0) | (block_id >= self.refs["cache"].shape[1]))
-                def drop_keys() -> None:
-                    self.buffer[slot, j, 1] = jnp.zeros_like(self.buffer[slot, j, 1])
+                @pl.when(unusable)
+                def forget() -> None:
                     for t in range(live.shape[0]):
-                        key = t * plan.tile_keys + lax.broadcasted_iota(jnp.int32, live.shape[1:], 1)
-                        live[t] = jnp.where(lax.div(key, plan.block_size) == j, 0.0, live[t])
+                        index = t * plan.tile_keys + lax.broadcasted_iota(jnp.int32, live.shape[1:], 1)
+                        mine = (index >= j * plan.block_size) & (index < (j + 1) * plan.block_size)
+                        live[t] = jnp.where(mine, 0.0, live[t])
 
                 return carry
 
-            _, first_page, end_page = self.pages(self.seq)
-            lax.fori_loop(*self.stream.part(page, first_page, end_page), drop_page, 0)
+            lax.fori_loop(0, jnp.where(partial, plan.blocks.pages, 0), hide_page, 0)
 
     def multiply(self, slot: Any, t: Any, first_key: Any, end: Any) -> None:
         """Take the keys and values of one tile into the sums."""
@@ -405,25 +436,32 @@ class _Kernel:
             position = first_key + lax.broadcasted_iota(jnp.int32, (1, plan.tile_keys), 1)
             distances = (end - 1 - position).astype(jnp.float32)
         if plan.scales_rank == 4:
-            key_scales, value_scales = self.token_scales(slot, t)
+            token_scales = self.tile("scale_buffer", slot, t)
         if plan.mask_heads:
-            mask = self.mask(slot, t)
-        for head in range(plan.core_kv_heads):
-            key = self.load(slot, t, 0, head)[:, : plan.head_dim]
-            value = self.load(slot, t, 1, head)
+            mask = self.tile("mask_buffer", slot, t).astype(jnp.int32)
+        heads = range(plan.core_kv_heads)
+        # all products of a kind together: heads are independent, and the units work on several at a time
+        products = [
+            dot(refs["queries"][head], self.load(slot, t, 0, head)[:, : plan.head_dim], (1, 1)) for head in heads
+        ]
+        weighed = []
+        for head in heads:
             scale: Any = plan.softmax_scale
             if 0 < plan.scales_rank < 4:
                 scale = scale * self.scale(0, head)
             elif plan.scales_rank == 4:
-                scale = scale * key_scales[head : head + 1]
+                scale = scale * token_scales[head : head + 1]
             slopes = refs["alibi_rows"][head][:, :1] if plan.alibi else None
-            logits = modify(dot(refs["queries"][head], key, (1, 1)), scale, plan.soft_cap, slopes, distances)
+            logits = modify(products[head], scale, plan.soft_cap, slopes, distances)
             visible = seen & self.mask_rows(mask, head) if plan.mask_heads else seen
             weights, total, factor, maxima[head] = weigh(logits, visible, maxima[head])
             totals[head] = totals[head] * factor + total
             if plan.scales_rank == 4:
-                weights = jnp.where(visible, weights * value_scales[head : head + 1], 0.0)
-            weights = weights.astype(value.dtype)
+                row = plan.core_kv_heads + head
+                weights = jnp.where(visible, weights * token_scales[row : row + 1], 0.0)
+            weighed.append((weights.astype(plan.query_dtype), visible, factor))
+        for head, (weights, visible, factor) in zip(heads, weighed, strict=True):
+            value = self.load(slot, t, 1, head)
             product = weighted_sum(weights, visible, value) if plan.mask_heads else dot(weights, value, (1, 0))
             sums[head] = sums[head] * factor + product
 
@@ -443,29 +481,18 @@ class _Kernel:
         first = self.core * self.plan.core_kv_heads if self.plan.split_heads else 0
         return self.refs["scales"][side, first + head]
 
-    def token_scales(self, slot: Any, t: Any) -> tuple[jax.Array, jax.Array]:
-        """Return the scales of a tile's keys and values, (KH, tile_keys) each."""
-        tile_pages = self.plan.blocks.tile_pages
-        buffer = self.refs["scale_buffer"]
-        key, value = (
-            jnp.concatenate([buffer[slot, t * tile_pages + j, side] for j in range(tile_pages)], axis=1)
-            for side in (0, 1)
-        )
-        return key, value
-
-    def mask(self, slot: Any, t: Any) -> jax.Array:
-        """Return the mask of a tile, (heads of the mask, tile_keys), 0 where a key is not seen."""
+    def tile(self, name: str, slot: Any, t: Any) -> jax.Array:
+        """Return a tile's part of what is copied for each block, (rows, tile_keys)."""
         keys = self.plan.tile_keys
-        tile = self.refs["mask_buffer"][slot]
-        if keys < self.plan.block_keys:
-            tile = self.refs["mask_buffer"][slot, :, pl.ds(pl.multiple_of(t * keys, keys), keys)]
-        return tile.astype(jnp.int32)
+        if keys == self.plan.block_keys:
+            return self.refs[name][slot]
+        return self.refs[name][slot, :, pl.ds(pl.multiple_of(t * keys, keys), keys)]
 
     def mask_rows(self, mask: jax.Array, head: int) -> jax.Array:
         """Return the mask of a kv head's rows."""
         plan = self.plan
         if plan.mask_heads == 1:
-            return mask != 0
+            return mask[:1] != 0
         if plan.mask_heads == plan.num_kv_heads:
             return mask[head : head + 1] != 0
         rows = mask[head * plan.group : (head + 1) * plan.group]

@@ -3,7 +3,8 @@
 The blocks of all sequences of a core form one stream: block after block of a sequence, then the next sequence that has
 any. ``PageStream`` keeps the buffers of a ring filled ahead, also across sequences. Each page is one strided copy (keys
 and values of all heads), each buffer has its own semaphore, and a full buffer is awaited once, by its bytes. Only pages
-of the span of a sequence are read. An id outside ``[0, N)`` is replaced by one inside, and its page is marked.
+of the span of a sequence are read. Their ids are looked through once, when the stream comes to the sequence: where one
+lies outside ``[0, N)``, each is replaced by one inside, and the blocks of this sequence are marked.
 """
 
 import math
@@ -16,11 +17,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-STATE_WORDS = 5
-_SLOT, _ITEM, _PAGE, _END, _FETCH_SLOT = range(STATE_WORDS)
+STATE_WORDS = 6
+_SLOT, _ITEM, _PAGE, _END, _FETCH_SLOT, _UNUSABLE = range(STATE_WORDS)
 
 _UNROLLED_PAGES = 32
 """Copies that are started in a row without a loop."""
+_UNROLLED_IDS = 8
+"""Block ids that are looked at in a row without a loop."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class PageStream:
         semaphores: ``(num_buffers,)`` DMA semaphores.
         table: SMEM ref ``(rows * M,)`` of block ids.
         state: SMEM ref ``(STATE_WORDS,)`` int32; it lives as long as the stream.
-        unusable: SMEM ref ``(num_buffers,)`` int32: not 0 where a block has ids outside ``[0, N)``.
+        unusable: SMEM ref ``(num_buffers,)`` int32: not 0 where the span of a block has ids outside ``[0, N)``.
         span: item -> (row of the table, first page, end page); the pages that the item reads.
         num_columns: M.
         last: one past the last item of this core.
@@ -62,6 +65,11 @@ class PageStream:
         return self.buffers[0].shape[0]
 
     @property
+    def num_pages(self) -> int:
+        """N."""
+        return self.sources[0].shape[1]
+
+    @property
     def pages_per_block(self) -> int:
         """Pages that a buffer holds."""
         return self.buffers[0].shape[1]
@@ -74,7 +82,11 @@ class PageStream:
         """Start the stream of a core at its first item."""
         self.state[_SLOT] = 0
         self.state[_FETCH_SLOT] = 0
-        self._seek(first)
+        self.state[_ITEM] = first - 1
+        self.state[_PAGE] = 0
+        self.state[_END] = 0
+        self.state[_UNUSABLE] = 0
+        self._seek(0)
         for _ in range(self.num_buffers - 1):
             self.fetch()
 
@@ -84,44 +96,41 @@ class PageStream:
         row, first_page, _ = self.span(jnp.minimum(self.state[_ITEM], self.last - 1))
         begin, stop = self.part(page, first_page, end)
         place = row * self.num_columns + page
+        unusable = self.state[_UNUSABLE]
+        self.unusable[slot] = unusable
+        quick = (stop - begin == self.pages_per_block) & (unusable == 0)
 
-        def start(j: Any, difference: Any) -> Any:
-            block_id = self.table[place + j]
-            inside = jnp.clip(block_id, 0, self.sources[0].shape[1] - 1)
-            for copy in self._copies(inside, slot, j):
-                copy.start()
-            return difference | (block_id ^ inside)
-
-        full = stop - begin == self.pages_per_block
-
-        @pl.when(full)
+        @pl.when(quick)
         def start_full() -> None:
             run = math.gcd(self.pages_per_block, _UNROLLED_PAGES)
 
-            def start_run(i: Any, difference: Any) -> Any:
+            def start_run(i: Any, carry: Any) -> Any:
                 for j in range(run):
-                    difference = start(i * run + j, difference)
-                return difference
+                    for copy in self._copies(self.table[place + (i * run + j)], slot, i * run + j):
+                        copy.start()
+                return carry
 
-            self.unusable[slot] = lax.fori_loop(
-                0, self.pages_per_block // run, start_run, 0, unroll=self.pages_per_block == run
-            )
+            lax.fori_loop(0, self.pages_per_block // run, start_run, 0, unroll=self.pages_per_block == run)
 
-        @pl.when(jnp.logical_not(full))
+        @pl.when(jnp.logical_not(quick))
         def start_partial() -> None:
-            self.unusable[slot] = lax.fori_loop(begin, stop, start, 0)
+            def start_page(j: Any, carry: Any) -> Any:
+                block_id = jnp.clip(self.table[place + j], 0, self.num_pages - 1)
+                for copy in self._copies(block_id, slot, j):
+                    copy.start()
+                return carry
 
-        @pl.when(begin < stop)
-        def start_block() -> None:
-            for copy in self._block_copies(row, lax.div(page, self.pages_per_block), slot):
-                copy.start()
+            lax.fori_loop(begin, stop, start_page, 0)
+
+        if self.block_sources:
+
+            @pl.when(begin < stop)
+            def start_block() -> None:
+                for copy in self._block_copies(row, lax.div(page, self.pages_per_block), slot):
+                    copy.start()
 
         self.state[_FETCH_SLOT] = jnp.where(slot + 1 == self.num_buffers, 0, slot + 1)
-        self.state[_PAGE] = page + self.pages_per_block
-
-        @pl.when(page + self.pages_per_block >= end)
-        def seek() -> None:
-            self._seek(self.state[_ITEM] + 1)
+        self._seek(page + self.pages_per_block)
 
     def wait(self, count: Any) -> Any:
         """Wait for the ``count`` pages of the oldest block in flight; return its buffer, which is then to be read."""
@@ -166,43 +175,38 @@ class PageStream:
             for source, buffer in self.block_sources
         ]
 
-    def _seek(self, item: Any) -> None:
-        """Move the front of the stream to the first item, from ``item`` on, that has pages."""
+    def _seek(self, page: Any) -> None:
+        """Move the front of the stream to ``page``, or to the next item that has pages if that is behind the end."""
 
-        def empty(item: Any) -> Any:
-            _, first_page, end_page = self.span(jnp.minimum(item, self.last - 1))
-            return (item < self.last) & (first_page >= end_page)
+        def finished(at: Any) -> Any:
+            item, page, end_page, _ = at
+            return (page >= end_page) & (item < self.last)
 
-        # jax 0.7 does not interpret a loop whose condition reads a reference: the body looks ahead for it.
-        item, _ = lax.while_loop(lambda at: at[1], lambda at: (at[0] + 1, empty(at[0] + 1)), (item, empty(item)))
-        _, first_page, end_page = self.span(jnp.minimum(item, self.last - 1))
-        self.state[_ITEM] = item
-        self.state[_PAGE] = jnp.where(item < self.last, self.base(first_page), 0)
-        self.state[_END] = jnp.where(item < self.last, end_page, 0)
+        def following(at: Any) -> Any:
+            item = at[0] + 1
+            row, first_page, end_page = self.span(jnp.minimum(item, self.last - 1))
+            end_page = jnp.where(item < self.last, end_page, first_page)
+            unusable = self._unusable(row * self.num_columns + first_page, end_page - first_page)
+            return item, self.base(first_page), end_page, unusable
 
+        front = (self.state[_ITEM], page, self.state[_END], self.state[_UNUSABLE])
+        front = lax.while_loop(finished, following, front)
+        for word, value in zip((_ITEM, _PAGE, _END, _UNUSABLE), front, strict=True):
+            self.state[word] = value
 
-def hide_rows(buffer: Any, slot: Any, first_key: Any, begin: Any, end: Any) -> None:
-    """Zero the values of a block whose keys lie outside ``[begin, end)``, so that a weight of 0 leaves nothing of them.
+    def _unusable(self, place: Any, count: Any) -> Any:
+        """Return 0 where the ``count`` ids from ``place`` of the table on all lie in ``[0, N)``."""
 
-    Args:
-        buffer: ref ``(num_buffers, pages_per_block, 2, KH, S, DS)``.
-        slot: the block's buffer.
-        first_key: position of its first key.
-        begin: position of the first key that is seen.
-        end: one past the last one.
-    """
-    _, pages_per_block, _, _, block_size, _ = buffer.shape
+        def look(place: Any, seen: Any) -> Any:
+            block_id = self.table[place]
+            return seen | block_id | (self.num_pages - 1 - block_id)
 
-    def clear(j: Any, carry: Any) -> Any:
-        key = first_key + j * block_size
+        def look_at_run(i: Any, seen: Any) -> Any:
+            for j in range(_UNROLLED_IDS):
+                seen = look(place + i * _UNROLLED_IDS + j, seen)
+            return seen
 
-        @pl.when((key < begin) | (key + block_size > end))
-        def hide() -> None:
-            values = buffer[slot, j, 1]
-            position = key + lax.broadcasted_iota(jnp.int32, values.shape, 1)
-            seen = (position >= begin) & (position < end)
-            buffer[slot, j, 1] = jnp.where(seen, values, jnp.zeros_like(values))
-
-        return carry
-
-    lax.fori_loop(0, pages_per_block, clear, 0)
+        runs = lax.shift_right_logical(count, _UNROLLED_IDS.bit_length() - 1)
+        seen = lax.fori_loop(0, runs, look_at_run, jnp.zeros_like(count))
+        seen = lax.fori_loop(runs * _UNROLLED_IDS, count, lambda i, seen: look(place + i, seen), seen)
+        return jnp.where(seen < 0, 1, 0)
