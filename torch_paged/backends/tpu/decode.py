@@ -5,8 +5,8 @@ Blocks of pages stream from HBM into a ring of VMEM buffers (``pages``); while o
 multiplied, a tile of pages at a time: per kv head, the group's rows by the keys, one step of the online softmax
 (``logits``), the weights by the values. Sums and maxima stay in VMEM scratch until the sequence ends.
 
-For one token, length, window and chunk together are a span of keys ``[begin, end)``. Which keys of a block lie in it is
-kept as a mask in VMEM and is written anew only where that changes: at the ends of a span, and at unusable block ids.
+For one token, length, window and chunk together are a span of keys ``[begin, end)``. Values outside of it, and those of
+unusable block ids, are cleared in VMEM, so that their weight of 0 leaves nothing of them; most blocks hold none.
 """
 
 import functools
@@ -226,7 +226,6 @@ def _call(plan: _Plan, chip: Chip, interpret: Any) -> Any:
         "semaphores": pltpu.SemaphoreType.DMA((buffers,)),
         "state": pltpu.SMEM((STATE_WORDS,), jnp.int32),
         "unusable": pltpu.SMEM((buffers,), jnp.int32),
-        "hidden": pltpu.SMEM((1,), jnp.int32),
         "live": pltpu.VMEM((tiles, SUBLANES, plan.tile_keys), jnp.float32),
         "heads": pltpu.VMEM((plan.core_heads + rows - plan.group, plan.stored_dim), jnp.float32),
         "queries": pltpu.VMEM((kv_heads, rows, plan.head_dim), plan.query_dtype),
@@ -330,7 +329,6 @@ class _Kernel:
         @pl.when(self.step == 0)
         def start() -> None:
             self.stream.open(self.first)
-            self.refs["hidden"][0] = 1
             for name in ("sinks", "alibi"):
                 if getattr(self.plan, name):
                     self.spread(self.refs[name], self.refs[f"{name}_rows"])
@@ -349,6 +347,7 @@ class _Kernel:
 
     def attend(self) -> None:
         plan, refs, stream = self.plan, self.refs, self.stream
+        refs["live"][...] = jnp.ones(refs["live"].shape, jnp.float32)
         refs["maxima"][...] = jnp.full(refs["maxima"].shape, NOTHING, jnp.float32)
         refs["totals"][...] = jnp.zeros(refs["totals"].shape, jnp.float32)
         refs["sums"][...] = jnp.zeros(refs["sums"].shape, jnp.float32)
@@ -370,71 +369,63 @@ class _Kernel:
             first_key = page * plan.block_size
             self.hide(slot, page, begin, end)
             if plan.blocks.tile_pages == plan.blocks.pages:
-                self.multiply(slot, 0, first_key, end)
+                self.multiply(slot, 0, first_key, begin, end)
             else:
                 tiles = pl.cdiv(jnp.minimum(end - first_key, plan.block_keys), plan.tile_keys)
 
                 def tile(t: Any, carry: Any) -> Any:
-                    self.multiply(slot, t, first_key + t * plan.tile_keys, end)
+                    self.multiply(slot, t, first_key + t * plan.tile_keys, begin, end)
                     return carry
 
                 lax.fori_loop(0, tiles, tile, 0)
             return carry
 
-        lax.fori_loop(0, pl.cdiv(end_page - base, plan.blocks.pages), block, 0)
+        num_blocks = lax.shift_right_logical(
+            end_page - base + plan.blocks.pages - 1, plan.blocks.pages.bit_length() - 1
+        )
+        lax.fori_loop(0, num_blocks, block, 0)
         self.finish()
 
     def hide(self, slot: Any, page: Any, begin: Any, end: Any) -> None:
-        """Keep what is not seen in a block from its products: clear its values and its place in the mask."""
-        plan, live, hidden, table = self.plan, self.refs["live"], self.refs["hidden"], self.refs["table"]
+        """Keep what is not seen in a block from its products: clear its values, mark the keys of unusable pages."""
+        plan, live, table = self.plan, self.refs["live"], self.refs["table"]
         first_key = page * plan.block_size
         spoilt = self.refs["unusable"][slot] != 0
         partial = (first_key < begin) | (first_key + plan.block_keys > end) | spoilt
 
-        @pl.when(partial | (hidden[0] != 0))
-        def write() -> None:
-            for t in range(live.shape[0]):
-                position = first_key + t * plan.tile_keys + lax.broadcasted_iota(jnp.int32, live.shape[1:], 1)
-                live[t] = jnp.where((position >= begin) & (position < end), 1.0, 0.0)
-            hidden[0] = jnp.where(partial, 1, 0)
+        def hide_page(j: Any, carry: Any) -> Any:
+            key = first_key + j * plan.block_size
+            outside = (key + plan.block_size <= begin) | (key >= end)
+            block_id = table[jnp.where(outside, 0, self.seq * plan.width + page + j)]
+            unusable = spoilt & ((block_id < 0) | (block_id >= self.stream.num_pages))
+            stop = jnp.where(outside | unusable, begin, end)
 
-            def hide_page(j: Any, carry: Any) -> Any:
-                key = first_key + j * plan.block_size
-                outside = (key + plan.block_size <= begin) | (key >= end)
-                block_id = table[jnp.where(outside, 0, self.seq * plan.width + page + j)]
-                unusable = spoilt & ((block_id < 0) | (block_id >= self.stream.num_pages))
-                stop = jnp.where(outside | unusable, begin, end)
+            @pl.when((key < begin) | (key + plan.block_size > stop))
+            def clear() -> None:
+                values = self.buffer[slot, j, 1]
+                position = key + lax.broadcasted_iota(jnp.int32, values.shape, 1)
+                kept = (position >= begin) & (position < stop)
+                self.buffer[slot, j, 1] = jnp.where(kept, values, jnp.zeros_like(values))
 
-                @pl.when((key < begin) | (key + plan.block_size > stop))
-                def clear() -> None:
-                    values = self.buffer[slot, j, 1]
-                    position = key + lax.broadcasted_iota(jnp.int32, values.shape, 1)
-                    kept = (position >= begin) & (position < stop)
-                    self.buffer[slot, j, 1] = jnp.where(kept, values, jnp.zeros_like(values))
+            @pl.when(spoilt)
+            def mark() -> None:
+                for t in range(live.shape[0]):
+                    index = t * plan.tile_keys + lax.broadcasted_iota(jnp.int32, live.shape[1:], 1)
+                    mine = (index >= j * plan.block_size) & (index < (j + 1) * plan.block_size)
+                    live[t] = jnp.where(mine, jnp.where(unusable, 0.0, 1.0), live[t])
 
-                @pl.when(unusable)
-                def forget() -> None:
-                    for t in range(live.shape[0]):
-                        index = t * plan.tile_keys + lax.broadcasted_iota(jnp.int32, live.shape[1:], 1)
-                        mine = (index >= j * plan.block_size) & (index < (j + 1) * plan.block_size)
-                        live[t] = jnp.where(mine, 0.0, live[t])
+            return carry
 
-                return carry
+        lax.fori_loop(0, jnp.where(partial, plan.blocks.pages, 0), hide_page, 0)
 
-            lax.fori_loop(0, jnp.where(partial, plan.blocks.pages, 0), hide_page, 0)
-
-    def multiply(self, slot: Any, t: Any, first_key: Any, end: Any) -> None:
+    def multiply(self, slot: Any, t: Any, first_key: Any, begin: Any, end: Any) -> None:
         """Take the keys and values of one tile into the sums."""
         plan, refs = self.plan, self.refs
         maxima, totals, sums = refs["maxima"], refs["totals"], refs["sums"]
-        live = refs["live"][t]
-        if plan.rows > SUBLANES:
-            live = jnp.broadcast_to(live[:1], (plan.rows, plan.tile_keys))
-        seen = live > 0
-        distances = None
-        if plan.alibi:
-            position = first_key + lax.broadcasted_iota(jnp.int32, (1, plan.tile_keys), 1)
-            distances = (end - 1 - position).astype(jnp.float32)
+        rows = SUBLANES if plan.rows == SUBLANES else 1
+        position = first_key + lax.broadcasted_iota(jnp.int32, (rows, plan.tile_keys), 1)
+        seen = (position >= begin) & (position < end) & (refs["live"][t, :rows] > 0)
+        distances = (end - 1 - position).astype(jnp.float32) if plan.alibi else None
         if plan.scales_rank == 4:
             token_scales = self.tile("scale_buffer", slot, t)
         if plan.mask_heads:

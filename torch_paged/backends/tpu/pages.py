@@ -112,15 +112,13 @@ class PageStream:
 
             lax.fori_loop(0, self.pages_per_block // run, start_run, 0, unroll=self.pages_per_block == run)
 
-        @pl.when(jnp.logical_not(quick))
-        def start_partial() -> None:
-            def start_page(j: Any, carry: Any) -> Any:
-                block_id = jnp.clip(self.table[place + j], 0, self.num_pages - 1)
-                for copy in self._copies(block_id, slot, j):
-                    copy.start()
-                return carry
+        def start_page(j: Any, carry: Any) -> Any:
+            block_id = jnp.clip(self.table[place + j], 0, self.num_pages - 1)
+            for copy in self._copies(block_id, slot, j):
+                copy.start()
+            return carry
 
-            lax.fori_loop(begin, stop, start_page, 0)
+        lax.fori_loop(begin, jnp.where(quick, begin, stop), start_page, 0)
 
         if self.block_sources:
 
@@ -142,14 +140,12 @@ class PageStream:
             for buffer in self.buffers:
                 pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], self.semaphores.at[slot]).wait()
 
-        @pl.when(count < self.pages_per_block)
-        def wait_partial() -> None:
-            def wait_page(j: Any, carry: Any) -> Any:
-                for copy in self._copies(0, slot, j):
-                    copy.wait()
-                return carry
+        def wait_page(j: Any, carry: Any) -> Any:
+            for copy in self._copies(0, slot, j):
+                copy.wait()
+            return carry
 
-            lax.fori_loop(0, count, wait_page, 0)
+        lax.fori_loop(0, jnp.where(count == self.pages_per_block, 0, count), wait_page, 0)
 
         for copy in self._block_copies(0, 0, slot):
             copy.wait()
