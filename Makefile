@@ -22,7 +22,8 @@ KERNELS := $(wildcard csrc_shims/*.cpp csrc_shims/*.h csrc_shims/cpu/*.cpp csrc_
 LIBRARY := torch_paged/_C.abi3.so
 
 .PRECIOUS: .venv-transformers-%/.ready
-.PHONY: demo test test-transformers test-tpu test-tpu-xla test-tpu-device lint bench instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
+.PHONY: demo test test-transformers test-tpu test-tpu-xla test-tpu-device lint bench bench-tpu tpu-matrix mutants-tpu
+.PHONY: instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
 .DELETE_ON_ERROR:
 
 help:
@@ -36,6 +37,9 @@ help:
 	@echo "make bench              measure the kernels beside peers and limits (ARGS=--quick: minutes)"
 	@echo "make instructions       count the kernels' instructions and compare them with committed figures"
 	@echo "make mutants            plant faults in the kernels and see the tests catch them"
+	@echo "make tpu-matrix         compile the TPU kernels for every chip, dtype and shape, without a TPU"
+	@echo "make bench-tpu          static estimates of the TPU kernels beside those of jax"
+	@echo "make mutants-tpu        plant faults in the TPU kernels and see the tests catch them"
 	@echo "make wheel              build dist/*.whl"
 	@echo "make test-wheel         install the wheel into a fresh environment and use it"
 	@echo "make test-torch29       the same with torch 2.9.0 (a download of several GB)"
@@ -124,6 +128,15 @@ instructions: $(LIBRARY)
 
 mutants: $(LIBRARY)
 	$(BIN)/python tests/mutants.py $(ARGS)
+
+tpu-matrix: $(LIBRARY)
+	JAX_PLATFORMS=cpu $(BIN)/python tests/tpu_matrix.py $(ARGS)
+
+bench-tpu: $(LIBRARY) $(VENV)/.bench
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks tpu $(ARGS)
+
+mutants-tpu: $(LIBRARY)
+	$(BIN)/python tests/mutants_tpu.py $(ARGS)
 
 wheel: $(VENV)/.ready
 	rm -rf dist build/bdist.*

@@ -32,6 +32,10 @@ class Refused(Exception):
     """The compiler refused a program; the message is its own."""
 
 
+class Unreadable(Exception):
+    """The compiler took a program, and what it made of it cannot be looked at."""
+
+
 @dataclass(frozen=True)
 class Operation:
     """One instruction of a compiled program.
@@ -55,7 +59,7 @@ class Program:
 
     Attributes:
         chip: a key of ``TOPOLOGIES``.
-        text: the optimised program.
+        text: the optimised program; None where jaxlib cannot read it.
         alias_bytes: outputs that share an argument's memory.
         temp_bytes: memory beyond arguments and outputs.
         argument_bytes: memory of the arguments.
@@ -64,7 +68,7 @@ class Program:
     """
 
     chip: str
-    text: str
+    text: str | None
     alias_bytes: int
     temp_bytes: int
     argument_bytes: int
@@ -74,18 +78,23 @@ class Program:
     @property
     def kernels(self) -> tuple[str, ...]:
         """The names of the kernel calls, in the program's order."""
-        lines = (line for line in self.text.splitlines() if f'custom_call_target="{KERNEL}"' in line)
+        lines = (line for line in self._lines() if f'custom_call_target="{KERNEL}"' in line)
         return tuple(found[1] for line in lines if (found := _INSTRUCTION.match(line)))
 
     def operations(self) -> Iterator[Operation]:
         """Yield every instruction that makes data, those inside fusions included."""
         fused = False
-        for line in self.text.splitlines():
+        for line in self._lines():
             if header := _COMPUTATION.match(line):
                 fused = "fused" in header[2]
             elif (found := _INSTRUCTION.match(line)) and found[3] not in _NO_DATA:
                 num_bytes = max((_num_bytes(*shape) for shape in _SHAPE.findall(found[2])), default=0)
                 yield Operation(found[3], found[1], num_bytes, fused)
+
+    def _lines(self) -> list[str]:
+        if self.text is None:
+            raise Unreadable("libtpu made asynchronous operations that this jaxlib cannot read")
+        return self.text.splitlines()
 
     def whole(self, num_bytes: int) -> list[Operation]:
         """Return what yields at least ``num_bytes`` in memory, or is ``DENSE`` at that size inside a fusion."""
@@ -127,10 +136,14 @@ def compile_for(chip: str, module: str) -> Program:
             executable = _compile(device.client, parsed, executable_devices=devices, compile_options=options)
         except Exception as error:
             raise Refused(_first_words(str(error))) from error
+    try:
+        text = executable.hlo_modules()[0].to_string()
+    except RuntimeError:
+        text = None
     memory = executable.get_compiled_memory_stats()
     return Program(
         chip,
-        executable.hlo_modules()[0].to_string(),
+        text,
         memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.argument_size_in_bytes,

@@ -1,0 +1,128 @@
+"""Plant one fault at a time in the TPU kernels and see the tests catch it: ``make mutants-tpu``.
+
+Each mutant is a copy of the tree with one replacement, which must match exactly once; the kernels are interpreted. A
+mutant that no test catches is a hole in the tests: exit status 1.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from mutants import ROOT, Mutant
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+DECODE = ("tests/test_tpu_decode.py",)
+VARLEN = ("tests/test_tpu_varlen.py",)
+CACHE = ("tests/test_reshape_and_cache.py", "tests/test_gather_cache.py")
+STREAM = (*DECODE, *VARLEN)
+# fmt: off
+MUTANTS = [
+    Mutant("prefetch into the buffer in use", "pages.py",
+           "self.state[_FETCH_SLOT] = jnp.where(slot + 1 == self.num_buffers, 0, slot + 1)",
+           "self.state[_FETCH_SLOT] = slot", STREAM),
+    Mutant("a full buffer is not awaited", "pages.py",
+           "pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], self.semaphores.at[slot]).wait()", "pass", STREAM),
+    Mutant("the last page of a block is not awaited", "pages.py", "lax.fori_loop(0, count, wait_page, 0)",
+           "lax.fori_loop(0, count - 1, wait_page, 0)", STREAM),
+    Mutant("values of stale slots stay", "pages.py",
+           "buffer[slot, j, 1] = jnp.where(seen, values, jnp.zeros_like(values))",
+           "buffer[slot, j, 1] = values", DECODE),
+    Mutant("pages of the next sequence are those of the first", "pages.py",
+           "self.state[_PAGE] = jnp.where(item < self.last, self.base(first_page), 0)",
+           "self.state[_PAGE] = jnp.zeros_like(item)", DECODE),
+    Mutant("decode's window sees one key more", "decode.py", "begin = jnp.maximum(begin, end - min(plan.window,",
+           "begin = jnp.maximum(begin, end - 1 - min(plan.window,", DECODE),
+    Mutant("decode's window sees one key less", "decode.py", "begin = jnp.maximum(begin, end - min(plan.window,",
+           "begin = jnp.maximum(begin, end + 1 - min(plan.window,", DECODE),
+    Mutant("decode's row sum is not rescaled", "decode.py", "totals[head] = totals[head] * factor + total",
+           "totals[head] = totals[head] + total", DECODE),
+    Mutant("decode rounds float32 to bfloat16", "decode.py",
+           "rows.reshape(plan.tile_keys, plan.stored_dim).astype(plan.query_dtype)",
+           "rows.reshape(plan.tile_keys, plan.stored_dim).astype(jnp.bfloat16).astype(plan.query_dtype)", DECODE),
+    Mutant("ALiBi counts from behind the query", "decode.py", "distances = (end - 1 - position)",
+           "distances = (end - position)", DECODE),
+    Mutant("the keys' scale for values", "decode.py", 'return self.refs["scales"][side, first + head]',
+           'return self.refs["scales"][0, first + head]', DECODE),
+    Mutant("a sink counted twice", "logits.py", "with_sink = total * kept + jnp.exp(sinks - top)",
+           "with_sink = total * kept + 2.0 * jnp.exp(sinks - top)", DECODE),
+    Mutant("a soft cap that does not scale back", "logits.py", "logits = soft_cap * jnp.tanh(logits / soft_cap)",
+           "logits = jnp.tanh(logits / soft_cap)", DECODE),
+    Mutant("causality shows the next key", "varlen.py", "return first, position, position",
+           "return first, position + 1, position", VARLEN),
+    Mutant("varlen's window sees one key more", "varlen.py", "position - (static.window - 1)",
+           "position - static.window", VARLEN),
+    Mutant("a tile misses its last key", "tiles.py", "jnp.max(jnp.where(sees, high, least), axis=1) + 1, 0)",
+           "jnp.max(jnp.where(sees, high, least), axis=1), 0)", VARLEN),
+    Mutant("a tile writes rows of its neighbour", "varlen.py", "r.out_buffer.at[slot, pl.ds(row + done, part)]",
+           "r.out_buffer.at[slot, pl.ds(done, part)]", VARLEN),
+    Mutant("slot -1 written to the last block", "cache.py", "inside = (slot >= 0) & (slot <",
+           "inside = (slot >= -1) & (slot <", CACHE),
+    Mutant("gather ignores the left padding", "cache.py", "(0 if starts is None else starts[:, None])", "0", CACHE),
+]
+# fmt: on
+
+
+def prepare(folder: Path) -> None:
+    for name in ("torch_paged", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".hypothesis"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy2(ROOT / name, folder / name)
+
+
+def catcher(folder: Path, tests: tuple[str, ...]) -> str | None:
+    """Return the first test that fails, or None."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu", "TORCH_PAGED_TPU_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if result.returncode not in (0, 1) and not failed:
+        return f"the run ended with status {result.returncode}"
+    return failed[0].split(" - ")[0].removeprefix("FAILED tests/") if failed else None
+
+
+def caught_by(mutant: Mutant, folder: Path) -> str | None:
+    path = folder / "torch_paged" / "backends" / "tpu" / mutant.file
+    original = path.read_text()
+    if original.count(mutant.old) != 1:
+        raise SystemExit(
+            f"mutants_tpu: '{mutant.name}' must match once in {mutant.file}, got {original.count(mutant.old)}"
+        )
+    path.write_text(original.replace(mutant.old, mutant.new))
+    try:
+        return catcher(folder, mutant.tests)
+    finally:
+        path.write_text(original)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make mutants-tpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="run the mutants whose name or file contains this")
+    parser.add_argument("--trusting", action="store_true", help="do not run the tests without a fault first")
+    args = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if args.only in mutant.name or args.only in mutant.file]
+    table = Table("fault", "file", "caught by")
+    survivors = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder)
+        tests = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
+        without_fault = None if args.trusting else catcher(folder, tests)
+        if without_fault is not None:
+            raise SystemExit(f"mutants_tpu: the tests fail without a fault: {without_fault}")
+        for mutant in track(chosen, description="mutants", console=Console(stderr=True)):
+            test = caught_by(mutant, folder)
+            survivors += test is None
+            table.add_row(mutant.name, mutant.file, test or "[red]nothing[/red]")
+    Console(width=160).print(table)
+    print(f"{len(chosen) - survivors} of {len(chosen)} faults caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""The quick part of the matrix of programs that the chips' compiler takes (``make tpu-matrix`` is all of it)."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import tpu_matrix
+from tpu_matrix import OPTIONS
+
+from torch_paged.backends.tpu import aot
+
+
+def test_as_many_cells_are_supported_as_were() -> None:
+    found = {cell.name: tpu_matrix.outcome(cell) for cell in tpu_matrix.quick_cells()}
+    wrong = {name: why for name, why in found.items() if why is not None}
+    before = json.loads(tpu_matrix.FIGURES.read_text()).get(f"quick, {tpu_matrix.versions()}", 0)
+    assert len(found) - len(wrong) >= before, wrong
+
+
+def test_the_option_cells_hold_every_pair() -> None:
+    choices = [dict(zip(OPTIONS, choice, strict=True)) for choice in tpu_matrix.option_choices()]
+    for a, b in itertools.combinations(OPTIONS, 2):
+        pairs = {(choice[a], choice[b]) for choice in choices}
+        assert pairs == set(itertools.product(OPTIONS[a], OPTIONS[b])), (a, b)
+
+
+def test_a_program_that_copies_or_does_without_a_kernel_is_not_supported() -> None:
+    cache = jax.ShapeDtypeStruct((2, 64, 2, 16, 128), jnp.float32)
+    num_bytes = 2 * 64 * 2 * 16 * 128 * 4
+    dense = aot.export_for("v5e", lambda x: jnp.einsum("nhsd,nhtd->nhst", x[0], x[1]), (cache,))
+    why = tpu_matrix._compiled("v5e", dense, num_bytes, 0, attends=True)
+    assert why is not None
+    assert "0 kernels, expected 1; matrix products outside the kernel" in why
+    moved = aot.export_for("v5e", lambda x: jnp.flip(x, 1), (cache,))
+    why = tpu_matrix._compiled("v5e", moved, num_bytes, num_bytes, attends=False)
+    assert why is not None
+    assert why.startswith(f"0 bytes updated in place, expected {num_bytes}; of the cache's size: ")
