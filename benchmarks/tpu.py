@@ -125,7 +125,8 @@ def points() -> Iterator[Point]:
 
 def row(point: Point) -> Row:
     """Return what the compiler says of a program, from memory where neither versions nor kernels changed."""
-    mine = [path.read_bytes() for path in sorted(KERNELS.glob("*.py"))] if point.way == OURS else []
+    sources = ("pages", "logits", "block_sizes", *(("decode",) if point.queries == 1 else ("varlen", "tiles")))
+    mine = [(KERNELS / f"{name}.py").read_bytes() for name in sources] if point.way == OURS else []
     text = json.dumps([asdict(point), versions()])
     path = MEMORY / hashlib.sha256(text.encode() + b"".join(mine)).hexdigest()
     if path.exists():
@@ -251,31 +252,40 @@ def _bundles(found: Row | None) -> str:
 def draw(rows: Sequence[Row], folder: Path) -> None:
     """Draw cycles per ``TOKENS`` tokens of ours and jax's beside the floor, a panel for each chip."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     from benchmarks import plots
 
-    chips = [chip for chip in CLOCKS if any(x.chip == chip for x, _ in decode_cells(rows))]
+    cells = list(decode_cells(rows))
+    chips = [chip for chip in CLOCKS if any(x.chip == chip for x, _ in cells)]
     if not chips:
         return
-    figure = Figure(figsize=(4.6 * len(chips), 4.6), layout="constrained")
-    for axis, chip in zip(figure.subplots(1, len(chips), squeeze=False)[0], chips, strict=True):
-        cells = [(x, peer) for x, peer in decode_cells(rows) if x.chip == chip]
-        labels = [f"B {x.batch}, {x.context}, KH {x.kv_heads}, S {x.block_size}" for x, _ in cells]
-        for i, (x, peer) in enumerate(cells):
-            share = TOKENS / (x.batch * x.context)
-            named = {} if i else {"label": OURS}
-            axis.barh(i - 0.2, (x.cycles or 0) * share, 0.38, color=plots.COLORS[1], **named)
-            if peer is not None and peer.cycles:
-                axis.barh(i + 0.2, peer.cycles * share, 0.38, color=plots.COLORS[2], **({} if i else {"label": PAGED}))
-            floor = x.floor_cycles * share
-            axis.plot([floor, floor], [i - 0.42, i + 0.42], color="black", **({} if i else {"label": "HBM floor"}))
-        axis.set_yticks(range(len(labels)), labels if axis.get_subplotspec().is_first_col() else [""] * len(labels))
-        axis.invert_yaxis()
+    labels = list(dict.fromkeys(_sizes(x) for x, _ in cells))
+    figure = Figure(figsize=(1.6 + 3.6 * len(chips), 1.4 + 0.3 * len(labels)), layout="constrained")
+    axes = figure.subplots(1, len(chips), squeeze=False, sharey=True)[0]
+    for axis, chip in zip(axes, chips, strict=True):
+        for x, peer in cells:
+            if x.chip != chip:
+                continue
+            share, at = TOKENS / (x.batch * x.context), labels.index(_sizes(x))
+            axis.barh(at - 0.2, (x.cycles or 0) * share, 0.38, color=plots.COLORS[1])
+            if peer is not None:
+                axis.barh(at + 0.2, (peer.cycles or 0) * share, 0.38, color=plots.COLORS[2])
+            axis.plot([x.floor_cycles * share] * 2, [at - 0.42, at + 0.42], color="black")
         axis.set_title(chip)
         axis.set_xlabel(f"cycles per {TOKENS} tokens")
-    figure.axes[0].legend(loc="lower right")
+    axes[0].set_yticks(range(len(labels)), labels)
+    axes[0].invert_yaxis()
+    shown = [Patch(color=plots.COLORS[1], label=OURS), Patch(color=plots.COLORS[2], label=f"{PAGED}, best block size")]
+    floor = Line2D([], [], color="black", label="HBM floor")
+    figure.legend(handles=[*shown, floor], loc="outside lower center", ncols=3)
     figure.suptitle(f"Decode: {STATIC}")
     figure.savefig(folder / "tpu_decode.svg", metadata={"Date": None})
+
+
+def _sizes(x: Row) -> str:
+    return f"B {x.batch}, {x.context}, KH {x.kv_heads}, S {x.block_size}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
