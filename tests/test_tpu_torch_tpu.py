@@ -45,7 +45,8 @@ with mode:
 
 def run(code: str, *, check: bool = True) -> tuple[list[str], str, int]:
     """Run code; return the lines that it printed itself, its errors, and its status."""
-    done = run_python(code, check=check, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+    settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
+    done = run_python(code, check=check, **settings)  # type: ignore[arg-type]
     return done.stdout.splitlines(), done.stderr, done.returncode
 
 
@@ -138,7 +139,7 @@ def test_the_example_says_that_there_is_no_tpu() -> None:
         capture_output=True,
         text=True,
         cwd=SOURCE,
-        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "1", "PYTHONPATH": str(SOURCE)},
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(

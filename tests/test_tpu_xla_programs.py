@@ -53,3 +53,28 @@ def test_a_cache_that_is_not_donated_is_seen_as_a_copy(tmp_path: Path) -> None:
     program = compile_for("v5e", module)
     assert program.alias_bytes == 0
     assert program.whole(CACHE_BYTES)
+
+
+HUGGINGFACE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+from torch_paged.integrations.transformers import PagedCache, patch_model
+torch.manual_seed(0)
+config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                     num_key_value_heads=2, head_dim=16, dtype=torch.bfloat16)
+model = patch_model(LlamaForCausalLM(config).eval().to("xla", torch.bfloat16))
+cache = PagedCache(model.config, max_cache_length=16 * 8192, device="xla")
+for_tpu = bridge_torch_xla.target
+bridge_torch_xla.target = lambda device: ("cpu", "v5e")
+with torch.no_grad():
+    model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    bridge_torch_xla.target = for_tpu
+    model(torch.tensor([[8]]), past_key_values=cache)
+"""
+
+
+def test_a_step_of_a_patched_model_updates_its_caches_in_place(tmp_path: Path) -> None:
+    program = compile_for("v5e", lowered_for_tpu(HUGGINGFACE, "v5e", tmp_path))
+    assert program.alias_bytes >= 2 * CACHE_BYTES
+    assert program.temp_bytes < CACHE_BYTES // 50
+    assert len(program.kernels) == 2
+    assert not [operation for operation in program.whole(CACHE_BYTES) if operation.opcode != "fusion"]

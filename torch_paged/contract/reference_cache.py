@@ -53,7 +53,8 @@ def copy_blocks(
     """Copy whole blocks, in place; all sources are read before the first write, and a pair with -1 is skipped."""
     live = (src_blocks >= 0) & (dst_blocks >= 0)
     src, dst = src_blocks[live].long(), dst_blocks[live].long()
-    kv_cache[:, dst] = kv_cache[:, src]
+    movable = _movable(kv_cache)
+    movable[:, dst] = movable[:, src]
     if kv_scales is not None and kv_scales.dim() == 4:
         kv_scales[:, dst] = kv_scales[:, src]
 
@@ -97,7 +98,7 @@ def read_blocks(
     """Return ``(2 | 1, M * S, KH, DS)`` tokens of one sequence; entries that are not used are never looked at."""
     sides, _, kv_heads, block_size, stored_dim = kv_cache.shape
     ids = entries[used].long()
-    read = kv_cache[:, ids]  # (2 | 1, used, KH, S, DS)
+    read = _movable(kv_cache)[:, ids].view(kv_cache.dtype)  # (2 | 1, used, KH, S, DS)
     if kv_scales is None:
         read = read.to(dtype)
     else:
@@ -117,6 +118,12 @@ def _write(rows: Tensor, side: Tensor, slot_mapping: Tensor) -> None:
     """Put ``rows`` (T, KH, width) into ``side`` (N, KH, S, DS), zeros behind them; slot -1 is padding."""
     live = slot_mapping >= 0
     slots = slot_mapping[live].long()
+    rows, side = _movable(rows), _movable(side)
     padded = torch.zeros((slots.numel(), side.size(1), side.size(3)), dtype=side.dtype, device=side.device)
     padded[..., : rows.size(-1)] = rows[live]
     side[slots // side.size(2), :, slots % side.size(2)] = padded
+
+
+def _movable(x: Tensor) -> Tensor:
+    """Return a tensor that torch can index: torch 2.9 cannot index the fp8 formats, only their bytes."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
