@@ -103,7 +103,7 @@ test-tpu: $(TPU_VENV)/.ready $(LIBRARY)
 $(TPU_XLA_VENV)/.ready: pyproject.toml
 	test -x $(TPU_XLA_VENV)/bin/python || $(PYTHON) -m venv $(TPU_XLA_VENV)
 	$(TPU_XLA_VENV)/bin/python -m pip -q install "torch==2.9.0" "setuptools>=77" packaging \
-	  "pytest>=8" "hypothesis>=6" "expecttest>=0.3" numpy rich tqdm
+	  "pytest>=8" "hypothesis>=6" "expecttest>=0.3" numpy rich tqdm matplotlib
 	TORCH_PAGED_NO_EXT=1 $(TPU_XLA_VENV)/bin/python -m pip -q install --no-build-isolation -e ".[tpu-xla,transformers]"
 	touch $@
 

@@ -153,6 +153,11 @@ def _reason(output: str) -> str:
 
 def measure(args: argparse.Namespace) -> None:
     """Estimate every point as far as there is time, write the CSV file, and the tables and plots of what there is."""
+    if args.device:
+        from benchmarks import tpu_device
+
+        tpu_device.measure(args.out)
+        return
     end = time.monotonic() + args.seconds
     chosen = [point for point in points() if args.way in point.way and args.chip in point.chip]
     rows = []
@@ -294,4 +299,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--way", default="", help="only kernels whose name contains this")
     parser.add_argument("--chip", default="", help="only this chip")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop early; the next run goes on from there")
+    help_device = "time our kernels on the TPU of this machine, beside the estimates that --out has of them"
+    parser.add_argument("--device", action="store_true", help=help_device)
     parser.set_defaults(do=measure)

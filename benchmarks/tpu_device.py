@@ -4,17 +4,22 @@ It has never run on hardware. A call's time is that of many in a row, one wait a
 program while the device runs one.
 """
 
+import csv
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import torch_paged
 from benchmarks.report import Table
+from benchmarks.tpu import CLOCKS, OURS, points
+from torch_paged.testing.backends import tpu_device_type
 
 CALLS, SAMPLES = 50, 5
 
@@ -115,3 +120,39 @@ def table(sizes: Iterable[Size], device: str, estimates: Mapping[Size, float], c
         )
     head = ("B", "context", "KH", "S", "queries", "us", "static estimate, us", "GB/s of keys and values")
     return Table(f"kernels on device '{device}'", head, tuple(lines))
+
+
+def estimates(path: Path, chip: str) -> dict[Size, float]:
+    """Return what the compiler estimates for our kernels on a chip, in seconds, from the CSV file of a static run."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    names = [field.name for field in fields(Size)]
+    return {
+        Size(**{name: int(row[name]) for name in names}): int(row["cycles"]) / CLOCKS[chip]
+        for row in rows
+        if row["way"] == OURS and row["chip"] == chip and row["cycles"]
+    }
+
+
+def measure(folder: Path) -> None:
+    """Time the sizes of the static run on the TPU of this machine; one sentence where there is none."""
+    device = tpu_device_type()
+    if device is None:
+        raise SystemExit("benchmarks tpu: no TPU is in reach here; docs/tpu.md has the commands for a TPU VM")
+    chip = _chip(device)
+    names = [field.name for field in fields(Size)]
+    sizes = dict.fromkeys(Size(**{name: getattr(x, name) for name in names}) for x in points() if x.way == OURS)
+    table(sizes, device, estimates(folder / "tpu.csv", chip)).print(Console(width=140))
+    print(f"measured on {chip}")
+
+
+def _chip(device: str) -> str:
+    if device == "xla":
+        from torch_paged.backends.tpu.bridge_torch_xla import target
+
+        return target("xla:0")[1]
+    from torch_paged.backends.tpu import bridge_torch_tpu
+
+    return bridge_torch_tpu._chip()

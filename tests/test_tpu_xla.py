@@ -208,9 +208,10 @@ def test_the_example_runs_interpreted() -> None:
     assert "9 steps on cpu: 2 compilations" in done.stdout
 
 
-def test_without_a_tpu_the_device_tests_end_with_one_sentence() -> None:
+@pytest.mark.parametrize("command", [["tests/tpu_device.py"], ["-m", "benchmarks", "tpu", "--device"]])
+def test_without_a_tpu_tests_and_benchmark_of_a_device_end_with_one_sentence(command: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "tests/tpu_device.py", "tests/test_paged_attention.py"],
+        [sys.executable, *command],
         capture_output=True,
         text=True,
         cwd=SOURCE,
@@ -218,6 +219,18 @@ def test_without_a_tpu_the_device_tests_end_with_one_sentence() -> None:
     )
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.splitlines()[-1] == (
-        "test-tpu-device: no TPU is in reach here; docs/tpu.md has the commands for a TPU VM"
-    )
+    sentence = ": no TPU is in reach here; docs/tpu.md has the commands for a TPU VM"
+    assert done.stderr.splitlines()[-1] in (f"test-tpu-device{sentence}", f"benchmarks tpu{sentence}")
+
+
+def test_the_benchmark_of_a_device_times_decode_and_prefill() -> None:
+    pytest.importorskip("rich")
+    from benchmarks.tpu_device import Size, table
+
+    sizes = [Size(2, 64, 2, 16), Size(1, 32, 2, 16, queries=16)]
+    decode, prefill = table(sizes, "xla", {sizes[0]: 1e-5}, calls=1).lines
+    assert decode[:5] == ("2", "64", "2", "16", "1")
+    assert decode[6] == "10.0"
+    assert prefill[4] == "16"
+    assert prefill[6] == ""
+    assert all(float(line[5]) > 0 for line in (decode, prefill))
