@@ -1,5 +1,7 @@
 """The TPU's kernel of packed ragged queries against the reference, interpreted on the CPU."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,44 +13,94 @@ from jax_arrays import to_jax, to_torch
 from torch_paged.backends.tpu.block_sizes import CHIPS
 from torch_paged.backends.tpu.calls import jax_call
 from torch_paged.backends.tpu.varlen import flash_attn_varlen
-from torch_paged.testing import AttentionCase, assert_attention, build
+from torch_paged.testing import AttentionCase, assert_attention, assert_same, build
+from torch_paged.testing.batches import take_sequences
+
+OP = "flash_attn_varlen"
 
 
 def case(name: str, **fields: Any) -> AttentionCase:
     """Return a case of four sequences, one without queries, one longer than a block of keys."""
-    shape: dict[str, Any] = {"context_lens": (37, 63, 0, 700), "query_lens": (17, 0, 5, 40), "stored_dim": 128}
-    return AttentionCase(name, **{**shape, "block_size": 64, **fields})
+    shape: dict[str, Any] = {"context_lens": (37, 63, 9, 600), "query_lens": (17, 0, 1, 40), "stored_dim": 128}
+    return AttentionCase(name, **{**shape, "block_size": 64, "group": 2, **fields})
 
 
-def check(case: AttentionCase, interpret: Any = True) -> None:
-    """Assert that a case gives what the reference gives, with and without statistics."""
+def jitted(arguments: dict[str, Any], interpret: Any = True) -> Callable[[dict[str, Any]], tuple[torch.Tensor, ...]]:
+    """Return the kernel for the options of a call, which runs it on the tensors of such a call."""
+    options = jax_call(f"{OP}.with_stats", arguments).options
+    function = jax.jit(lambda *arrays: flash_attn_varlen(*arrays, **options, chip=CHIPS["v5p"], interpret=interpret))
+
+    def run(arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        arrays = jax_call(f"{OP}.with_stats", arguments).arrays
+        return tuple(map(to_torch, function(*(None if array is None else to_jax(array) for array in arrays))))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("case", "copies"),
+    [
+        (case("both", new_lens=(17, 0, 1, 40), padding_rows=5), "on_wait"),
+        (case("new", context_lens=None, new_lens=(37, 0, 0, 140), group=3, dtype=torch.bfloat16), "eager"),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_copies_and_races(case: AttentionCase, copies: Any) -> None:
     arguments = build(case)
-    call = jax_call("flash_attn_varlen.with_stats", arguments)
-    function = jax.jit(
-        lambda *arrays: flash_attn_varlen(*arrays, **call.options, chip=CHIPS["v5e"], interpret=interpret)
-    )
-    arrays = [None if array is None else to_jax(array) for array in call.arrays]
-    assert_attention(case.op, arguments, *map(to_torch, function(*arrays)))
-
-
-BOTH = case("both", new_lens=(17, 0, 5, 40))
+    simulated = pltpu.InterpretParams(dma_execution_mode=copies, detect_races=True, uninitialized_memory="nan")
+    assert_attention(OP, arguments, *jitted(arguments, simulated)(arguments))
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        BOTH,
-        case("new", context_lens=None, new_lens=(37, 0, 3, 140), num_kv_heads=1, group=3, dtype=torch.bfloat16),
-        case("everything", positions="anywhere", sinks=True, alibi=True, padding_rows=5, logits_soft_cap=5.0),
-        case("window", sliding_window=20, causal=False, head_dim=128, value_dim=40, block_size=8),
-        case("chunk", attention_chunk=16, new_lens=(17, 0, 5, 40), dtype=torch.bfloat16),
+        case("everything", positions="anywhere", sinks=True, alibi=True, mask="heads", logits_soft_cap=5.0),
+        case(
+            "int8_per_token",
+            cache_dtype=torch.int8,
+            scales_rank=4,
+            new_lens=(17, 0, 1, 40),
+            mask="shared",
+            sliding_window=20,
+            causal=False,
+            value_dim=40,
+            block_size=32,
+        ),
+        case(
+            "fp8_per_head",
+            cache_dtype=torch.float8_e4m3fn,
+            scales_rank=2,
+            dtype=torch.bfloat16,
+            attention_chunk=16,
+            positions="shuffled",
+        ),
     ],
     ids=lambda case: case.name,
 )
-def test_varlen(case: AttentionCase) -> None:
-    check(case)
+def test_options_and_order(case: AttentionCase) -> None:
+    arguments = build(case)
+    run = jitted(arguments)
+    results = run(arguments)
+    assert_attention(OP, arguments, *results)
+    other, rows = take_sequences(arguments, [3, 2, 1, 0])
+    for name, actual, expected in zip(("out", "lse", "max_logits"), run(other), results, strict=True):
+        assert_same(actual, expected[rows], name)
 
 
-@pytest.mark.parametrize("copies", ["on_wait", "eager"])
-def test_copies_and_races(copies: Any) -> None:
-    check(BOTH, pltpu.InterpretParams(dma_execution_mode=copies, detect_races=True, uninitialized_memory="nan"))
+def test_lost_blocks_and_hidden_values() -> None:
+    arguments = build(case("lost", causal=False, mask="shared", head_dim=128))
+    run = jitted(arguments)
+    tables, mask, cache = (arguments[name].clone() for name in ("block_tables", "attn_mask", "kv_cache"))
+    expected = arguments | {"attn_mask": mask.clone()}
+    expected["attn_mask"][:, 64:128] = False
+    tables[3, 1] = cache.size(1)
+    assert_attention(OP, expected, *run(arguments | {"block_tables": tables}))
+
+    cache[1, tables[3, 2], :, 7, 3] = math.inf
+    sees = (torch.arange(mask.size(0)) % 2 == 0) & (torch.arange(mask.size(0)) >= 18)
+    mask[:, 128 + 7] = sees
+    out, _, _ = run(arguments | {"kv_cache": cache, "attn_mask": mask})
+    infinite = torch.zeros_like(out, dtype=torch.bool)
+    infinite[sees, :, 3] = True
+    assert ((out == math.inf) == infinite).all()
+    assert out[~infinite].isfinite().all()

@@ -138,12 +138,39 @@ class VarlenBlocks:
     chunk: int
 
 
-def varlen_blocks(chip: Chip, group: int, max_seqlen_q: int) -> VarlenBlocks:
-    """Return the tiling of ``flash_attn_varlen`` for ``group`` query heads per kv head."""
-    tokens = 16
-    while tokens < max_seqlen_q and tokens * group < 512:
+_VARLEN_ROWS = 512
+"""Query rows of a kv head that a tile is to have: enough to hide the loading of keys into the matrix unit."""
+
+
+def varlen_blocks(
+    chip: Chip, *, heads: int, group: int, lanes: int, itemsize: int, key_bytes: int, max_seqlen_q: int
+) -> VarlenBlocks:
+    """Return the tiling of ``flash_attn_varlen``.
+
+    Args:
+        chip: the chip.
+        heads: query heads, padded.
+        group: query heads per kv head.
+        lanes: head_dim, padded.
+        itemsize: bytes of an element of the query.
+        key_bytes: bytes of a token's keys and values, all heads, all sources.
+        max_seqlen_q: query tokens of a sequence, at most.
+    """
+    tokens, keys = 16, 512
+    while tokens < max_seqlen_q and tokens * group < _VARLEN_ROWS:
         tokens *= 2
-    return VarlenBlocks(tokens=tokens, keys=512, chunk=128)
+
+    def vmem_bytes(tokens: int, keys: int) -> int:
+        rows = tokens * heads * (lanes * (5 * itemsize + 12) + 2 * LANES * 4)
+        logits = 2 * tokens * group * keys * 12
+        return rows + logits + 2 * keys * key_bytes + keys * lanes * 8
+
+    while vmem_bytes(tokens, keys) > chip.kernel_bytes and (tokens > 16 or keys > LANES):
+        if tokens > 16 and (tokens * group > 128 or keys == LANES):
+            tokens //= 2
+        else:
+            keys //= 2
+    return VarlenBlocks(tokens, keys, chunk=min(keys, 256))
 
 
 def power_of_two(size: int) -> int:

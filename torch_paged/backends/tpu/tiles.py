@@ -17,7 +17,10 @@ PAGE_ROW, BEGIN, END, FULL_BEGIN, FULL_END, OFFSET, SOURCE_FIELDS = range(7)
 """Fields of a tile in a source of keys: where its pages are; the keys that some row sees; those that all rows see;
 the position of the source's first key. Keys are counted from the source's first one."""
 
-_FAR = 2**30  # positions and windows beyond it act as it does, and no sum of two overflows
+FAR = 2**30
+"""Positions and windows beyond it act as it does; no sum of two overflows."""
+WORD_KEYS = 32 * 128
+"""Keys of a row of mask words: key ``128 * bit + lane``."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def cut(
     begins: jax.Array,  # (B + 1,) bounds of the queries
     sources: list[KeySource],
     positions: jax.Array | None,  # (T,)
+    skipped: jax.Array | None,  # (B,) bool, sequences that get no tile
     *,
     num_tokens: int,
     size: int,
@@ -77,8 +81,11 @@ def cut(
     num_tiles = num_tokens // size + num_seqs + 1
     kv_lens = jnp.sum(jnp.stack([source.lengths for source in sources]), axis=0)
     lens = jnp.diff(begins, append=num_tokens)
-    ends = jnp.cumsum(-(-lens // size)).astype(jnp.int32)
-    first_tiles = ends + -lens // size
+    counts = -(-lens // size)
+    if skipped is not None:
+        counts = jnp.where(jnp.append(skipped, False), 0, counts)
+    ends = jnp.cumsum(counts).astype(jnp.int32)
+    first_tiles = ends - counts
 
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
     seq = jnp.minimum(jnp.sum(tile[:, None] >= ends, axis=1), num_seqs)
@@ -95,12 +102,12 @@ def cut(
     base = kv_len - lens[seq] - begins[seq] + token  # position of row 0
     position = base[:, None] + row
     if positions is not None:
-        position = jnp.clip(positions[token[:, None] + row], -_FAR, _FAR)
-    window = None if window is None else min(window, _FAR)
+        position = jnp.clip(positions[token[:, None] + row], -FAR, FAR)
+    window = None if window is None else min(window, FAR)
     low = jnp.zeros_like(position) if window is None else position - (window - 1)
     high = jnp.broadcast_to(kv_len[:, None] - 1, position.shape)
     if chunk is not None:
-        low = jnp.maximum(low, position // chunk * chunk if chunk < _FAR else jnp.where(position < 0, -_FAR, 0))
+        low = jnp.maximum(low, position // chunk * chunk if chunk < FAR else jnp.where(position < 0, -FAR, 0))
     if causal or chunk is not None:
         high = jnp.minimum(high, position)
     elif window is not None:
@@ -125,10 +132,42 @@ def cut(
     return Tiles(size, packed, len(fields), ends[-1:], jnp.stack([low, high, position]), first_tiles)
 
 
+def mask_words(mask: jax.Array, tiles: Tiles, source: int, keys: int) -> jax.Array:
+    """Return a mask as bits, in the order in which tiles meet the keys of a source.
+
+    Args:
+        mask: (heads, T, C) bool.
+        tiles: the tiles.
+        source: which source.
+        keys: keys of a block.
+
+    Returns:
+        (num_tiles, heads, C / WORD_KEYS, size, 128) int32; key 0 is the first one of a tile's first block.
+    """
+    num_heads, num_tokens, columns = mask.shape
+    fields = tiles.fields.reshape(-1, tiles.width)
+    at = TILE_FIELDS + source * SOURCE_FIELDS
+    column = fields[:, at + OFFSET] + fields[:, at + BEGIN] // keys * keys
+    row = jnp.minimum(fields[:, TOKEN, None] + jnp.arange(tiles.size, dtype=jnp.int32), num_tokens - 1)
+    width = -(-columns // WORD_KEYS) * WORD_KEYS
+    wide = jnp.pad(mask, ((0, 0), (0, 0), (0, width)))
+
+    def of_row(row: jax.Array, column: jax.Array) -> jax.Array:
+        return lax.dynamic_slice(wide, (0, row, column), (num_heads, 1, width))[:, 0]
+
+    of_tile = jax.vmap(jax.vmap(of_row, (0, None)))(row, jnp.minimum(column, columns))
+    bits = of_tile.reshape(*row.shape, num_heads, width // WORD_KEYS, 32, 128)
+    words = jnp.zeros((*bits.shape[:4], 128), jnp.int32)
+    for bit in range(32):  # one sum after the other: a reduction would first write each bit as an int32
+        words = words | (bits[..., bit, :].astype(jnp.int32) << bit)
+    return words.transpose(0, 2, 3, 1, 4)
+
+
 def tile_rows(tiles: Tiles, begins: jax.Array, num_tokens: int) -> jax.Array:
     """Return (T,) where each query token lies among the rows of all tiles, ``tile * size + row``."""
+    num_tiles = tiles.fields.shape[0] // tiles.width
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     seq = jnp.sum(token[:, None] >= begins[1:], axis=1)
-    tile = tiles.first_tiles[seq] + (token - begins[seq]) // tiles.size
+    tile = jnp.minimum(tiles.first_tiles[seq] + (token - begins[seq]) // tiles.size, num_tiles - 1)
     first_token = tiles.fields.reshape(-1, tiles.width)[tile, TOKEN]
     return tile * tiles.size + token - first_token

@@ -1,0 +1,470 @@
+"""The kernel of ``varlen``: the tiles of a core, one after the other.
+
+Queries of the next tile and results of the last two are in flight while a tile is computed, and blocks of keys while
+the one before is. Per kv head, the rows of a tile are multiplied by the keys of a block, take one step of the online
+softmax, in powers of two, and weigh the values.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from torch_paged.backends.tpu import tiles as t
+from torch_paged.backends.tpu.block_sizes import LANES, SUBLANES, VarlenBlocks
+from torch_paged.backends.tpu.logits import NOTHING, dot, weighted_sum
+from torch_paged.backends.tpu.pages import PageStream
+
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Static:
+    """What a program is made for."""
+
+    blocks: VarlenBlocks
+    width: int
+    sources: tuple[str, ...]
+    group: int
+    head_dim: int
+    value_dim: int
+    softmax_scale: float
+    logits_soft_cap: float
+    causal: bool
+    window: int | None
+    listed: bool
+    mask_heads: int
+    table_columns: int
+    scales_rank: int
+    stats: bool
+    cores: int
+
+
+class _Consecutive:
+    """A table of pages that lie one behind the other: with one column, a row is the first page of a sequence."""
+
+    def __getitem__(self, page: Any) -> Any:
+        return page
+
+
+def run_tiles(r: SimpleNamespace, static: Static) -> None:
+    """Compute the tiles of this core; ``r`` holds the refs by name."""
+    tokens = static.blocks.tokens
+    count = r.count[0]
+    share = pl.cdiv(count, static.cores)
+    first = jnp.minimum(pl.program_id(0) * share, count)
+    last = jnp.minimum(first + share, count)
+
+    def field(tile: Any, index: int) -> Any:
+        return r.fields[tile * static.width + index]
+
+    sources = [_Source(r, static, field, name, i, last) for i, name in enumerate(static.sources)]
+
+    def query_copies(tile: Any) -> list[Any]:
+        slot = lax.rem(tile, 2)
+        semaphore = r.query_semaphores.at[slot]
+        token = field(tile, t.TOKEN)
+        copies = [pltpu.make_async_copy(r.query.at[pl.ds(token, tokens)], r.query_buffer.at[slot], semaphore)]
+        if static.listed:
+            copies.append(pltpu.make_async_copy(r.listed.at[tile], r.listed_buffer.at[slot], semaphore))
+        return copies
+
+    def out_copies(tile: Any, act: Any) -> None:
+        """Start or await the copies of a tile's own rows: as many powers of two as their number has."""
+        slot = lax.rem(tile, 2)
+        semaphore = r.out_semaphores.at[slot]
+        row, size = field(tile, t.FIRST), field(tile, t.ROWS)
+        token = field(tile, t.TOKEN) + row
+        part = tokens
+        while part:
+            done = size - lax.rem(size, 2 * part)
+
+            @pl.when(lax.rem(size, 2 * part) >= part)
+            def _(done: Any = done, part: int = part) -> None:
+                source = r.out_buffer.at[slot, pl.ds(row + done, part)]
+                act(pltpu.make_async_copy(source, r.out.at[pl.ds(token + done, part)], semaphore))
+
+            part //= 2
+        if static.stats:
+            act(pltpu.make_async_copy(r.statistics_buffer.at[slot], r.statistics.at[tile], semaphore))
+
+    def tile_body(tile: Any, carry: Any) -> Any:
+        slot = lax.rem(tile, 2)
+
+        @pl.when(tile + 1 < last)
+        def prefetch() -> None:
+            for copy in query_copies(tile + 1):
+                copy.start()
+
+        for copy in query_copies(tile):
+            copy.wait()
+        _lay_out_queries(r, static, slot)
+        r.maxima[...] = jnp.full(r.maxima.shape, NOTHING, jnp.float32)
+        r.totals[...] = jnp.zeros(r.totals.shape, jnp.float32)
+        r.sums[...] = jnp.zeros(r.sums.shape, jnp.float32)
+        for source in sources:
+            source.attend(tile)
+
+        @pl.when(tile - 2 >= first)
+        def free() -> None:
+            out_copies(tile - 2, lambda copy: copy.wait())
+
+        _finish(r, static, slot)
+        out_copies(tile, lambda copy: copy.start())
+        return carry
+
+    @pl.when(first < last)
+    def run() -> None:
+        for copy in query_copies(first):
+            copy.start()
+        for source in sources:
+            source.stream.open(first)
+        lax.fori_loop(first, last, tile_body, 0)
+        for back in (2, 1):
+
+            @pl.when(last - back >= first)
+            def drain(back: int = back) -> None:
+                out_copies(last - back, lambda copy: copy.wait())
+
+
+def _lay_out_queries(r: SimpleNamespace, static: Static, slot: Any) -> None:
+    """Lay the queries of a tile (tokens, H, D) out as (KH, G * tokens, D)."""
+    _, tokens, heads, width = r.query_buffer.shape
+    size = tokens * heads
+    for part in range(width // LANES):
+        queries = r.query_buffer[slot, :, :, part * LANES : (part + 1) * LANES].astype(jnp.float32)
+        r.interleaved[part * size : (part + 1) * size] = queries.reshape(size, LANES)
+
+    def kv_head(head: Any, carry: Any) -> Any:
+        for member in range(static.group):
+            for part in range(width // LANES):
+                place = pl.ds(part * size + head * static.group + member, tokens, heads)
+                rows, lanes = slice(member * tokens, (member + 1) * tokens), slice(part * LANES, (part + 1) * LANES)
+                r.query_rows[head, rows, lanes] = r.interleaved[place].astype(r.query_rows.dtype)
+        return carry
+
+    lax.fori_loop(0, r.query_rows.shape[0], kv_head, 0)
+
+
+def _finish(r: SimpleNamespace, static: Static, slot: Any) -> None:
+    """Turn sums into results and lay them out as (tokens, H, DV)."""
+    _, tokens, heads, width = r.out_buffer.shape
+    size = tokens * heads
+
+    def kv_head(head: Any, carry: Any) -> Any:
+        maximum = r.maxima[head][:, :1]
+        total = jnp.sum(r.totals[head], axis=1, keepdims=True)
+        seen = maximum > NOTHING
+        top, denominator = maximum, jnp.where(seen, total, 1.0)
+        if "sinks" in vars(r):
+            sinks = _per_member(r.sinks, head, static.group, tokens)
+            top = jnp.maximum(maximum, sinks)
+            denominator = jnp.exp2(sinks - top) + total * jnp.exp2(maximum - top)
+        factor = jnp.where(seen, jnp.exp2(maximum - top) / denominator, 0.0)
+        out = r.sums[head] * factor
+        for member in range(static.group):
+            for part in range(width // LANES):
+                place = pl.ds(part * size + head * static.group + member, tokens, heads)
+                rows, lanes = slice(member * tokens, (member + 1) * tokens), slice(part * LANES, (part + 1) * LANES)
+                r.interleaved[place] = out[rows, lanes]
+        if static.stats:
+            known = seen if "sinks" not in vars(r) else jnp.full(seen.shape, True)
+            lse = jnp.where(known, (top + jnp.log2(denominator)) / LOG2_E, -jnp.inf)
+            largest = jnp.where(seen, maximum / LOG2_E, -jnp.inf)
+            for i, column in enumerate((lse, largest)):
+                r.statistics_buffer[slot, i, pl.ds(head, 1)] = _transposed(column)
+        return carry
+
+    lax.fori_loop(0, r.sums.shape[0], kv_head, 0)
+    for part in range(width // LANES):
+        out = r.interleaved[part * size : (part + 1) * size].reshape(tokens, heads, LANES)
+        r.out_buffer[slot, :, :, part * LANES : (part + 1) * LANES] = out.astype(r.out_buffer.dtype)
+
+
+def _transposed(column: jax.Array) -> jax.Array:
+    """Return (1, R up to whole lanes) of (R, 1)."""
+    num_rows = column.shape[0]
+    parts = []
+    for start in range(0, num_rows, LANES):
+        part = column[start : start + LANES]
+        shape = (part.shape[0], LANES)
+        diagonal = lax.broadcasted_iota(jnp.int32, shape, 0) == lax.broadcasted_iota(jnp.int32, shape, 1)
+        parts.append(jnp.max(jnp.where(diagonal, jnp.broadcast_to(part, shape), -jnp.inf), axis=0, keepdims=True))
+    return jnp.concatenate(parts, axis=1)
+
+
+def _per_member(values: Any, head: Any, group: int, tokens: int) -> jax.Array:
+    """Return (G * tokens, 1) of the values (H,) in SMEM of a kv head's query heads."""
+    return jnp.concatenate([jnp.full((tokens, 1), values[head * group + member]) for member in range(group)])
+
+
+class _Source:
+    """The keys of one source, as a tile attends to them."""
+
+    def __init__(self, r: SimpleNamespace, static: Static, field: Any, name: str, index: int, last: Any) -> None:
+        self.r, self.static = r, static
+        self.scales_rank = static.scales_rank if name == "cache" else 0
+        self.buffer, self.unusable = getattr(r, f"{name}_buffer"), getattr(r, f"{name}_unusable")
+        self.mask: Any = getattr(r, f"{name}_mask") if static.mask_heads else None
+        _, self.pages_per_block, _, self.num_kv_heads, self.page_size, _ = self.buffer.shape
+        self.table: Any = r.table if name == "cache" else _Consecutive()
+        self.columns = static.table_columns if name == "cache" else 1
+        place = t.TILE_FIELDS + index * t.SOURCE_FIELDS
+        self.field = lambda tile, which: field(tile, place + which)
+        self.position = lambda tile: field(tile, t.POSITION)
+        block_sources = []
+        if self.scales_rank == 4:
+            block_sources.append((lambda row, block: r.token_scales.at[row, block], r.scale_buffer))
+        self.stream = PageStream(
+            (getattr(r, name),),
+            (self.buffer,),
+            getattr(r, f"{name}_semaphores"),
+            self.table,
+            getattr(r, f"{name}_state"),
+            self.unusable,
+            self._span,
+            self.columns,
+            last,
+            aligned=True,
+            block_sources=block_sources,
+        )
+
+    def _span(self, tile: Any) -> tuple[Any, Any, Any]:
+        begin, end = self.field(tile, t.BEGIN), self.field(tile, t.END)
+        return self.field(tile, t.PAGE_ROW), lax.div(begin, self.page_size), pl.cdiv(end, self.page_size)
+
+    def attend(self, tile: Any) -> None:
+        """Add the keys of this source to a tile's sums."""
+        row, first_page, end_page = self._span(tile)
+        begin, end = self.field(tile, t.BEGIN), self.field(tile, t.END)
+        full_begin, full_end = self.field(tile, t.FULL_BEGIN), self.field(tile, t.FULL_END)
+        base = self.stream.base(first_page)
+        keys, chunk = self.pages_per_block * self.page_size, self.static.blocks.chunk
+
+        def block(i: Any, carry: Any) -> Any:
+            self.stream.fetch()
+            page = base + i * self.pages_per_block
+            first, stop = self.stream.part(page, first_page, end_page)
+            slot = self.stream.wait(stop - first)
+            key = page * self.page_size
+            if self.mask is not None:
+                self._fetch_mask(tile, i * keys)
+            whole = (key >= full_begin) & (key + keys <= full_end) & (self.unusable[slot] == 0)
+            if self.mask is not None:
+                whole = jnp.zeros_like(whole)
+
+            @pl.when(whole)
+            def all_seen() -> None:
+                self._step_heads(tile, slot, 0, self.pages_per_block, key, i * keys)
+
+            @pl.when(jnp.logical_not(whole))
+            def some_seen() -> None:
+                self._hide(slot, row, page, begin, end)
+                pages = chunk // self.page_size
+                lowest = lax.div(jnp.maximum(begin - key, 0), chunk)
+                highest = jnp.minimum(pl.cdiv(end - key, chunk), keys // chunk)
+                for infinite in (False, True):
+
+                    @pl.when(self.r.infinite[0] == int(infinite))
+                    def some_chunks(infinite: bool = infinite) -> None:
+                        def chunk_body(c: Any, carry: Any) -> Any:
+                            start = i * keys + c * chunk
+                            self._step_heads(
+                                tile, slot, c * pages, pages, key + c * chunk, start, masked=True, infinite=infinite
+                            )
+                            return carry
+
+                        lax.fori_loop(lowest, highest, chunk_body, 0)
+
+            return carry
+
+        lax.fori_loop(0, pl.cdiv(end_page - base, self.pages_per_block), block, 0)
+        if 0 < self.scales_rank < 4:
+
+            def scale_values(head: Any, carry: Any) -> Any:
+                self.r.sums[head] = self.r.sums[head] * self.r.scales[self.num_kv_heads + head]
+                return carry
+
+            lax.fori_loop(0, self.num_kv_heads, scale_values, 0)
+
+    def _fetch_mask(self, tile: Any, start: Any) -> None:
+        """Fetch the words of the mask with the keys from ``start`` on, where a new set of words begins."""
+
+        @pl.when(lax.rem(start, t.WORD_KEYS) == 0)
+        def fetch() -> None:
+            words = self.mask.at[tile, :, lax.div(start, t.WORD_KEYS)]
+            copy = pltpu.make_async_copy(words, self.r.mask_buffer, self.r.mask_semaphore)
+            copy.start()
+            copy.wait()
+
+    def _hide(self, slot: Any, row: Any, page: Any, begin: Any, end: Any) -> None:
+        """Mark the keys of a block that exist, zero the values of the others, and look for values that are not finite.
+
+        A weight of 0 leaves nothing of a value, if the value is finite.
+        """
+        r, size, keys = self.r, self.page_size, self.pages_per_block * self.page_size
+        lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, keys), 1)
+        r.alive[...] = ((page * size + lane >= begin) & (page * size + lane < end)).astype(jnp.int32)
+
+        def hide_page(j: Any, carry: Any) -> Any:
+            key = (page + j) * size
+            outside = (key + size <= begin) | (key >= end)
+            block_id = self.table[jnp.where(outside, 0, row * self.columns + page + j)]
+            unusable = (block_id < 0) | (block_id >= self.stream.num_pages)
+            unusable = unusable & (self.unusable[slot] != 0) & jnp.logical_not(outside)
+            stop = jnp.where(unusable, begin, end)
+
+            @pl.when((key < begin) | (key + size > stop))
+            def clear() -> None:
+                values = self.buffer[slot, j, 1]
+                position = key + lax.broadcasted_iota(jnp.int32, values.shape, 1)
+                kept = (position >= begin) & (position < stop)
+                self.buffer[slot, j, 1] = jnp.where(kept, values, jnp.zeros_like(values))
+
+            @pl.when(unusable)
+            def drop() -> None:
+                away = (lane >= j * size) & (lane < (j + 1) * size)
+                r.alive[...] = jnp.where(away, 0, r.alive[...])
+
+            return carry
+
+        lax.fori_loop(0, self.pages_per_block, hide_page, 0)
+        r.infinite[0] = 0
+        if self.buffer.dtype != jnp.int8:
+
+            def look(j: Any, carry: Any) -> Any:
+                values = self.buffer[slot, j, 1].astype(jnp.float32)
+                return jnp.where(jnp.abs(values) < jnp.inf, carry, 1.0)
+
+            found = lax.fori_loop(0, self.pages_per_block, look, jnp.zeros(self.buffer.shape[3:], jnp.float32))
+            r.infinite[0] = (jnp.max(found) > 0).astype(jnp.int32)
+
+    def _step_heads(self, tile: Any, slot: Any, page: Any, pages: int, key: Any, start: Any, **kind: bool) -> None:
+        """Take one step for all kv heads, two at a time: what one waits for, the other fills."""
+        together = 2 if self.num_kv_heads % 2 == 0 else 1
+
+        def heads_body(i: Any, carry: Any) -> Any:
+            heads = [i * together + j for j in range(together)]
+            updates = [self._step(tile, slot, head, page, pages, key, start, **kind) for head in heads]
+            for head, update in zip(heads, updates, strict=True):
+                self.r.maxima[head], self.r.totals[head], self.r.sums[head] = update
+            return carry
+
+        lax.fori_loop(0, self.num_kv_heads // together, heads_body, 0)
+
+    def _step(
+        self,
+        tile: Any,
+        slot: Any,
+        head: Any,
+        page: Any,
+        pages: int,
+        key: Any,
+        start: Any,
+        *,
+        masked: bool = False,
+        infinite: bool = False,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return maxima, totals and sums after a step of the online softmax.
+
+        One kv head's rows meet the keys of some pages of a block.
+
+        Args:
+            page: first of the pages, in the block.
+            pages: how many.
+            key: their first key.
+            start: the same, counted from the tile's first block.
+            masked: some row does not see some key.
+            infinite: some value is not finite, and some rows may not see it.
+        """
+        r, static = self.r, self.static
+        size = pages * self.page_size
+        lanes = pl.ds(pl.multiple_of(page * self.page_size, LANES), size)
+        query = r.query_rows[head]
+        keys = self._rows(slot, page, pages, 0, head, query.dtype)
+        values = self._rows(slot, page, pages, 1, head, query.dtype)
+        if static.head_dim < keys.shape[1]:
+            lane = lax.broadcasted_iota(jnp.int32, (1, keys.shape[1]), 1)
+            keys = jnp.where(lane < static.head_dim, keys, jnp.zeros_like(keys))[:, : query.shape[1]]
+        logits = dot(query, keys, (1, 1))
+        scale: Any = static.softmax_scale * (1.0 if static.logits_soft_cap else LOG2_E)
+        if self.scales_rank == 4:
+            scale = scale * r.scale_buffer[slot, head, :, lanes]
+        elif self.scales_rank:
+            scale = scale * r.scales[head]
+        logits = logits * scale
+        if static.logits_soft_cap:
+            logits = jnp.tanh(logits * (1 / static.logits_soft_cap)) * (static.logits_soft_cap * LOG2_E)
+        if masked or "slopes" in vars(r):
+            index = key + self.field(tile, t.OFFSET) + lax.broadcasted_iota(jnp.int32, (1, size), 1)
+            low, high, position = self._limits(tile)
+        if "slopes" in vars(r):
+            slopes = _per_member(r.slopes, head, static.group, static.blocks.tokens)
+            logits = logits - slopes * jnp.abs(position - index).astype(jnp.float32)
+        if masked:
+            seen = r.alive[:1, lanes] != 0
+            if low is not None:
+                seen = seen & (index >= low)
+            if high is not None:
+                seen = seen & (index <= high)
+            if self.mask is not None:
+                seen = seen & self._masked(head, start, size)
+            seen = jnp.broadcast_to(seen, logits.shape)
+            logits = jnp.where(seen, logits, -jnp.inf)
+
+        before = r.maxima[head]
+        maximum = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
+        weights = jnp.exp2(logits - jnp.concatenate([maximum] * (size // LANES), axis=1))
+        factor = jnp.exp2(before - maximum)
+        partial = weights[:, :LANES]
+        for begin in range(LANES, size, LANES):
+            partial = partial + weights[:, begin : begin + LANES]
+        if self.scales_rank == 4:
+            weights = weights * r.scale_buffer[slot, self.num_kv_heads + head, :, lanes]
+            if masked:
+                weights = jnp.where(seen, weights, 0.0)
+        width = r.sums.shape[2]
+        values, weights = values[:, :width], weights.astype(values.dtype)
+        product = weighted_sum(weights, seen, values) if infinite else dot(weights, values, (1, 0))
+        sums = r.sums[head] * jnp.concatenate([factor] * (width // LANES), axis=1) + product
+        return maximum, r.totals[head] * factor + partial, sums
+
+    def _rows(self, slot: Any, page: Any, pages: int, side: int, head: Any, dtype: Any) -> jax.Array:
+        """Return (keys, DS) of one side and head of some pages."""
+        found = self.buffer[slot, pl.ds(page, pages), side, head]
+        if found.dtype != dtype:
+            found = found.astype(jnp.float32)
+        return found.reshape(pages * self.page_size, found.shape[2]).astype(dtype)
+
+    def _masked(self, head: Any, start: Any, size: int) -> jax.Array:
+        """Return (R, keys) bool: what the mask lets the rows of a kv head see."""
+        r, static = self.r, self.static
+        heads = [0 if static.mask_heads == 1 else head] * static.group
+        if static.mask_heads == self.num_kv_heads * static.group:
+            heads = [head * static.group + member for member in range(static.group)]
+        words = jnp.concatenate([r.mask_buffer[mask_head] for mask_head in heads])
+        bit = lax.div(lax.rem(start, t.WORD_KEYS), LANES)
+        parts = [lax.shift_right_logical(words, jnp.full_like(words, bit + i)) & 1 for i in range(size // LANES)]
+        return jnp.concatenate(parts, axis=1) != 0
+
+    def _limits(self, tile: Any) -> tuple[Any, Any, Any]:
+        """Return, per row, the first and the last key that it sees, None where any, and its position: (R, 1)."""
+        static = self.static
+        if static.listed:
+            slot = lax.rem(tile, 2)
+            low, high, position = (
+                jnp.concatenate([self.r.listed_buffer[slot, i][:, :1]] * static.group) for i in range(3)
+            )
+            return low, high, position
+        rows = (static.group * static.blocks.tokens, 1)
+        token = lax.rem(lax.broadcasted_iota(jnp.int32, rows, 0), static.blocks.tokens)
+        own = self.position(tile) + token
+        first = None if static.window is None else own - (static.window - 1)
+        if static.causal:
+            return first, own, own
+        return first, None if static.window is None else own + (static.window - 1), own
