@@ -29,10 +29,10 @@ def test_a_program_that_copies_or_does_without_a_kernel_is_not_supported() -> No
     cache = jax.ShapeDtypeStruct((2, 64, 2, 16, 128), jnp.float32)
     num_bytes = 2 * 64 * 2 * 16 * 128 * 4
     dense = aot.export_for("v5e", lambda x: jnp.einsum("nhsd,nhtd->nhst", x[0], x[1]), (cache,))
-    why = tpu_matrix._compiled("v5e", dense, num_bytes, 0, attends=True)
+    why = tpu_matrix._compiled("v5e", dense, num_bytes, 0, kernels=1)
     assert why is not None
     assert "0 kernels, expected 1; matrix products outside the kernel" in why
     moved = aot.export_for("v5e", lambda x: jnp.flip(x, 1), (cache,))
-    why = tpu_matrix._compiled("v5e", moved, num_bytes, num_bytes, attends=False)
+    why = tpu_matrix._compiled("v5e", moved, num_bytes, num_bytes, kernels=0)
     assert why is not None
     assert why.startswith(f"0 bytes updated in place, expected {num_bytes}; of the cache's size: ")
