@@ -172,7 +172,7 @@ print(kv_cache.sum().item())
 @pytest.mark.parametrize("debug", ["0", "1"])
 def test_a_slot_outside_the_cache_is_dropped_and_found_when_debugging(debug: str) -> None:
     lines = run_python(BAD_SLOT, PJRT_DEVICE="CPU", TORCH_PAGED_DEBUG=debug).stdout.splitlines()
-    sentence = "reshape_and_cache: slot_mapping must lie in [-1, 16), got 16 at index 0"
+    sentence = "reshape_and_cache: slot_mapping must lie in [-1, N * S = 16), got 16 at index 0"
     assert lines == ([sentence, "0.0"] if debug == "1" else ["0.0"])
 
 
