@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -125,19 +126,26 @@ def points() -> Iterator[Point]:
 
 def row(point: Point) -> Row:
     """Return what the compiler says of a program, from memory where neither versions nor kernels changed."""
-    sources = ("pages", "logits", "block_sizes", *(("decode",) if point.queries == 1 else ("varlen", "tiles")))
-    mine = [(KERNELS / f"{name}.py").read_bytes() for name in sources] if point.way == OURS else []
-    text = json.dumps([asdict(point), versions()])
-    path = MEMORY / hashlib.sha256(text.encode() + b"".join(mine)).hexdigest()
+    path = _place(point)
     if path.exists():
         return Row(**json.loads(path.read_text()))
     command = [sys.executable, "-m", "benchmarks.tpu_worker", json.dumps(asdict(point))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode > 0:
+        raise SystemExit(f"benchmarks tpu: {command[-1]} failed\n{done.stderr[-2000:]}")
     found = {"note": _reason(done.stderr)} if done.returncode else json.loads(done.stdout.splitlines()[-1])
     result = Row(**{**asdict(point), **found})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(result)))
     return result
+
+
+def _place(point: Point) -> Path:
+    """Return the file that remembers a point."""
+    sources = ("pages", "logits", "block_sizes", *(("decode",) if point.queries == 1 else ("varlen", "tiles")))
+    mine = [(KERNELS / f"{name}.py").read_bytes() for name in sources] if point.way == OURS else []
+    text = json.dumps([asdict(point), versions()])
+    return MEMORY / hashlib.sha256(text.encode() + b"".join(mine)).hexdigest()
 
 
 def versions() -> str:
@@ -146,9 +154,9 @@ def versions() -> str:
 
 
 def _reason(output: str) -> str:
-    """Return the sentence of a compiler that ended, or of Python."""
-    lines = [line for line in output.splitlines() if line.startswith("F") or "Error" in line.split(":")[0]]
-    return lines[0].split("] ")[-1][:300] if lines else output[-300:]
+    """Return the sentence with which the compiler ended the process."""
+    found = re.search(r"^F\d{4} [^\]]*\] (.*)", output, re.MULTILINE)
+    return found[1][:300] if found else output[-300:]
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -162,7 +170,7 @@ def measure(args: argparse.Namespace) -> None:
     chosen = [point for point in points() if args.way in point.way and args.chip in point.chip]
     rows = []
     for point in track(chosen, "static estimates", console=Console(stderr=True)):
-        if time.monotonic() < end:
+        if time.monotonic() < end or _place(point).exists():
             rows.append(row(point))
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "tpu.csv").open("w", newline="") as file:
