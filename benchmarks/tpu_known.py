@@ -25,7 +25,7 @@ def know(
     arguments: Sequence[Any],
     *,
     state: Sequence[int] = (),
-    rows: Mapping[int, int] | None = None,
+    rows: Mapping[tuple[int, int], int] | None = None,
 ) -> Callable[..., Any]:
     """Return ``function`` with the values of its integer arguments known to its kernels.
 
@@ -33,7 +33,7 @@ def know(
         function: takes arrays and calls kernels.
         arguments: its arguments: ``np.ndarray`` where the values are known, else what has a shape and a dtype.
         state: scalar operands that a kernel writes; they stay in memory, and count as 0.
-        rows: scalar operand -> another one, which says how many of its rows the kernel reads.
+        rows: (kernel call, scalar operand) -> another operand, which says how many rows of the first the kernel reads.
     """
     calls = _scalars(function, arguments)
 
@@ -93,18 +93,20 @@ class _Recorder:
 class _Specialised:
     """Stands in for ``pl.pallas_call``: the kernel sees constants in place of its scalar operands."""
 
-    def __init__(self, calls: list[Scalars], state: Sequence[int], rows: Mapping[int, int]) -> None:
-        self.calls, self.state, self.rows = iter(calls), state, rows
+    def __init__(self, calls: list[Scalars], state: Sequence[int], rows: Mapping[tuple[int, int], int]) -> None:
+        self.calls, self.state, self.rows = enumerate(calls), state, rows
         self.original = pl.pallas_call
 
     def __call__(self, kernel: Any, out_shape: Any, *, grid_spec: Any = None, **options: Any) -> Callable[..., Any]:
-        values = next(self.calls)
+        at, values = next(self.calls)
         count = _num_scalars(grid_spec)
 
         def known(*refs: Any) -> Any:
             mine = list(refs)
             for i in set(range(count)) - set(self.state):
-                mine[i] = _Known(refs[i], values[i], int(values[self.rows[i]].flat[0]) if i in self.rows else None)
+                mine[i] = _Known(
+                    refs[i], values[i], int(values[self.rows[at, i]].flat[0]) if (at, i) in self.rows else None
+                )
             return kernel(*mine)
 
         kernel_call = self.original(known, out_shape, grid_spec=grid_spec, **options)
