@@ -142,12 +142,8 @@ def row(point: Point) -> Row:
 
 def _place(point: Point) -> Path:
     """Return the file that remembers a point."""
-    sources = (
-        "pages",
-        "logits",
-        "block_sizes",
-        *(("decode",) if point.queries == 1 else ("varlen", "varlen_kernel", "tiles")),
-    )
+    attention = ("decode",) if point.queries == 1 else ("decode", "varlen", "varlen_kernel", "tiles")
+    sources = ("pages", "logits", "block_sizes", *attention)
     mine = [(KERNELS / f"{name}.py").read_bytes() for name in sources] if point.way == OURS else []
     text = json.dumps([asdict(point), versions()])
     return MEMORY / hashlib.sha256(text.encode() + b"".join(mine)).hexdigest()

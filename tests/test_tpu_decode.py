@@ -39,7 +39,6 @@ def run(arguments: dict[str, Any], interpret: Any, chip: str = "v5e") -> tuple[t
     "case",
     [
         AttentionCase("float32", context_lens=(17, 0, 63, 130), stored_dim=128, dtype=torch.float32),
-        AttentionCase("full_blocks", context_lens=(1100, 513), num_kv_heads=8, group=1, head_dim=128),
         AttentionCase("empty_between", context_lens=(0, 600, 0, 0, 1300, 512, 0), head_dim=128, dtype=torch.bfloat16),
     ],
     ids=lambda case: case.name,

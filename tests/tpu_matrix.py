@@ -71,7 +71,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 """What combines in pairs; the first value is the neutral one."""
 CACHE_OPS = ("reshape_and_cache", "quantize_and_cache", "copy_blocks", "gather_cache", "merge_attention_states")
-CACHE_BLOCKS = 512
+CACHE_BLOCKS = 2048
 """Blocks of the cache that is attended to: enough to tell it from every other array, and so few that the compiler could
 think of moving it to VMEM."""
 CACHE_BYTES = 2**28
