@@ -7,9 +7,11 @@ import torch
 from jax.experimental.pallas import tpu as pltpu
 from jax_arrays import to_jax, to_torch
 
-from torch_paged.backends.tpu.block_sizes import CHIPS
+from torch_paged.backends.tpu import decode
+from torch_paged.backends.tpu.block_sizes import CHIPS, Chip, Page, decode_blocks
+from torch_paged.backends.tpu.bridge_interpret import races_found
 from torch_paged.backends.tpu.decode import paged_attention
-from torch_paged.testing import AttentionCase, assert_attention, build
+from torch_paged.testing import AttentionCase, assert_attention, assert_same, build
 
 INTERPRETERS: dict[str, Any] = {
     "generic": True,
@@ -31,7 +33,9 @@ def run(arguments: dict[str, Any], interpret: Any, chip: str = "v5e") -> tuple[t
     results = paged_attention(
         *arrays, softmax_scale=scale, **options, stats=True, chip=CHIPS[chip], interpret=interpret
     )
-    return tuple(map(to_torch, results))
+    tensors = tuple(map(to_torch, results))
+    assert interpret is True or not races_found()
+    return tensors
 
 
 @pytest.mark.parametrize("interpret", INTERPRETERS.values(), ids=INTERPRETERS)
@@ -39,7 +43,7 @@ def run(arguments: dict[str, Any], interpret: Any, chip: str = "v5e") -> tuple[t
     "case",
     [
         AttentionCase("float32", context_lens=(17, 0, 63, 130), stored_dim=128, dtype=torch.float32),
-        AttentionCase("empty_between", context_lens=(0, 600, 0, 0, 1300, 512, 0), head_dim=128, dtype=torch.bfloat16),
+        AttentionCase("empty_between", context_lens=(0, 600, 0, 0, 1030, 512, 0), head_dim=128, dtype=torch.bfloat16),
     ],
     ids=lambda case: case.name,
 )
@@ -66,3 +70,61 @@ def test_every_interpreter(case: AttentionCase, interpret: Any) -> None:
 def test_options(case: AttentionCase) -> None:
     arguments = build(case)
     assert_attention(case.op, arguments, *run(arguments, INTERPRETERS["on_wait"]))
+
+
+def test_one_key_in_the_window_and_a_chunk_that_begins_with_the_query() -> None:
+    case = AttentionCase("nearest", context_lens=(17, 33, 1), stored_dim=128, sliding_window=1, block_size=8)
+    for arguments in (build(case), {**build(case), "sliding_window": None, "attention_chunk": 16}):
+        assert_attention(case.op, arguments, *run(arguments, True))
+
+
+def test_block_ids_outside_of_the_cache_hold_no_keys_and_lengths_end_with_the_table() -> None:
+    case = AttentionCase("outside", context_lens=(600, 33, 48), stored_dim=128, mask="shared")
+    arguments = build(case)
+    arguments["block_tables"] = arguments["block_tables"][:, : -(-600 // case.block_size)].contiguous()
+    arguments["attn_mask"] = torch.ones((3, 608), dtype=torch.bool)
+    wild = {**arguments, "block_tables": arguments["block_tables"].clone(), "attn_mask": None}
+    for seq, block, block_id in ((0, 1, -7), (0, 36, arguments["kv_cache"].shape[1]), (1, 0, 2**31 - 1)):
+        wild["block_tables"][seq, block] = block_id
+        arguments["attn_mask"][seq, block * case.block_size : (block + 1) * case.block_size] = False
+    assert_attention(case.op, arguments, *run(wild, INTERPRETERS["on_wait"]))
+    wild["context_lens"] = torch.tensor([-5, 33, 48], dtype=torch.int32)
+    out, lse, max_logits = run(wild, True)
+    assert not out[0].any()
+    assert (lse[0] == max_logits[0]).all()
+    assert (lse[0] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("num_seqs", [1, 3])
+def test_two_cores_share_the_sequences_or_the_heads_of_one(num_seqs: int) -> None:
+    case = AttentionCase("cores", context_lens=(40, 0, 21)[:num_seqs], stored_dim=128, alibi=True, sinks=True)
+    arguments = build(case)
+    assert_attention(case.op, arguments, *run(arguments, INTERPRETERS["on_wait"], "v4"))
+
+
+def test_a_table_too_long_for_smem_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = build(AttentionCase("long_table", context_lens=(40, 0, 21), stored_dim=128, mask="kv_heads"))
+    expected = run(arguments, True)
+    monkeypatch.setattr(decode, "TABLE_WORDS", 2 * arguments["block_tables"].shape[1])
+    for actual, whole in zip(run(arguments, True), expected, strict=True):
+        assert_same(actual, whole)
+
+
+def test_no_columns_no_keys() -> None:
+    arguments = build(AttentionCase("empty", context_lens=(0, 0), stored_dim=128, sinks=True))
+    arguments["block_tables"] = arguments["block_tables"][:, :0]
+    out, lse, max_logits = run(arguments, True)
+    assert not out.any()
+    assert torch.equal(lse, arguments["sinks"].expand_as(lse))
+    assert (max_logits == -torch.inf).all()
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+@pytest.mark.parametrize("kv_heads", [1, 8, 16])
+def test_blocks_fit_vmem(chip: Chip, kv_heads: int) -> None:
+    page = Page(kv_heads, block_size=128, stored_dim=256, itemsize=4)
+    blocks = decode_blocks(chip, page, width=4096, rows=kv_heads * 8, key_bytes=64)
+    assert blocks.buffers >= 2
+    assert blocks.pages % blocks.tile_pages == 0
+    assert blocks.buffers * blocks.pages * page.vmem_bytes <= chip.kernel_bytes
+    assert decode_blocks(chip, page, width=1, rows=8, key_bytes=0).pages == 1

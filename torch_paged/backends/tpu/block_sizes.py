@@ -113,7 +113,7 @@ def decode_blocks(chip: Chip, page: Page, width: int, rows: int, key_bytes: int)
         sums = 4 * rows * page.stored_dim * 4
         return buffers * (pages * page.vmem_bytes + beside) + logits + widened + sums
 
-    while vmem_bytes() > chip.kernel_bytes and pages > 1:
+    while vmem_bytes() > chip.kernel_bytes and (buffers > 2 or pages > 1):
         if buffers > 2:
             buffers -= 1
         elif pages > tile:

@@ -46,7 +46,7 @@ def _run(call: JaxCall) -> tuple[Tensor, ...]:
     results = _jitted(call.module, call.function, tuple(sorted(options.items())))(*arrays)
     results = results if isinstance(results, tuple) else (results,)
     jax.block_until_ready(results)
-    if call.attends and "races" in SIMULATION and _races_found():
+    if call.attends and "races" in SIMULATION and races_found():
         raise RuntimeError(f"{call.function}: the interpreter found a race; it printed where")
     if not call.written:
         return tuple(_to_torch(result) for result in results)
@@ -72,7 +72,7 @@ def _interpreter() -> bool | pltpu.InterpretParams:
     return pltpu.InterpretParams(dma_execution_mode=copies, detect_races="races" in SIMULATION)
 
 
-def _races_found() -> bool:
+def races_found() -> bool:
     """Return whether the last kernel raced; jax has no public name for it, and moved it between versions."""
     name = "jax._src.pallas.mosaic.interpret"
     try:

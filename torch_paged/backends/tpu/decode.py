@@ -20,11 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from torch_paged.backends.tpu.block_sizes import LANES, SUBLANES, Blocks, Chip, Page, decode_blocks
-from torch_paged.backends.tpu.logits import NOTHING, dot, modify, statistics, weigh, weighted_sum
+from torch_paged.backends.tpu.logits import NOTHING, across, dot, modify, statistics, weigh, weighted_sum
 from torch_paged.backends.tpu.pages import STATE_WORDS, PageStream
 
 MASK_ROWS = 32
 """Rows of a tile of int8."""
+TABLE_WORDS = 3 * 2**16
+"""Block ids that SMEM (1 MiB) has room for; longer tables take several kernels."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,33 @@ def paged_attention(
     value_dim = head_dim if value_dim is None else value_dim
     if not (num_seqs and num_blocks and width and value_dim):
         return _no_keys(query, sinks, value_dim, stats)
+
+    seqs_at_a_time = max(1, TABLE_WORDS // width)
+    if num_seqs > seqs_at_a_time:
+        parts = []
+        for first in range(0, num_seqs, seqs_at_a_time):
+            part = slice(first, first + seqs_at_a_time)
+            results = paged_attention(
+                query[part],
+                kv_cache,
+                block_tables[part],
+                context_lens[part],
+                kv_scales,
+                sinks,
+                alibi_slopes,
+                None if attn_mask is None else attn_mask[..., part, :],
+                softmax_scale=softmax_scale,
+                logits_soft_cap=logits_soft_cap,
+                sliding_window=sliding_window,
+                attention_chunk=attention_chunk,
+                value_dim=value_dim,
+                stats=stats,
+                chip=chip,
+                interpret=interpret,
+            )
+            parts.append(results if stats else (results,))
+        joined = tuple(jnp.concatenate(pieces) for pieces in zip(*parts, strict=True))
+        return joined if stats else joined[0]
 
     scales_rank = 0 if kv_scales is None else kv_scales.ndim
     mask_heads = 0 if attn_mask is None else attn_mask.shape[0] if attn_mask.ndim == 3 else 1
@@ -400,12 +429,14 @@ class _Kernel:
             unusable = spoilt & ((block_id < 0) | (block_id >= self.stream.num_pages))
             stop = jnp.where(outside | unusable, begin, end)
 
-            @pl.when((key < begin) | (key + plan.block_size > stop))
-            def clear() -> None:
-                values = self.buffer[slot, j, 1]
-                position = key + lax.broadcasted_iota(jnp.int32, values.shape, 1)
-                kept = (position >= begin) & (position < stop)
-                self.buffer[slot, j, 1] = jnp.where(kept, values, jnp.zeros_like(values))
+            if plan.cache_dtype != jnp.int8:  # a weight of 0 leaves nothing of an integer
+
+                @pl.when((key < begin) | (key + plan.block_size > stop))
+                def clear() -> None:
+                    values = self.buffer[slot, j, 1]
+                    position = key + lax.broadcasted_iota(jnp.int32, values.shape, 1)
+                    kept = (position >= begin) & (position < stop)
+                    self.buffer[slot, j, 1] = jnp.where(kept, values, jnp.zeros_like(values))
 
             @pl.when(spoilt)
             def mark() -> None:
@@ -454,7 +485,7 @@ class _Kernel:
         for head, (weights, visible, factor) in zip(heads, weighed, strict=True):
             value = self.load(slot, t, 1, head)
             product = weighted_sum(weights, visible, value) if plan.mask_heads else dot(weights, value, (1, 0))
-            sums[head] = sums[head] * factor + product
+            sums[head] = sums[head] * across(factor, plan.stored_dim) + product
 
     def load(self, slot: Any, t: Any, side: int, head: int) -> jax.Array:
         """Return keys or values (tile_keys, DS) in the dtype of the products."""
@@ -496,7 +527,8 @@ class _Kernel:
         stats: list[list[jax.Array]] = [[], []]
         for head in range(plan.core_kv_heads):
             sinks = refs["sinks_rows"][head][:, :1] if plan.sinks else None
-            factor, *found = statistics(refs["totals"][head][:, :1], refs["maxima"][head][:, :1], sinks)
+            total = jnp.sum(refs["totals"][head], axis=1, keepdims=True)
+            factor, *found = statistics(total, refs["maxima"][head][:, :1], sinks)
             if 0 < plan.scales_rank < 4:
                 factor = factor * self.scale(1, head)
             rows = refs["sums"][head] * factor

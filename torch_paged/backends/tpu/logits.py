@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from torch_paged.backends.tpu.block_sizes import LANES
+
 NOTHING = float(jnp.finfo(jnp.float32).min)
 """The running maximum of a row that has seen no key: finite, so that a difference of two of them is no NaN."""
 
@@ -46,12 +48,30 @@ def weigh(
     """Take one step of the online softmax.
 
     Returns:
-        weights (R, K); their sums (R, 1); the factor (R, 1) for what was summed before; the new maximum (R, LANES).
+        weights (R, K); their sums by lanes (R, LANES); the factor (R, LANES) for what was summed before; the new
+        maximum (R, LANES). Factor and maximum are the same in all lanes, so that no lane waits for another.
     """
     logits = jnp.where(seen, logits, -jnp.inf)
     new = jnp.maximum(maximum, jnp.max(logits, axis=1, keepdims=True))
-    weights = jnp.exp(logits - new[:, :1])
-    return weights, jnp.sum(weights, axis=1, keepdims=True), jnp.exp(maximum - new)[:, :1], new
+    weights = jnp.exp(logits - across(new, logits.shape[1]))
+    return weights, _sum_by_lanes(weights), jnp.exp(maximum - new), new
+
+
+def across(x: jax.Array, size: int) -> jax.Array:
+    """Return (R, size) of (R, LANES), which is the same in all lanes."""
+    if size <= LANES:
+        return x[:, :size]
+    return jnp.concatenate([x] * (size // LANES), axis=1)
+
+
+def _sum_by_lanes(x: jax.Array) -> jax.Array:
+    """Return (R, LANES) whose lanes add up to the rows of x (R, K)."""
+    if x.shape[1] <= LANES:
+        return jnp.pad(x, ((0, 0), (0, LANES - x.shape[1])))
+    parts = [x[:, start : start + LANES] for start in range(0, x.shape[1], LANES)]
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
 
 
 def statistics(total: jax.Array, maximum: jax.Array, sinks: Any = None) -> tuple[jax.Array, jax.Array, jax.Array]:
