@@ -44,7 +44,7 @@ class Table:
         for family, cells in self.rows.items():
             shown = []
             for title in titles:
-                cell = cells.get(title, "failed")
+                cell = cells.get(title, "not run")
                 if " " in cell:
                     if cell not in notes:
                         notes.append(cell)
