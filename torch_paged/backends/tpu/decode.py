@@ -417,37 +417,20 @@ class _Kernel:
 
     def hide(self, slot: Any, page: Any, begin: Any, end: Any) -> None:
         """Keep what is not seen in a block from its products: clear its values, mark the keys of unusable pages."""
-        plan, live, table = self.plan, self.refs["live"], self.refs["table"]
+        plan, live = self.plan, self.refs["live"]
         first_key = page * plan.block_size
         spoilt = self.refs["unusable"][slot] != 0
-        partial = (first_key < begin) | (first_key + plan.block_keys > end) | spoilt
 
-        def hide_page(j: Any, carry: Any) -> Any:
-            key = first_key + j * plan.block_size
-            outside = (key + plan.block_size <= begin) | (key >= end)
-            block_id = table[jnp.where(outside, 0, self.seq * plan.width + page + j)]
-            unusable = spoilt & ((block_id < 0) | (block_id >= self.stream.num_pages))
-            stop = jnp.where(outside | unusable, begin, end)
+        def drop(j: Any) -> None:
+            for t in range(live.shape[0]):
+                index = t * plan.tile_keys + lax.broadcasted_iota(jnp.int32, live.shape[1:], 1)
+                mine = (index >= j * plan.block_size) & (index < (j + 1) * plan.block_size)
+                live[t] = jnp.where(mine, 0.0, live[t])
 
-            if plan.cache_dtype != jnp.int8:  # a weight of 0 leaves nothing of an integer
-
-                @pl.when((key < begin) | (key + plan.block_size > stop))
-                def clear() -> None:
-                    values = self.buffer[slot, j, 1]
-                    position = key + lax.broadcasted_iota(jnp.int32, values.shape, 1)
-                    kept = (position >= begin) & (position < stop)
-                    self.buffer[slot, j, 1] = jnp.where(kept, values, jnp.zeros_like(values))
-
-            @pl.when(spoilt)
-            def mark() -> None:
-                for t in range(live.shape[0]):
-                    index = t * plan.tile_keys + lax.broadcasted_iota(jnp.int32, live.shape[1:], 1)
-                    mine = (index >= j * plan.block_size) & (index < (j + 1) * plan.block_size)
-                    live[t] = jnp.where(mine, jnp.where(unusable, 0.0, 1.0), live[t])
-
-            return carry
-
-        lax.fori_loop(0, jnp.where(partial, plan.blocks.pages, 0), hide_page, 0)
+        @pl.when((first_key < begin) | (first_key + plan.block_keys > end) | spoilt)
+        def hide() -> None:
+            live[...] = jnp.ones(live.shape, jnp.float32)
+            self.stream.hide(slot, self.seq, page, begin, end, drop)
 
     def multiply(self, slot: Any, t: Any, first_key: Any, begin: Any, end: Any) -> None:
         """Take the keys and values of one tile into the sums."""

@@ -156,6 +156,42 @@ class PageStream:
         begin = jnp.maximum(first_page - page, 0) if self.aligned else jnp.zeros_like(page)
         return begin, jnp.minimum(end_page - page, self.pages_per_block)
 
+    def hide(self, slot: Any, row: Any, page: Any, begin: Any, end: Any, drop: Callable[[Any], None]) -> None:
+        """Clear the values of a block, of which a weight of 0 would leave what is not finite, where keys are not seen.
+
+        Args:
+            slot: the block's buffer.
+            row: its row of the table.
+            page: its first page.
+            begin: first key that is seen; the block may begin before it.
+            end: end of the keys that are seen; the block may end behind it.
+            drop: called with the place in the block of each page that has an unusable id, whose values are cleared too.
+        """
+        buffer = self.buffers[0]
+        size = buffer.shape[4]
+        spoilt = self.unusable[slot] != 0
+
+        def hide_page(j: Any, carry: Any) -> Any:
+            key = (page + j) * size
+            outside = (key + size <= begin) | (key >= end)
+            block_id = self.table[jnp.where(outside, 0, row * self.num_columns + page + j)]
+            unusable = spoilt & jnp.logical_not(outside) & ((block_id < 0) | (block_id >= self.num_pages))
+            stop = jnp.where(unusable, begin, end)
+
+            if buffer.dtype != jnp.int8:
+
+                @pl.when((key < begin) | (key + size > stop))
+                def clear() -> None:
+                    values = buffer[slot, j, 1]
+                    position = key + lax.broadcasted_iota(jnp.int32, values.shape, 1)
+                    kept = (position >= begin) & (position < stop)
+                    buffer[slot, j, 1] = jnp.where(kept, values, jnp.zeros_like(values))
+
+            pl.when(unusable)(lambda: drop(j))
+            return carry
+
+        lax.fori_loop(0, self.pages_per_block, hide_page, 0)
+
     def _copies(self, block_id: Any, slot: Any, j: Any) -> list[Any]:
         copies = []
         for source, buffer in zip(self.sources, self.buffers, strict=True):
