@@ -1,5 +1,6 @@
 """Which backend serves a device, and what is said when none does."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,15 @@ def test_a_backend_that_a_setting_asks_for_serves_the_device(value: str) -> None
     code = "import torch_paged; from torch_paged import dispatch; print(dispatch.served()['cpu'])"
     printed = run_python(code, TORCH_PAGED_BACKEND=value, TORCH_PAGED_TPU_INTERPRET="1").stdout
     assert printed.strip() == "tpu"
+
+
+def test_a_device_out_of_reach_of_a_backend_that_is_on_gets_one_sentence() -> None:
+    code = "import torch_paged; from torch_paged import dispatch; print(dispatch.no_backend('copy_blocks', 'tpu'))"
+    printed = run_python(code, TORCH_PAGED_TPU_INTERPRET="1", TORCH_DEVICE_BACKEND_AUTOLOAD="0").stdout
+    served = "xla, cpu" if find_spec("torch_xla") else "cpu"
+    assert printed.strip() == (
+        f"copy_blocks: no backend serves device 'tpu' (available backends: tpu); backend 'tpu' serves {served} here"
+    )
 
 
 def test_a_backend_that_a_setting_asks_for_and_that_is_off_makes_the_import_fail() -> None:

@@ -1,18 +1,26 @@
 """What the TPU backend refuses, in whose words, and that it refuses nothing else."""
 
 import importlib.metadata
+import importlib.util
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from torch_paged.backends.tpu import support
+from torch_paged.backends.tpu import BACKEND, support
 from torch_paged.contract.validate import validate
 from torch_paged.testing import AttentionCase, build
+from torch_paged.testing.processes import SOURCE
 
 SERVED = AttentionCase("served", head_dim=80, stored_dim=128, query_lens=(3, 0, 5, 1), new_lens=(3, 0, 5, 1))
+NO_TPU = "no TPU is in reach here; docs/tpu.md has the commands for a TPU VM"
+QUIET = ("PJRT_DEVICE", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+"""Settings of the tests that a user has not."""
 ALLOCATE = "allocate it by torch_paged.cache.allocate_kv_cache(..., backend='tpu')"
 
 
@@ -99,6 +107,9 @@ def test_what_is_not_refused(head_dim: int) -> None:
         ("libtpu", "0.0.21.dev20250919", None),
         ("jax", "0.10.2", None),
         ("jax", "1.0", None),
+        ("torch_xla", "2.8.1", "it needs torch_xla >= 2.9, got 2.8.1: "),
+        ("torch_xla", "2.9.0+libtpu", None),
+        ("torch_tpu", "0.1.3", "it needs torch_tpu >= 0.2, got 0.1.3: "),
     ],
 )
 def test_a_package_that_is_missing_or_old(
@@ -112,3 +123,55 @@ def test_a_package_that_is_missing_or_old(
     monkeypatch.setattr(importlib.metadata, "version", version)
     said = support.missing(package)
     assert said == (None if says is None else says + support.install_line())
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ({"jax": "0.10.2", "libtpu": "0.0.51"}, "no tensor here is on a TPU: "),
+        ({"jax": "0.7.1", "libtpu": "0.0.21", "torch_xla": "2.8.0"}, "it needs torch_xla >= 2.9, got 2.8.0: "),
+        ({"jax": "0.7.1", "torch_xla": "2.9.0"}, "it needs libtpu >= 0.0.21, which is not installed: "),
+        ({"libtpu": "0.0.21", "torch_xla": "2.9.0"}, "it needs jax >= 0.7.1, which is not installed: "),
+        ({"jax": "0.7.1", "libtpu": "0.0.21", "torch_xla": "2.9.0"}, None),
+    ],
+)
+def test_why_it_is_off_has_the_install_line(
+    monkeypatch: pytest.MonkeyPatch, found: dict[str, str], says: str | None
+) -> None:
+    def version(name: str) -> str:
+        if name not in found:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found.get(name))
+    said = BACKEND.why_off()
+    assert said == says if says is None else str(said).startswith(says + support.install_line())
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["tests/tpu_device.py"], f"test-tpu-device: {NO_TPU}"),
+        (["-m", "benchmarks", "tpu", "--device"], f"benchmarks tpu: {NO_TPU}"),
+        (["examples/08_tpu_torch_xla.py"], "torch_xla is not installed: see docs/tpu.md for the install commands"),
+        (["examples/09_tpu_torch_tpu.py"], "no TPU is in reach of torch_tpu: reshape_and_cache: no backend serves "),
+    ],
+    ids=["tests", "benchmark", "torch_xla", "torch_tpu"],
+)
+def test_without_a_tpu_it_ends_with_one_sentence(command: list[str], says: str) -> None:
+    if "08" in command[0] and importlib.util.find_spec("torch_xla") is not None:
+        pytest.skip("torch_xla interprets it: tests/test_tpu_xla.py")
+    settings = {name: value for name, value in os.environ.items() if name not in QUIET}
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        cwd=SOURCE,
+        env={**settings, "PYTHONPATH": str(SOURCE)},
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    *logged, sentence = done.stderr.splitlines()
+    assert sentence.startswith(says)
+    assert not [line for line in logged if "Traceback" in line]

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -154,7 +155,18 @@ def test_wrong_input_and_refusals_have_the_sentences_of_the_cpu() -> None:
         torch.ops.paged.paged_attention(**{k: to_device(v) for k, v in half.items()})
 
 
-def to_device(value: object) -> object:
+@pytest.mark.parametrize(("client", "says"), [("CPU", "decode, v5e, interpreted"), ("TPU", "decode, tpu, compiled")])
+def test_explain_says_whether_the_client_interprets(client: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = build(AttentionCase("explained", head_dim=128))
+    monkeypatch.setenv("PJRT_DEVICE", client)
+    for choice in (
+        torch_paged.explain("paged_attention", **{k: to_device(v) for k, v in arguments.items()}),
+        torch_paged.explain("paged_attention", backend="tpu", **arguments),
+    ):
+        assert str(choice) == f"paged_attention on xla: tpu, {says}, cache: float32"
+
+
+def to_device(value: object) -> Any:
     return value.to(DEVICE) if isinstance(value, Tensor) else value
 
 
@@ -206,21 +218,6 @@ def test_the_example_runs_interpreted() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "9 steps on cpu: 2 compilations" in done.stdout
-
-
-@pytest.mark.parametrize("command", [["tests/tpu_device.py"], ["-m", "benchmarks", "tpu", "--device"]])
-def test_without_a_tpu_tests_and_benchmark_of_a_device_end_with_one_sentence(command: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        cwd=SOURCE,
-        env={**os.environ, "PYTHONPATH": str(SOURCE)},
-    )
-    assert done.returncode == 1
-    assert done.stdout == ""
-    sentence = ": no TPU is in reach here; docs/tpu.md has the commands for a TPU VM"
-    assert done.stderr.splitlines()[-1] in (f"test-tpu-device{sentence}", f"benchmarks tpu{sentence}")
 
 
 def test_the_benchmark_of_a_device_times_decode_and_prefill() -> None:

@@ -77,6 +77,9 @@ def no_backend(op: str, device_type: str) -> str:
     text = f"{op}: no backend serves device '{device_type}' (available backends: {available})"
     for info in backends.discover().values():
         if info.automatic and device_type in info.device_types:
+            elsewhere = [kind for kind, name in _served.items() if name == info.name]
+            if elsewhere:
+                return f"{text}; backend '{info.name}' serves {', '.join(elsewhere)} here"
             return f"{text}; backend '{info.name}' is off because {info.why_off() or f'{VARIABLE} names another'}"
     return f"{text}; move the tensors to a served device, or see `python -m torch_paged.collect_env`"
 

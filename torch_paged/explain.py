@@ -113,7 +113,7 @@ def explain(
     reason = info.refusal(op, full)
     if reason is not None:
         return refused(reason, name)
-    variant = info.variant(op, full)
+    variant = info.variant(op, full, device_type)
     return Explanation(op, device_type, name, variant.name, variant.isa, variant.compiled, kind, None)
 
 
@@ -175,7 +175,8 @@ def _device_type(op: str, arguments: Mapping[str, Any], device: str | torch.devi
     if device is not None:
         return torch.device(device).type
     if backend is not None:
-        return known[backend].serves()[0]
+        served = [kind for kind in known[backend].serves() if dispatch.served().get(kind) == backend]
+        return (served or known[backend].serves())[0]
     types = [value.device.type for value in arguments.values() if isinstance(value, torch.Tensor)]
     if not types or types[0] == "meta":
         raise ValueError(f"explain: {op} on meta tensors needs `device=` or `backend=` to be explained for")

@@ -39,7 +39,8 @@ class BackendInfo:
         load: makes its kernels for a device type ready. Returns a Python kernel per op, none where its library binds
             itself, or None where this device type is out of reach here.
         refusal: the reason why it cannot do a (valid) call, or None. Takes the op and all its arguments by name.
-        variant: what it would run for a call. Takes the op and all its arguments by name; never reads data.
+        variant: what it would run for a call. Takes the op, all its arguments by name and the device type; never reads
+            data.
         versions: the versions it depends on, by name.
         wrong_setting: the reason why a setting that is read at the first call makes each call raise, or None.
         head_dim_multiple: its caches store head_dim rounded up to this multiple.
@@ -55,7 +56,7 @@ class BackendInfo:
     why_off: Callable[[], str | None]
     load: Callable[[str], Mapping[str, Callable[..., Any]] | None]
     refusal: Callable[[str, Arguments], str | None]
-    variant: Callable[[str, Arguments], Variant]
+    variant: Callable[[str, Arguments, str], Variant]
     versions: Callable[[], Mapping[str, str]]
     wrong_setting: Callable[[], str | None] = lambda: None
     head_dim_multiple: int = 1

@@ -147,7 +147,7 @@ class Backend:
 
     def one_program(self, op: str, arguments: dict[str, Any]) -> bool:
         """Return whether all calls run the same machine code, not programs of a compiler that may order sums anew."""
-        return self.direct or discover()[self.name].variant(op, arguments).compiled
+        return self.direct or discover()[self.name].variant(op, arguments, self.device.type).compiled
 
     def check_batch_invariance(self, case: AttentionCase) -> None:
         """Assert that each sequence gives equal bits alone, in any batch and order, on one thread and on two."""

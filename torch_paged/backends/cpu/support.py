@@ -60,7 +60,7 @@ def refusal(op: str, arguments: Arguments) -> str | None:
     return None if reason is None else f"torch_paged: {reason}"
 
 
-def variant(op: str, arguments: Arguments) -> Variant:
+def variant(op: str, arguments: Arguments, device_type: str) -> Variant:
     """Return the kernel that a valid call runs."""
     name = _attention(op, arguments) if op in ("paged_attention", "flash_attn_varlen") else op
     return Variant(name=name, isa=isa() or "none", compiled=True)

@@ -19,7 +19,7 @@ def _run(name: str, arguments: dict[str, Any]) -> Any:
     return getattr(reference, name.replace(".", "_"))(**arguments)
 
 
-def variant(op: str, arguments: Arguments) -> Variant:
+def variant(op: str, arguments: Arguments, device_type: str) -> Variant:
     """Return the one way in which the reference runs a call."""
     return Variant(name=op, isa="torch", compiled=False)
 

@@ -31,8 +31,9 @@ def why_off() -> str | None:
     """Return why the kernels cannot run here, with the remedy, or None."""
     if INTERPRETED:
         return missing("jax")
-    wrong = missing(*OLDEST)
-    if wrong is not None or any(map(_in_reach, _BRIDGES)):
+    reached = [package for device_type, package in _BRIDGES.items() if _in_reach(device_type)]
+    wrong = missing("jax", "libtpu", *reached)
+    if wrong is not None or reached:
         return wrong
     return f"no tensor here is on a TPU: {install_line()}, or set {INTERPRET_VARIABLE}=1 to interpret the kernels"
 
@@ -59,7 +60,7 @@ def _in_reach(device_type: str) -> bool:
 def versions() -> Mapping[str, str]:
     """Return the versions of jax, libtpu, torch_xla and torch_tpu that are installed."""
     found = {}
-    for package in (*OLDEST, *_BRIDGES.values()):
+    for package in OLDEST:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -1,6 +1,8 @@
 """What the TPU kernels do, what they refuse, and the settings of their interpreter. Imports no jax."""
 
+import importlib
 import importlib.metadata
+import importlib.util
 import math
 import os
 
@@ -26,8 +28,8 @@ LIMITS = {
 HEAD_DIM_MULTIPLE = 128
 """Lanes of a vector register: rows of another width would be laid out anew, whole cache by whole cache."""
 BLOCK_SIZES = (8, 16, 32, 64, 128)
-OLDEST = {"jax": (0, 7, 1), "libtpu": (0, 0, 21)}
-"""Package -> the oldest version that the kernels are tested with."""
+OLDEST = {"jax": (0, 7, 1), "libtpu": (0, 0, 21), "torch_xla": (2, 9), "torch_tpu": (0, 2)}
+"""Package -> the oldest version that the kernels and bridges are tested with."""
 
 _KINDS = {
     "TPU v4": "v4",
@@ -128,10 +130,18 @@ def _unsupported(arguments: Arguments) -> tuple[str, str, str] | None:
     return None
 
 
-def variant(op: str, arguments: Arguments) -> Variant:
+def variant(op: str, arguments: Arguments, device_type: str) -> Variant:
     """Return the kernel that a valid call runs."""
     name = _attention(op, arguments) if op in ("paged_attention", "flash_attn_varlen") else op
-    return Variant(name=name, isa=INTERPRETED_CHIP if INTERPRETED else "tpu", compiled=not INTERPRETED)
+    interpreted = device_type == "cpu" or (device_type == "xla" and _client_interprets())
+    return Variant(name=name, isa=INTERPRETED_CHIP if interpreted else "tpu", compiled=not interpreted)
+
+
+def _client_interprets() -> bool:
+    """Return whether torch_xla, which chooses it when it is imported, runs on another client than the TPU's."""
+    if importlib.util.find_spec("torch_xla") is None:
+        return False
+    return bool(importlib.import_module("torch_xla.runtime").device_type() != "TPU")
 
 
 def _attention(op: str, arguments: Arguments) -> str:
