@@ -8,6 +8,7 @@ sentence; then there is nothing left to compare, and ``Refused`` ends the test.
 import importlib
 import importlib.util
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -134,20 +135,20 @@ class Backend:
         return {name: self._place(name, value) for name, value in build(case).items()}
 
     def check(self, case: AttentionCase, seed: int = 0) -> None:
-        """Assert that a case gives what the reference gives, with and without statistics."""
+        """Assert that a case gives what the reference gives, and the same bits without statistics.
+
+        Interpreted, every fourth case runs without statistics too: each way is a program to compile.
+        """
         case = self.served(case)
         arguments = build(case, seed)
         out, lse, max_logits = self(case.op, arguments, stats=True)
         assert_attention(case.op, arguments, out, lse, max_logits)
-        again = self(case.op, arguments)
-        if self.one_program(case.op, arguments):
-            assert_same(again, out, "out without statistics")
-        else:
-            assert_attention(case.op, arguments, again)
+        if not self._interpreted(case.op, arguments) or zlib.crc32(case.name.encode()) % 4 == 0:
+            assert_same(self(case.op, arguments), out, "out without statistics")
 
-    def one_program(self, op: str, arguments: dict[str, Any]) -> bool:
-        """Return whether all calls run the same machine code, not programs of a compiler that may order sums anew."""
-        return self.direct or discover()[self.name].variant(op, arguments, self.device.type).compiled
+    def _interpreted(self, op: str, arguments: dict[str, Any]) -> bool:
+        """Return whether a program is compiled first for each kind of call, which takes seconds."""
+        return not self.direct and not discover()[self.name].variant(op, arguments, self.device.type).compiled
 
     def check_batch_invariance(self, case: AttentionCase) -> None:
         """Assert that each sequence gives equal bits alone, in any batch and order, on one thread and on two."""

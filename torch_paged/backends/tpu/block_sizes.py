@@ -157,7 +157,7 @@ def varlen_blocks(
         max_seqlen_q: query tokens of a sequence, at most.
     """
     tokens, keys = 16, 512
-    while tokens < max_seqlen_q and tokens * group < _VARLEN_ROWS:
+    while tokens * group < _VARLEN_ROWS:
         tokens *= 2
 
     def vmem_bytes(tokens: int, keys: int) -> int:
@@ -170,7 +170,8 @@ def varlen_blocks(
             tokens //= 2
         else:
             keys //= 2
-    return VarlenBlocks(tokens, keys, chunk=min(keys, 256))
+    # keys must not depend on max_seqlen_q, or a sequence would sum in another order in another batch
+    return VarlenBlocks(min(tokens, max(16, power_of_two(max_seqlen_q))), keys, chunk=min(keys, 256))
 
 
 def power_of_two(size: int) -> int:

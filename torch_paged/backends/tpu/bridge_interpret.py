@@ -29,6 +29,8 @@ _NUMPY = {
     torch.float8_e5m2: (torch.int8, ml_dtypes.float8_e5m2),
 }
 """Dtypes that torch does not give to numpy: integers of the same width, and what numpy calls them."""
+_COMPILER = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+"""Compilation takes nearly all the time of a program that runs once or twice: a quarter of it with these options."""
 
 
 def kernels(info: BackendInfo) -> dict[str, Callable[..., Any]]:
@@ -62,7 +64,7 @@ def _jitted(module: str, function: str, options: tuple[tuple[str, Any], ...]) ->
     """Return the function with these options; jax compiles it once for each set of shapes and dtypes."""
     found = getattr(importlib.import_module(f"torch_paged.backends.tpu.{module}"), function)
     bound = dict(options)
-    return jax.jit(lambda *arrays: found(*arrays, **bound, interpret=_interpreter()))
+    return jax.jit(lambda *arrays: found(*arrays, **bound, interpret=_interpreter()), compiler_options=_COMPILER)
 
 
 def _interpreter() -> bool | pltpu.InterpretParams:

@@ -56,6 +56,7 @@ class _Plan:
     stats: bool
     query_dtype: Any
     cache_dtype: Any
+    interpreted: bool
 
     @property
     def group(self) -> int:
@@ -182,6 +183,7 @@ def paged_attention(
         stats,
         query.dtype,
         kv_cache.dtype,
+        bool(interpret),
     )
     scalars = [context_lens, block_tables.reshape(-1)]
     scalars += [kv_scales] if kv_scales is not None and scales_rank < 4 else []
@@ -330,6 +332,7 @@ class _Kernel:
             head=self.core * plan.core_kv_heads if plan.split_heads else None,
             aligned=bool(block_sources),
             block_sources=block_sources,
+            unrolled=not plan.interpreted,
         )
 
     def keys(self, seq: Any) -> tuple[Any, Any]:

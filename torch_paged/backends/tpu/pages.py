@@ -44,6 +44,7 @@ class PageStream:
         aligned: blocks begin at multiples of ``pages_per_block``, else at the first page of the span.
         block_sources: pairs of (row, block index) -> ref, and a ref in VMEM ``(num_buffers, ...)``: what is copied once
             for each block. Needs ``aligned``.
+        unrolled: unroll short loops; an interpreter compiles a program the longer the more it has of them.
     """
 
     sources: Sequence[Any]
@@ -58,6 +59,7 @@ class PageStream:
     head: Any = None
     aligned: bool = False
     block_sources: Sequence[tuple[Callable[[Any, Any], Any], Any]] = ()
+    unrolled: bool = True
 
     @property
     def num_buffers(self) -> int:
@@ -102,7 +104,7 @@ class PageStream:
 
         @pl.when(quick)
         def start_full() -> None:
-            run = math.gcd(self.pages_per_block, _UNROLLED_PAGES)
+            run = math.gcd(self.pages_per_block, _UNROLLED_PAGES if self.unrolled else 1)
 
             def start_run(i: Any, carry: Any) -> Any:
                 for j in range(run):
@@ -233,12 +235,14 @@ class PageStream:
             block_id = self.table[place]
             return seen | block_id | (self.num_pages - 1 - block_id)
 
+        run = _UNROLLED_IDS if self.unrolled else 1
+
         def look_at_run(i: Any, seen: Any) -> Any:
-            for j in range(_UNROLLED_IDS):
-                seen = look(place + i * _UNROLLED_IDS + j, seen)
+            for j in range(run):
+                seen = look(place + i * run + j, seen)
             return seen
 
-        runs = lax.shift_right_logical(count, _UNROLLED_IDS.bit_length() - 1)
+        runs = lax.shift_right_logical(count, run.bit_length() - 1)
         seen = lax.fori_loop(0, runs, look_at_run, jnp.zeros_like(count))
-        seen = lax.fori_loop(runs * _UNROLLED_IDS, count, lambda i, seen: look(place + i, seen), seen)
+        seen = lax.fori_loop(runs * run, count, lambda i, seen: look(place + i, seen), seen)
         return jnp.where(seen < 0, 1, 0)

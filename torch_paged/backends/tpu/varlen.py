@@ -201,6 +201,7 @@ def _attend_tiles(
         scales_rank=0 if kv_scales is None else kv_scales.ndim,
         stats=stats,
         cores=chip.cores,
+        interpreted=bool(interpret),
     )
     rows = group * tokens
     num_tiles = tiles.fields.shape[0] // tiles.width

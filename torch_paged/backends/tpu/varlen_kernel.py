@@ -43,6 +43,7 @@ class Static:
     scales_rank: int
     stats: bool
     cores: int
+    interpreted: bool
 
 
 class _Consecutive:
@@ -232,6 +233,7 @@ class _Source:
             last,
             aligned=True,
             block_sources=block_sources,
+            unrolled=not static.interpreted,
         )
 
     def _span(self, tile: Any) -> tuple[Any, Any, Any]:
