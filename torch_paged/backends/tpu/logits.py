@@ -90,7 +90,7 @@ def statistics(total: jax.Array, maximum: jax.Array, sinks: Any = None) -> tuple
     top = jnp.maximum(maximum, sinks)
     kept = jnp.exp(maximum - top)
     with_sink = total * kept + jnp.exp(sinks - top)
-    return kept / with_sink, top + jnp.log(with_sink), max_logits
+    return kept / jnp.where(with_sink == 0, 1.0, with_sink), top + jnp.log(with_sink), max_logits
 
 
 def weighted_sum(weights: jax.Array, seen: jax.Array, values: jax.Array) -> jax.Array:
@@ -98,19 +98,11 @@ def weighted_sum(weights: jax.Array, seen: jax.Array, values: jax.Array) -> jax.
 
     A weight of 0 does not hide these: they are left out of the product, and added in the rows that see them.
     """
-    finite = jnp.abs(values.astype(jnp.float32)) < jnp.inf
-    sums = dot(weights, jnp.where(finite, values, jnp.zeros_like(values)), (1, 0))
     wide = values.astype(jnp.float32)
-    negative = jnp.where(wide < 0, _MANY, 0.0)
-    positive = jnp.where(wide > 0, 1.0, 0.0)
-    kinds = jnp.where(finite, 0.0, jnp.where(wide != wide, _MANY + 1.0, positive + negative))
-    rows = jnp.where(seen, jnp.ones(weights.shape, jnp.float32), 0.0)
-    count = dot(rows.astype(jnp.bfloat16), kinds.astype(jnp.bfloat16), (1, 0))
-    negatives = jnp.floor(count / _MANY)
-    positives = count - negatives * _MANY
-    infinity = jnp.where(positives > 0, jnp.inf, 0.0) + jnp.where(negatives > 0, -jnp.inf, 0.0)
-    return sums + infinity
-
-
-_MANY = 4096.0
-"""More keys than are multiplied at a time, and exact in bfloat16."""
+    finite = jnp.abs(wide) < jnp.inf
+    sums = dot(weights, jnp.where(finite, values, jnp.zeros_like(values)), (1, 0))
+    rows = jnp.where(seen, jnp.ones(weights.shape, jnp.float32), 0.0).astype(jnp.bfloat16)
+    for infinity, other in ((jnp.inf, wide > 0), (-jnp.inf, wide < 0)):  # NaN is both of them
+        found = jnp.where(finite, 0.0, jnp.where(other | (wide != wide), 1.0, 0.0)).astype(jnp.bfloat16)
+        sums = sums + jnp.where(dot(rows, found, (1, 0)) > 0, infinity, 0.0)
+    return sums
