@@ -98,15 +98,20 @@ def _pad(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tup
             raise NotImplementedError(
                 f"attention_mask: PagedCache does not support masks that hide cached tokens on device '{device.type}'"
             )
-        if given.get("output_hidden_states"):
-            raise NotImplementedError(f"output_hidden_states: not supported on device '{device.type}'")
+        hidden_states = given.get("output_hidden_states")
+        refused = {
+            "output_hidden_states": model.config.output_hidden_states if hidden_states is None else hidden_states,
+            "labels": given.get("labels") is not None,
+        }
+        for name in (name for name, asked in refused.items() if asked):
+            raise NotImplementedError(f"{name}: not supported with a PagedCache on device '{device.type}'")
         if given.get("position_ids") is None:
             begin = cache.get_seq_length()
             given["position_ids"] = torch.arange(begin, begin + columns)[None]
         keep = given.get("logits_to_keep", 0)
         padding = cache.forward_columns - columns
         if isinstance(keep, int) and keep and cache.forward_columns > 1:
-            given["logits_to_keep"] = torch.arange(columns - keep, columns)
+            given["logits_to_keep"] = torch.arange(max(0, columns - keep), columns)
         for key, after in _AFTER_COLUMNS.items():
             if padding and isinstance(given.get(key), Tensor):  # on the host: on the device it would be a program
                 given[key] = nn.functional.pad(given[key].cpu(), (*(0, 0) * after, 0, padding))
@@ -118,7 +123,13 @@ def _trim(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     if model.device.type == "xla":
         sys.modules["torch_xla"].sync()  # else the next forward would record this one again
     cache = kwargs.get("past_key_values")
-    logits = output.get("logits") if isinstance(output, ModelOutput) else None
-    if isinstance(cache, PagedCache) and logits is not None and logits.shape[1] == cache.forward_columns:
-        output.logits = logits[:, : cache.new_tokens]
-    return output
+    if not isinstance(cache, PagedCache):
+        return output
+    if isinstance(output, ModelOutput):
+        output["logits"] = _real_columns(output["logits"], cache)
+        return output
+    return _real_columns(output[0], cache), *output[1:]
+
+
+def _real_columns(logits: Tensor, cache: PagedCache) -> Tensor:
+    return logits[:, : cache.new_tokens] if logits.shape[1] == cache.forward_columns else logits
