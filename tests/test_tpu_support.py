@@ -64,6 +64,18 @@ def test_a_cache_of_too_many_rows_is_refused() -> None:
     assert f"kv_cache with 2 * N * KH * S = {2**31} (less than 2^31)" in said
 
 
+@pytest.mark.parametrize("query_lens", [None, SERVED.query_lens])
+def test_a_row_of_a_table_that_no_scalar_memory_holds_is_refused(query_lens: tuple[int, ...] | None) -> None:
+    case = replace(SERVED, query_lens=query_lens, new_lens=query_lens)
+    tables = torch.zeros((4, 2**17 + 1), dtype=torch.int32)
+    said = refusal(case, block_tables=tables)
+    assert said is not None
+    assert said.endswith(
+        f"block_tables with M = {2**17 + 1} (at most {2**17}); pass fewer columns, or use a larger block size"
+    )
+    assert refusal(case, block_tables=tables[:, 1:]) is None
+
+
 @pytest.mark.parametrize("head_dim", [1, 17, 64, 80, 96, 128, 192, 256])
 def test_what_is_not_refused(head_dim: int) -> None:
     stored_dim = -(-head_dim // 128) * 128

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import torch
 from jax.experimental.pallas import tpu as pltpu
 from jax_arrays import to_jax, to_torch
 
-from torch_paged.backends.tpu.block_sizes import CHIPS
+from torch_paged.backends.tpu import varlen
+from torch_paged.backends.tpu.block_sizes import CHIPS, MIB, Chip
 from torch_paged.backends.tpu.calls import jax_call
 from torch_paged.backends.tpu.varlen import flash_attn_varlen
 from torch_paged.testing import AttentionCase, assert_attention, assert_same, build
@@ -25,10 +27,12 @@ def case(name: str, **fields: Any) -> AttentionCase:
     return AttentionCase(name, **{**shape, "block_size": 64, "group": 2, **fields})
 
 
-def jitted(arguments: dict[str, Any], interpret: Any = True) -> Callable[[dict[str, Any]], tuple[torch.Tensor, ...]]:
+def jitted(
+    arguments: dict[str, Any], interpret: Any = True, chip: Chip = CHIPS["v5p"]
+) -> Callable[[dict[str, Any]], tuple[torch.Tensor, ...]]:
     """Return the kernel for the options of a call, which runs it on the tensors of such a call."""
     options = jax_call(f"{OP}.with_stats", arguments).options
-    function = jax.jit(lambda *arrays: flash_attn_varlen(*arrays, **options, chip=CHIPS["v5p"], interpret=interpret))
+    function = jax.jit(lambda *arrays: flash_attn_varlen(*arrays, **options, chip=chip, interpret=interpret))
 
     def run(arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         arrays = jax_call(f"{OP}.with_stats", arguments).arrays
@@ -104,3 +108,37 @@ def test_lost_blocks_and_hidden_values() -> None:
     infinite[sees, :, 3] = True
     assert ((out == math.inf) == infinite).all()
     assert out[~infinite].isfinite().all()
+
+
+def test_long_tables_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = build(
+        case(
+            *("long",),
+            context_lens=(37, 63, 9, 200),
+            new_lens=(17, 0, 1, 40),
+            cache_dtype=torch.int8,
+            scales_rank=4,
+            head_dim=128,
+            sinks=True,
+            alibi=True,
+            mask="heads",
+            padding_rows=5,
+        )
+    )
+    chip = replace(CHIPS["v5p"], vmem_bytes=5 * MIB // 2)
+    whole = jitted(arguments, chip=chip)(arguments)
+    assert_attention(OP, arguments, *whole)
+
+    words_of_tile = 16
+    words = 2 * words_of_tile + 2 * (arguments["block_tables"].size(1) + words_of_tile)  # of two sequences
+    monkeypatch.setattr(varlen, "SMEM_WORDS", words)
+    for name, actual, expected in zip(
+        ("out", "lse", "max_logits"), jitted(arguments, chip=chip)(arguments), whole, strict=True
+    ):
+        assert_same(actual, expected, name)
+
+    monkeypatch.setattr(varlen, "SMEM_WORDS", words // 4)
+    with pytest.raises(
+        NotImplementedError, match=r"^flash_attn_varlen: backend 'tpu' does not support 63 query tokens"
+    ):
+        jitted(arguments, chip=chip)(arguments)

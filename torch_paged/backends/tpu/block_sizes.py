@@ -1,6 +1,7 @@
 """The chips, and how many pages a kernel fetches and multiplies at a time."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 MIB = 2**20
 LANES = 128
@@ -131,11 +132,13 @@ class VarlenBlocks:
         tokens: query tokens of a tile.
         keys: keys of a fetched block.
         chunk: keys that are computed at a time where a block is not seen whole.
+        parts: parts of the kv heads, computed one after the other.
     """
 
     tokens: int
     keys: int
     chunk: int
+    parts: int
 
 
 _VARLEN_ROWS = 512
@@ -143,35 +146,60 @@ _VARLEN_ROWS = 512
 
 
 def varlen_blocks(
-    chip: Chip, *, heads: int, group: int, lanes: int, itemsize: int, key_bytes: int, max_seqlen_q: int
+    chip: Chip,
+    pages: Sequence[Page],
+    *,
+    kv_heads: int,
+    group: int,
+    lanes: int,
+    itemsize: int,
+    mask_heads: int,
+    max_seqlen_q: int,
 ) -> VarlenBlocks:
     """Return the tiling of ``flash_attn_varlen``.
 
     Args:
         chip: the chip.
-        heads: query heads, padded.
+        pages: a page of each source of keys.
+        kv_heads: KH.
         group: query heads per kv head.
         lanes: head_dim, padded.
         itemsize: bytes of an element of the query.
-        key_bytes: bytes of a token's keys and values, all heads, all sources.
+        mask_heads: heads of the mask; 0: no mask.
         max_seqlen_q: query tokens of a sequence, at most.
     """
-    tokens, keys = 16, 512
+    tokens, keys, parts = 16, 512, 1
     while tokens * group < _VARLEN_ROWS:
         tokens *= 2
 
-    def vmem_bytes(tokens: int, keys: int) -> int:
-        rows = tokens * heads * (lanes * (5 * itemsize + 12) + 2 * LANES * 4)
-        logits = 2 * tokens * group * keys * 12
-        return rows + logits + 2 * keys * key_bytes + keys * lanes * 8
+    def vmem_bytes() -> int:
+        heads = kv_heads // parts
+        rows = tokens * group
+        padded_rows = tokens * _round_up(heads * group, SUBLANES)
+        queries = padded_rows * lanes * (4 * itemsize + 4) + heads * rows * lanes * (itemsize + 4)
+        sums = 2 * heads * rows * LANES * 4 + 4 * _round_up(heads, SUBLANES) * _round_up(rows, LANES) * 4
+        fetched = 2 * sum(keys // page.block_size * replace(page, kv_heads=heads).vmem_bytes for page in pages)
+        beside = (6 + _round_up(mask_heads, parts) // parts) * tokens * LANES * 4 + 4 * heads * keys * SUBLANES * 4
+        together = 2 if heads % 2 == 0 else 1
+        logits = together * keys * (rows * 12 + lanes * 16)
+        return queries + sums + fetched + beside + logits
 
-    while vmem_bytes(tokens, keys) > chip.kernel_bytes and (tokens > 16 or keys > LANES):
-        if tokens > 16 and (tokens * group > 128 or keys == LANES):
+    while vmem_bytes() > chip.kernel_bytes:
+        if tokens > 16 and tokens * group > 256:
+            tokens //= 2
+        elif keys > 2 * LANES:
+            keys //= 2
+        elif parts < kv_heads:
+            parts = next(n for n in range(parts + 1, kv_heads + 1) if kv_heads % n == 0)
+        elif keys > LANES:
+            keys //= 2
+        elif tokens > 16:
             tokens //= 2
         else:
-            keys //= 2
-    # keys must not depend on max_seqlen_q, or a sequence would sum in another order in another batch
-    return VarlenBlocks(min(tokens, max(16, power_of_two(max_seqlen_q))), keys, chunk=min(keys, 256))
+            break
+    # chunks must not depend on max_seqlen_q, or a sequence would sum in another order in another batch
+    tokens = min(tokens, max(16, power_of_two(max_seqlen_q)))
+    return VarlenBlocks(tokens, keys, chunk=min(keys, 256), parts=parts)
 
 
 def power_of_two(size: int) -> int:

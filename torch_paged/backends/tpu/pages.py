@@ -158,7 +158,16 @@ class PageStream:
         begin = jnp.maximum(first_page - page, 0) if self.aligned else jnp.zeros_like(page)
         return begin, jnp.minimum(end_page - page, self.pages_per_block)
 
-    def hide(self, slot: Any, row: Any, page: Any, begin: Any, end: Any, drop: Callable[[Any], None]) -> None:
+    def hide(
+        self,
+        slot: Any,
+        row: Any,
+        page: Any,
+        begin: Any,
+        end: Any,
+        drop: Callable[[Any], None],
+        used: tuple[Any, Any] | None = None,
+    ) -> None:
         """Clear the values of a block, of which a weight of 0 would leave what is not finite, where keys are not seen.
 
         Args:
@@ -168,6 +177,7 @@ class PageStream:
             begin: first key that is seen; the block may begin before it.
             end: end of the keys that are seen; the block may end behind it.
             drop: called with the place in the block of each page that has an unusable id, whose values are cleared too.
+            used: the pages of the block that are used, None: all.
         """
         buffer = self.buffers[0]
         size = buffer.shape[4]
@@ -192,7 +202,8 @@ class PageStream:
             pl.when(unusable)(lambda: drop(j))
             return carry
 
-        lax.fori_loop(0, self.pages_per_block, hide_page, 0)
+        first, stop = used or (0, self.pages_per_block)
+        lax.fori_loop(first, stop, hide_page, 0)
 
     def _copies(self, block_id: Any, slot: Any, j: Any) -> list[Any]:
         copies = []

@@ -55,6 +55,8 @@ SIMULATION = frozenset(_asked.split(",")) - {"0", "1"}
 """Words of ``INTERPRET_WORDS``; none of them: the plain interpreter, which copies at once and is fast."""
 
 _MAX_ROWS = 2**31
+_MAX_COLUMNS = 2**17
+"""Of a page table that attention reads: a row has to fit into scalar memory, 1 MiB, beside what else is there."""
 _FLOAT16_ARGUMENTS = ("query", "key", "outs", "kv_cache")
 
 
@@ -127,6 +129,9 @@ def _unsupported(arguments: Arguments) -> tuple[str, str, str] | None:
     if rows >= _MAX_ROWS:
         shape = f"kv_cache with 2 * N * KH * S = {rows}"
         return shape, "less than 2^31", "use fewer blocks, or a cache for each group of layers"
+    if "query" in arguments and arguments["block_tables"].shape[1] > _MAX_COLUMNS:
+        columns = f"block_tables with M = {arguments['block_tables'].shape[1]}"
+        return columns, f"at most {_MAX_COLUMNS}", "pass fewer columns, or use a larger block size"
     return None
 
 

@@ -21,6 +21,8 @@ FAR = 2**30
 """Positions and windows beyond it act as it does; no sum of two overflows."""
 WORD_KEYS = 32 * 128
 """Keys of a row of mask words: key ``128 * bit + lane``."""
+_TILE_KEYS = 256
+"""Keys that take about as long as a tile without any."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,20 @@ def cut(
         fields += [of_tiles(source.page_rows), there, here, full_begin - offset, inside, offset]
     packed = jnp.stack(fields, axis=1).astype(jnp.int32).reshape(-1)
     return Tiles(size, packed, len(fields), ends[-1:], jnp.stack([low, high, position]), first_tiles)
+
+
+def shares(tiles: Tiles, num_sources: int, cores: int) -> jax.Array:
+    """Return (cores,) int32, where the tiles of each core end: all have about equally many keys."""
+    if cores == 1:
+        return tiles.count
+    sources = tiles.fields.reshape(-1, tiles.width)[:, TILE_FIELDS:].reshape(-1, num_sources, SOURCE_FIELDS)
+    tile = jnp.arange(sources.shape[0], dtype=jnp.int32)
+    keys = jnp.sum(sources[..., END] - sources[..., BEGIN], axis=1) + _TILE_KEYS
+    keys = jnp.where(tile < tiles.count, keys, 0).astype(jnp.float32)
+    work = jnp.cumsum(keys)
+    share = jnp.arange(1, cores, dtype=jnp.float32) * (work[-1] / cores)
+    ends = jnp.sum(work - keys / 2 < share[:, None], axis=1, dtype=jnp.int32)
+    return jnp.append(jnp.minimum(ends, tiles.count), tiles.count)
 
 
 def mask_words(mask: jax.Array, tiles: Tiles, source: int, keys: int) -> jax.Array:

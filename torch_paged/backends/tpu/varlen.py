@@ -8,6 +8,7 @@ key in some row's interval are read; a block that lies in the intervals of all r
 any other one in chunks, of which those that no row sees are left out. A tile writes its own rows and nothing else.
 """
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,13 +18,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from torch_paged.backends.tpu import tiles as t
-from torch_paged.backends.tpu.block_sizes import LANES, SUBLANES, Chip, varlen_blocks
+from torch_paged.backends.tpu.block_sizes import LANES, SUBLANES, Chip, Page, varlen_blocks
 from torch_paged.backends.tpu.decode import paged_attention
 from torch_paged.backends.tpu.pages import STATE_WORDS
 from torch_paged.backends.tpu.varlen_kernel import LOG2_E, Static, run_tiles
 
 NEW_PAGE = 128
 """Tokens of a page of new keys."""
+SMEM_WORDS = 15 * 2**14
+"""What of SMEM (1 MiB) the page table and the fields of the tiles may take; more sequences take several kernels."""
 
 
 def flash_attn_varlen(
@@ -138,23 +141,74 @@ def _attend_tiles(
     group = num_heads // num_kv_heads
     width = -(-head_dim // LANES) * LANES
     value_width = -(-value_dim // LANES) * LANES
-    padded_heads = -(-num_heads // SUBLANES) * SUBLANES
-    sides = [(x, x.dtype.itemsize) for x in (kv_cache, key) if x is not None]
+    mask_heads = 0 if attn_mask is None else attn_mask.shape[0] if attn_mask.ndim == 3 else 1
+    table_columns = 0 if block_tables is None else block_tables.shape[1]
+    pages = []
+    if kv_cache is not None:
+        pages.append(Page(num_kv_heads, kv_cache.shape[3], kv_cache.shape[4], kv_cache.dtype.itemsize))
+    if key is not None:
+        pages.append(Page(num_kv_heads, NEW_PAGE, width, key.dtype.itemsize))
     blocks = varlen_blocks(
         chip,
-        heads=padded_heads,
+        pages,
+        kv_heads=num_kv_heads,
         group=group,
         lanes=max(width, value_width),
         itemsize=query.dtype.itemsize,
-        key_bytes=sum(2 * num_kv_heads * (width if x is key else x.shape[4]) * size for x, size in sides),
+        mask_heads=mask_heads,
         max_seqlen_q=max_seqlen_q,
     )
-    tokens = blocks.tokens
+    tokens, parts = blocks.tokens, blocks.parts
     padded_tokens = max(num_tokens, tokens)
-    padding = ((0, padded_tokens - num_tokens), (0, padded_heads - num_heads), (0, width - head_dim))
-    query = jnp.pad(query, padding)
 
     num_seqs = begins.shape[0] - 1
+    tile_words = t.TILE_FIELDS + len(pages) * t.SOURCE_FIELDS
+    seqs_at_a_time = (SMEM_WORDS - (padded_tokens // tokens + 1) * tile_words) // (table_columns + tile_words)
+    if seqs_at_a_time < 1:
+        raise NotImplementedError(
+            f"flash_attn_varlen: backend 'tpu' does not support {num_tokens} query tokens beside block tables of "
+            f"{table_columns} columns ({SMEM_WORDS} words of scalar memory); pass fewer tokens at a time"
+        )
+    if num_seqs > seqs_at_a_time:
+        results: Any = None
+        for first in range(0, num_seqs, seqs_at_a_time):
+            part = slice(first, first + seqs_at_a_time)
+            bounds = slice(first, first + seqs_at_a_time + 1)
+            found = _attend_tiles(
+                query,
+                key,
+                value,
+                begins[bounds],
+                None if key is None else cu_seqlens_k[bounds],
+                kv_cache,
+                None if kv_cache is None else block_tables[part],
+                None if kv_cache is None else context_lens[part],
+                kv_scales,
+                sinks,
+                alibi_slopes,
+                attn_mask,
+                query_positions,
+                None if skipped is None else skipped[part],
+                max_seqlen_q=max_seqlen_q,
+                softmax_scale=softmax_scale,
+                logits_soft_cap=logits_soft_cap,
+                causal=causal,
+                sliding_window=sliding_window,
+                attention_chunk=attention_chunk,
+                value_dim=value_dim,
+                stats=stats,
+                chip=chip,
+                interpret=interpret,
+            )
+            before = jnp.arange(num_tokens, dtype=jnp.int32) < begins[first]
+            results = found if results is None else jax.tree.map(partial(_rows, before), results, found)
+        return results
+
+    heads, kv_heads = num_heads // parts, num_kv_heads // parts
+    padded_heads = -(-heads // SUBLANES) * SUBLANES
+    padding = ((0, padded_tokens - num_tokens), (0, 0), (0, padded_heads - heads), (0, width - head_dim))
+    query = jnp.pad(query.reshape(num_tokens, parts, heads, head_dim), padding).swapaxes(0, 1)
+
     seqs = jnp.arange(num_seqs, dtype=jnp.int32)
     sources, streams = [], []
     contexts = jnp.zeros((num_seqs,), jnp.int32)
@@ -166,10 +220,9 @@ def _attend_tiles(
         operands["cache"] = kv_cache
     if key is not None:
         new_begins = t.bounds(cu_seqlens_k, key.shape[0])
-        pages, first_pages = _new_pages(key, value, new_begins, width)
+        operands["new"], first_pages = _new_pages(key, value, new_begins, width)
         sources.append(t.KeySource(first_pages, jnp.diff(new_begins), contexts))
         streams.append("new")
-        operands["new"] = pages
     if query_positions is not None:
         query_positions = jnp.pad(query_positions, (0, padded_tokens - num_tokens))
     tiles = t.cut(
@@ -196,11 +249,10 @@ def _attend_tiles(
         causal=causal,
         window=None if sliding_window is None else min(sliding_window, t.FAR),
         listed=listed,
-        mask_heads=0 if attn_mask is None else attn_mask.shape[0] if attn_mask.ndim == 3 else 1,
-        table_columns=0 if block_tables is None else block_tables.shape[1],
+        mask_heads=mask_heads,
+        table_columns=table_columns,
         scales_rank=0 if kv_scales is None else kv_scales.ndim,
         stats=stats,
-        cores=chip.cores,
         interpreted=bool(interpret),
     )
     rows = group * tokens
@@ -208,7 +260,7 @@ def _attend_tiles(
     float32, anywhere = jnp.float32, pl.BlockSpec(memory_space=pl.ANY)
     operands["query"] = query
     if static.scales_rank == 4:
-        operands["token_scales"] = _scale_blocks(kv_scales, block_tables, blocks.keys)
+        operands["token_scales"] = _scale_blocks(kv_scales, block_tables, blocks.keys, parts)
     if attn_mask is not None:
         mask = attn_mask if attn_mask.ndim == 3 else attn_mask[None]
         for i, name in enumerate(streams):
@@ -226,19 +278,19 @@ def _attend_tiles(
         scalars["scales"] = jnp.broadcast_to(kv_scales.reshape(2, -1), (2, num_kv_heads)).reshape(-1)
     operands |= scalars
     specs |= dict.fromkeys(scalars, pl.BlockSpec(memory_space=pltpu.MemorySpace.SMEM))
-    prefetched = {"count": tiles.count, "fields": tiles.fields}
+    prefetched = {"ends": t.shares(tiles, len(streams), chip.cores), "fields": tiles.fields}
     if block_tables is not None:
         prefetched["table"] = block_tables.reshape(-1)
 
-    outputs = {"out": jax.ShapeDtypeStruct((padded_tokens, padded_heads, value_width), query.dtype)}
+    outputs = {"out": jax.ShapeDtypeStruct((parts, padded_tokens, padded_heads, value_width), query.dtype)}
     scratch: dict[str, Any] = {
         "query_buffer": pltpu.VMEM((2, tokens, padded_heads, width), query.dtype),
-        "query_rows": pltpu.VMEM((num_kv_heads, rows, width), query.dtype),
+        "query_rows": pltpu.VMEM((kv_heads, rows, width), query.dtype),
         "interleaved": pltpu.VMEM((max(width, value_width) // LANES * tokens * padded_heads, LANES), float32),
         "out_buffer": pltpu.VMEM((2, tokens, padded_heads, value_width), query.dtype),
-        "maxima": pltpu.VMEM((num_kv_heads, rows, LANES), float32),
-        "totals": pltpu.VMEM((num_kv_heads, rows, LANES), float32),
-        "sums": pltpu.VMEM((num_kv_heads, rows, value_width), float32),
+        "maxima": pltpu.VMEM((kv_heads, rows, LANES), float32),
+        "totals": pltpu.VMEM((kv_heads, rows, LANES), float32),
+        "sums": pltpu.VMEM((kv_heads, rows, value_width), float32),
         "alive": pltpu.VMEM((SUBLANES, blocks.keys), jnp.int32),
         "infinite": pltpu.SMEM((1,), jnp.int32),
         "query_semaphores": pltpu.SemaphoreType.DMA((2,)),
@@ -248,17 +300,17 @@ def _attend_tiles(
         scratch["listed_buffer"] = pltpu.VMEM((2, 3, tokens, LANES), jnp.int32)
     if stats:
         padded_rows = -(-rows // LANES) * LANES
-        outputs["statistics"] = jax.ShapeDtypeStruct((num_tiles, 2, num_kv_heads, padded_rows), float32)
-        scratch["statistics_buffer"] = pltpu.VMEM((2, 2, num_kv_heads, padded_rows), float32)
+        outputs["statistics"] = jax.ShapeDtypeStruct((parts, num_tiles, 2, kv_heads, padded_rows), float32)
+        scratch["statistics_buffer"] = pltpu.VMEM((2, 2, kv_heads, padded_rows), float32)
     if static.scales_rank == 4:
-        scratch["scale_buffer"] = pltpu.VMEM((2, 2 * num_kv_heads, 1, blocks.keys), float32)
+        scratch["scale_buffer"] = pltpu.VMEM((2, 2 * kv_heads, 1, blocks.keys), float32)
     if attn_mask is not None:
-        scratch["mask_buffer"] = pltpu.VMEM((static.mask_heads, tokens, LANES), jnp.int32)
+        scratch["mask_buffer"] = pltpu.VMEM((-(-mask_heads // parts), tokens, LANES), jnp.int32)
         scratch["mask_semaphore"] = pltpu.SemaphoreType.DMA
     for name in streams:
-        shape = operands[name].shape
-        page = (shape[0], *shape[2:])
-        scratch[f"{name}_buffer"] = pltpu.VMEM((2, blocks.keys // shape[3], *page), operands[name].dtype)
+        sides, _, _, size, stored_dim = operands[name].shape
+        page = (sides, kv_heads, size, stored_dim)
+        scratch[f"{name}_buffer"] = pltpu.VMEM((2, blocks.keys // size, *page), operands[name].dtype)
         scratch[f"{name}_semaphores"] = pltpu.SemaphoreType.DMA((2,))
         scratch[f"{name}_state"] = pltpu.SMEM((STATE_WORDS,), jnp.int32)
         scratch[f"{name}_unusable"] = pltpu.SMEM((2,), jnp.int32)
@@ -269,24 +321,31 @@ def _attend_tiles(
         out_shape=list(outputs.values()),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetched),
-            grid=(static.cores,),
+            grid=(chip.cores, parts),
             in_specs=[specs[name] for name in operands],
             out_specs=[anywhere] * len(outputs),
             scratch_shapes=list(scratch.values()),
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=chip.kernel_bytes),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=chip.kernel_bytes
+        ),
         name="flash_attn_varlen",
         interpret=interpret,
     )(*prefetched.values(), *operands.values())
-    out = results[0][:num_tokens, :num_heads, :value_dim]
+    out = results[0][:, :num_tokens, :heads, :value_dim].swapaxes(0, 1).reshape(num_tokens, num_heads, value_dim)
     if not stats:
         return out
     places = t.tile_rows(tiles, begins, num_tokens)
-    by_row = results[1][..., :rows].reshape(num_tiles, 2, num_kv_heads, group, tokens)
-    by_row = jnp.moveaxis(by_row, 4, 1).reshape(num_tiles * tokens, 2, num_heads)[places]
+    by_row = results[1][..., :rows].reshape(parts, num_tiles, 2, kv_heads, group, tokens)
+    by_row = by_row.transpose(1, 5, 2, 0, 3, 4).reshape(num_tiles * tokens, 2, num_heads)[places]
     behind = jnp.arange(num_tokens, dtype=jnp.int32) >= begins[-1]
     by_row = jnp.where(behind[:, None, None], -jnp.inf, by_row)
     return out, by_row[:, 0], by_row[:, 1]
+
+
+def _rows(before: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    """Return the old rows where ``before`` (T,), else the new ones."""
+    return jnp.where(before.reshape(-1, *[1] * (old.ndim - 1)), old, new)
 
 
 def _new_pages(
@@ -309,9 +368,14 @@ def _new_pages(
     return jnp.stack([side[token].swapaxes(1, 2) for side in sides]), first_pages
 
 
-def _scale_blocks(kv_scales: jax.Array, block_tables: jax.Array, keys: int) -> jax.Array:
-    """Return the scales of all columns as (B, blocks, 2 * KH, 1, keys of a block): keys of all heads, then values."""
+def _scale_blocks(kv_scales: jax.Array, block_tables: jax.Array, keys: int, parts: int) -> jax.Array:
+    """Return the scales of all columns as (B, blocks, parts, 2 * KH / parts, 1, keys of a block).
+
+    In each part those of the keys of its heads, then those of the values.
+    """
     scales = kv_scales[:, jnp.clip(block_tables, 0, kv_scales.shape[1] - 1)]  # (2, B, M, KH, S)
-    rows = scales.astype(jnp.float32).transpose(1, 0, 3, 2, 4).reshape(block_tables.shape[0], 2 * scales.shape[3], -1)
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % keys)))
-    return rows.reshape(*rows.shape[:2], -1, 1, keys).swapaxes(1, 2)
+    rows = scales.astype(jnp.float32).transpose(1, 3, 0, 2, 4)  # (B, KH, 2, M, S)
+    rows = rows.reshape(*rows.shape[:3], -1)
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, -rows.shape[3] % keys)))
+    rows = rows.reshape(rows.shape[0], parts, -1, 2, rows.shape[3] // keys, keys).transpose(0, 4, 1, 3, 2, 5)
+    return rows.reshape(*rows.shape[:3], -1, 1, keys)

@@ -6,6 +6,7 @@ softmax, in powers of two, and weigh the values.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from torch_paged.backends.tpu import tiles as t
-from torch_paged.backends.tpu.block_sizes import LANES, SUBLANES, VarlenBlocks
+from torch_paged.backends.tpu.block_sizes import LANES, VarlenBlocks
 from torch_paged.backends.tpu.logits import NOTHING, dot, weighted_sum
 from torch_paged.backends.tpu.pages import PageStream
 
@@ -42,7 +43,6 @@ class Static:
     table_columns: int
     scales_rank: int
     stats: bool
-    cores: int
     interpreted: bool
 
 
@@ -56,21 +56,20 @@ class _Consecutive:
 def run_tiles(r: SimpleNamespace, static: Static) -> None:
     """Compute the tiles of this core; ``r`` holds the refs by name."""
     tokens = static.blocks.tokens
-    count = r.count[0]
-    share = pl.cdiv(count, static.cores)
-    first = jnp.minimum(pl.program_id(0) * share, count)
-    last = jnp.minimum(first + share, count)
+    core, part = pl.program_id(0), pl.program_id(1)
+    first = jnp.where(core == 0, 0, r.ends[jnp.maximum(core - 1, 0)])
+    last = r.ends[core]
 
     def field(tile: Any, index: int) -> Any:
         return r.fields[tile * static.width + index]
 
-    sources = [_Source(r, static, field, name, i, last) for i, name in enumerate(static.sources)]
+    sources = [_Source(r, static, field, name, i, last, part) for i, name in enumerate(static.sources)]
 
     def query_copies(tile: Any) -> list[Any]:
         slot = lax.rem(tile, 2)
         semaphore = r.query_semaphores.at[slot]
         token = field(tile, t.TOKEN)
-        copies = [pltpu.make_async_copy(r.query.at[pl.ds(token, tokens)], r.query_buffer.at[slot], semaphore)]
+        copies = [pltpu.make_async_copy(r.query.at[part, pl.ds(token, tokens)], r.query_buffer.at[slot], semaphore)]
         if static.listed:
             copies.append(pltpu.make_async_copy(r.listed.at[tile], r.listed_buffer.at[slot], semaphore))
         return copies
@@ -81,18 +80,18 @@ def run_tiles(r: SimpleNamespace, static: Static) -> None:
         semaphore = r.out_semaphores.at[slot]
         row, size = field(tile, t.FIRST), field(tile, t.ROWS)
         token = field(tile, t.TOKEN) + row
-        part = tokens
-        while part:
-            done = size - lax.rem(size, 2 * part)
+        run = tokens
+        while run:
+            done = size - lax.rem(size, 2 * run)
 
-            @pl.when(lax.rem(size, 2 * part) >= part)
-            def _(done: Any = done, part: int = part) -> None:
-                source = r.out_buffer.at[slot, pl.ds(row + done, part)]
-                act(pltpu.make_async_copy(source, r.out.at[pl.ds(token + done, part)], semaphore))
+            @pl.when(lax.rem(size, 2 * run) >= run)
+            def _(done: Any = done, run: int = run) -> None:
+                source = r.out_buffer.at[slot, pl.ds(row + done, run)]
+                act(pltpu.make_async_copy(source, r.out.at[part, pl.ds(token + done, run)], semaphore))
 
-            part //= 2
+            run //= 2
         if static.stats:
-            act(pltpu.make_async_copy(r.statistics_buffer.at[slot], r.statistics.at[tile], semaphore))
+            act(pltpu.make_async_copy(r.statistics_buffer.at[slot], r.statistics.at[part, tile], semaphore))
 
     def tile_body(tile: Any, carry: Any) -> Any:
         slot = lax.rem(tile, 2)
@@ -115,7 +114,7 @@ def run_tiles(r: SimpleNamespace, static: Static) -> None:
         def free() -> None:
             out_copies(tile - 2, lambda copy: copy.wait())
 
-        _finish(r, static, slot)
+        _finish(r, static, slot, part)
         out_copies(tile, lambda copy: copy.start())
         return carry
 
@@ -137,22 +136,22 @@ def _lay_out_queries(r: SimpleNamespace, static: Static, slot: Any) -> None:
     """Lay the queries of a tile (tokens, H, D) out as (KH, G * tokens, D)."""
     _, tokens, heads, width = r.query_buffer.shape
     size = tokens * heads
-    for part in range(width // LANES):
-        queries = r.query_buffer[slot, :, :, part * LANES : (part + 1) * LANES].astype(jnp.float32)
-        r.interleaved[part * size : (part + 1) * size] = queries.reshape(size, LANES)
+    for column in range(width // LANES):
+        queries = r.query_buffer[slot, :, :, column * LANES : (column + 1) * LANES].astype(jnp.float32)
+        r.interleaved[column * size : (column + 1) * size] = queries.reshape(size, LANES)
 
     def kv_head(head: Any, carry: Any) -> Any:
         for member in range(static.group):
-            for part in range(width // LANES):
-                place = pl.ds(part * size + head * static.group + member, tokens, heads)
-                rows, lanes = slice(member * tokens, (member + 1) * tokens), slice(part * LANES, (part + 1) * LANES)
+            for column in range(width // LANES):
+                place = pl.ds(column * size + head * static.group + member, tokens, heads)
+                rows, lanes = slice(member * tokens, (member + 1) * tokens), slice(column * LANES, (column + 1) * LANES)
                 r.query_rows[head, rows, lanes] = r.interleaved[place].astype(r.query_rows.dtype)
         return carry
 
     lax.fori_loop(0, r.query_rows.shape[0], kv_head, 0)
 
 
-def _finish(r: SimpleNamespace, static: Static, slot: Any) -> None:
+def _finish(r: SimpleNamespace, static: Static, slot: Any, part: Any) -> None:
     """Turn sums into results and lay them out as (tokens, H, DV)."""
     _, tokens, heads, width = r.out_buffer.shape
     size = tokens * heads
@@ -163,28 +162,36 @@ def _finish(r: SimpleNamespace, static: Static, slot: Any) -> None:
         seen = maximum > NOTHING
         top, denominator = maximum, jnp.where(seen, total, 1.0)
         if "sinks" in vars(r):
-            sinks = _per_member(r.sinks, head, static.group, tokens)
+            sinks = _per_member(r.sinks, part * r.sums.shape[0] + head, static.group, tokens)
             top = jnp.maximum(maximum, sinks)
             denominator = jnp.exp2(sinks - top) + total * jnp.exp2(maximum - top)
         factor = jnp.where(seen, jnp.exp2(maximum - top) / denominator, 0.0)
         out = r.sums[head] * factor
         for member in range(static.group):
-            for part in range(width // LANES):
-                place = pl.ds(part * size + head * static.group + member, tokens, heads)
-                rows, lanes = slice(member * tokens, (member + 1) * tokens), slice(part * LANES, (part + 1) * LANES)
-                r.interleaved[place] = out[rows, lanes]
+            for column in range(width // LANES):
+                place = pl.ds(column * size + head * static.group + member, tokens, heads)
+                rows = slice(member * tokens, (member + 1) * tokens)
+                r.interleaved[place] = out[rows, column * LANES : (column + 1) * LANES]
         if static.stats:
             known = seen if "sinks" not in vars(r) else jnp.full(seen.shape, True)
             lse = jnp.where(known, (top + jnp.log2(denominator)) / LOG2_E, -jnp.inf)
             largest = jnp.where(seen, maximum / LOG2_E, -jnp.inf)
-            for i, column in enumerate((lse, largest)):
-                r.statistics_buffer[slot, i, pl.ds(head, 1)] = _transposed(column)
+            for i, values in enumerate((lse, largest)):
+                r.statistics_buffer[slot, i, pl.ds(head, 1)] = _transposed(values)
         return carry
 
     lax.fori_loop(0, r.sums.shape[0], kv_head, 0)
-    for part in range(width // LANES):
-        out = r.interleaved[part * size : (part + 1) * size].reshape(tokens, heads, LANES)
-        r.out_buffer[slot, :, :, part * LANES : (part + 1) * LANES] = out.astype(r.out_buffer.dtype)
+    for column in range(width // LANES):
+        out = r.interleaved[column * size : (column + 1) * size].reshape(tokens, heads, LANES)
+        r.out_buffer[slot, :, :, column * LANES : (column + 1) * LANES] = out.astype(r.out_buffer.dtype)
+
+
+def _not_finite(values: jax.Array) -> jax.Array:
+    """Return int32, other than 0 where a value, or one of two, is not finite; values are (KH, S, DS)."""
+    if values.dtype == jnp.bfloat16 and values.shape[1] % 16 == 0:
+        carried = (pltpu.bitcast(values, jnp.int32) & 0x7F807F80) + 0x00800080
+        return carried & -0x7FFF8000  # 0x80008000: a carry out of an exponent of ones
+    return (jnp.logical_not(jnp.abs(values.astype(jnp.float32)) < jnp.inf)).astype(jnp.int32)
 
 
 def _transposed(column: jax.Array) -> jax.Array:
@@ -207,12 +214,15 @@ def _per_member(values: Any, head: Any, group: int, tokens: int) -> jax.Array:
 class _Source:
     """The keys of one source, as a tile attends to them."""
 
-    def __init__(self, r: SimpleNamespace, static: Static, field: Any, name: str, index: int, last: Any) -> None:
+    def __init__(
+        self, r: SimpleNamespace, static: Static, field: Any, name: str, index: int, last: Any, part: Any
+    ) -> None:
         self.r, self.static = r, static
         self.scales_rank = static.scales_rank if name == "cache" else 0
         self.buffer, self.unusable = getattr(r, f"{name}_buffer"), getattr(r, f"{name}_unusable")
         self.mask: Any = getattr(r, f"{name}_mask") if static.mask_heads else None
         _, self.pages_per_block, _, self.num_kv_heads, self.page_size, _ = self.buffer.shape
+        self.part, self.first_head = part, part * self.num_kv_heads
         self.table: Any = r.table if name == "cache" else _Consecutive()
         self.columns = static.table_columns if name == "cache" else 1
         place = t.TILE_FIELDS + index * t.SOURCE_FIELDS
@@ -220,7 +230,7 @@ class _Source:
         self.position = lambda tile: field(tile, t.POSITION)
         block_sources = []
         if self.scales_rank == 4:
-            block_sources.append((lambda row, block: r.token_scales.at[row, block], r.scale_buffer))
+            block_sources.append((lambda row, block: r.token_scales.at[row, block, part], r.scale_buffer))
         self.stream = PageStream(
             (getattr(r, name),),
             (self.buffer,),
@@ -231,6 +241,7 @@ class _Source:
             self._span,
             self.columns,
             last,
+            head=self.first_head if static.blocks.parts > 1 else None,
             aligned=True,
             block_sources=block_sources,
             unrolled=not static.interpreted,
@@ -256,32 +267,38 @@ class _Source:
             key = page * self.page_size
             if self.mask is not None:
                 self._fetch_mask(tile, i * keys)
-            whole = (key >= full_begin) & (key + keys <= full_end) & (self.unusable[slot] == 0)
-            if self.mask is not None:
-                whole = jnp.zeros_like(whole)
+            usable = self.unusable[slot] == 0
 
-            @pl.when(whole)
-            def all_seen() -> None:
-                self._step_heads(tile, slot, 0, self.pages_per_block, key, i * keys)
+            def seen_by_all(key: Any, size: int) -> Any:
+                return (key >= full_begin) & (key + size <= full_end) & usable & (self.mask is None)
+
+            whole = seen_by_all(key, keys)
+            if self.mask is None:
+
+                @pl.when(whole)
+                def all_seen() -> None:
+                    self._step_heads(tile, slot, 0, self.pages_per_block, key, i * keys)
 
             @pl.when(jnp.logical_not(whole))
             def some_seen() -> None:
-                self._hide(slot, row, page, begin, end)
                 pages = chunk // self.page_size
                 lowest = lax.div(jnp.maximum(begin - key, 0), chunk)
                 highest = jnp.minimum(pl.cdiv(end - key, chunk), keys // chunk)
-                for infinite in (False, True):
+                self._hide(slot, row, page, begin, end, (lowest * pages, highest * pages))
 
-                    @pl.when(self.r.infinite[0] == int(infinite))
-                    def some_chunks(infinite: bool = infinite) -> None:
-                        def chunk_body(c: Any, carry: Any) -> Any:
-                            start = i * keys + c * chunk
-                            self._step_heads(
-                                tile, slot, c * pages, pages, key + c * chunk, start, masked=True, infinite=infinite
-                            )
-                            return carry
+                def chunk_body(c: Any, carry: Any) -> Any:
+                    step = partial(
+                        self._step_heads, tile, slot, c * pages, pages, key + c * chunk, i * keys + c * chunk
+                    )
+                    masked = jnp.logical_not(seen_by_all(key + c * chunk, chunk))
+                    if self.mask is None:
+                        pl.when(jnp.logical_not(masked))(step)
+                    for infinite in (False, True):
+                        here = masked & (self.r.infinite[0] == int(infinite))
+                        pl.when(here)(partial(step, masked=True, infinite=infinite))
+                    return carry
 
-                        lax.fori_loop(lowest, highest, chunk_body, 0)
+                lax.fori_loop(lowest, highest, chunk_body, 0)
 
             return carry
 
@@ -289,7 +306,7 @@ class _Source:
         if 0 < self.scales_rank < 4:
 
             def scale_values(head: Any, carry: Any) -> Any:
-                self.r.sums[head] = self.r.sums[head] * self.r.scales[self.num_kv_heads + head]
+                self.r.sums[head] = self.r.sums[head] * self._scale(1, head)
                 return carry
 
             lax.fori_loop(0, self.num_kv_heads, scale_values, 0)
@@ -299,52 +316,34 @@ class _Source:
 
         @pl.when(lax.rem(start, t.WORD_KEYS) == 0)
         def fetch() -> None:
-            words = self.mask.at[tile, :, lax.div(start, t.WORD_KEYS)]
+            count = self.r.mask_buffer.shape[0]
+            first = 0 if self.static.mask_heads == 1 else self.part * count
+            words = self.mask.at[tile, pl.ds(first, count), lax.div(start, t.WORD_KEYS)]
             copy = pltpu.make_async_copy(words, self.r.mask_buffer, self.r.mask_semaphore)
             copy.start()
             copy.wait()
 
-    def _hide(self, slot: Any, row: Any, page: Any, begin: Any, end: Any) -> None:
-        """Mark the keys of a block that exist, zero the values of the others, and look for values that are not finite.
-
-        A weight of 0 leaves nothing of a value, if the value is finite.
-        """
+    def _hide(self, slot: Any, row: Any, page: Any, begin: Any, end: Any, used: tuple[Any, Any]) -> None:
+        """Mark the keys of unusable pages, clear the values of keys that no row sees, and look for infinite ones."""
         r, size, keys = self.r, self.page_size, self.pages_per_block * self.page_size
-        lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, keys), 1)
-        r.alive[...] = ((page * size + lane >= begin) & (page * size + lane < end)).astype(jnp.int32)
+        key = page * size
+        spoilt = self.unusable[slot] != 0
+        r.alive[...] = jnp.ones(r.alive.shape, jnp.int32)
 
-        def hide_page(j: Any, carry: Any) -> Any:
-            key = (page + j) * size
-            outside = (key + size <= begin) | (key >= end)
-            block_id = self.table[jnp.where(outside, 0, row * self.columns + page + j)]
-            unusable = (block_id < 0) | (block_id >= self.stream.num_pages)
-            unusable = unusable & (self.unusable[slot] != 0) & jnp.logical_not(outside)
-            stop = jnp.where(unusable, begin, end)
+        def drop(j: Any) -> None:
+            lane = lax.broadcasted_iota(jnp.int32, r.alive.shape, 1)
+            r.alive[...] = jnp.where((lane >= j * size) & (lane < (j + 1) * size), 0, r.alive[...])
 
-            @pl.when((key < begin) | (key + size > stop))
-            def clear() -> None:
-                values = self.buffer[slot, j, 1]
-                position = key + lax.broadcasted_iota(jnp.int32, values.shape, 1)
-                kept = (position >= begin) & (position < stop)
-                self.buffer[slot, j, 1] = jnp.where(kept, values, jnp.zeros_like(values))
+        @pl.when((key < begin) | (key + keys > end) | spoilt)
+        def hide() -> None:
+            self.stream.hide(slot, row, page, begin, end, drop, used)
 
-            @pl.when(unusable)
-            def drop() -> None:
-                away = (lane >= j * size) & (lane < (j + 1) * size)
-                r.alive[...] = jnp.where(away, 0, r.alive[...])
-
-            return carry
-
-        lax.fori_loop(0, self.pages_per_block, hide_page, 0)
         r.infinite[0] = 0
         if self.buffer.dtype != jnp.int8:
-
-            def look(j: Any, carry: Any) -> Any:
-                values = self.buffer[slot, j, 1].astype(jnp.float32)
-                return jnp.where(jnp.abs(values) < jnp.inf, carry, 1.0)
-
-            found = lax.fori_loop(0, self.pages_per_block, look, jnp.zeros(self.buffer.shape[3:], jnp.float32))
-            r.infinite[0] = (jnp.max(found) > 0).astype(jnp.int32)
+            nothing = jnp.zeros_like(_not_finite(self.buffer[slot, 0, 1]))
+            first, stop = used
+            found = lax.fori_loop(first, stop, lambda j, found: found | _not_finite(self.buffer[slot, j, 1]), nothing)
+            r.infinite[0] = (jnp.max(jnp.where(found == 0, 0.0, 1.0)) > 0).astype(jnp.int32)
 
     def _step_heads(self, tile: Any, slot: Any, page: Any, pages: int, key: Any, start: Any, **kind: bool) -> None:
         """Take one step for all kv heads, two at a time: what one waits for, the other fills."""
@@ -398,22 +397,23 @@ class _Source:
         if self.scales_rank == 4:
             scale = scale * r.scale_buffer[slot, head, :, lanes]
         elif self.scales_rank:
-            scale = scale * r.scales[head]
+            scale = scale * self._scale(0, head)
         logits = logits * scale
         if static.logits_soft_cap:
             logits = jnp.tanh(logits * (1 / static.logits_soft_cap)) * (static.logits_soft_cap * LOG2_E)
         if masked or "slopes" in vars(r):
-            index = key + self.field(tile, t.OFFSET) + lax.broadcasted_iota(jnp.int32, (1, size), 1)
+            offset = self.field(tile, t.OFFSET)
+            index = key + offset + lax.broadcasted_iota(jnp.int32, (1, size), 1)
             low, high, position = self._limits(tile)
         if "slopes" in vars(r):
-            slopes = _per_member(r.slopes, head, static.group, static.blocks.tokens)
+            slopes = _per_member(r.slopes, self.first_head + head, static.group, static.blocks.tokens)
             logits = logits - slopes * jnp.abs(position - index).astype(jnp.float32)
         if masked:
-            seen = r.alive[:1, lanes] != 0
+            last = self.field(tile, t.END) + offset - 1
+            index = jnp.where(r.alive[:1, lanes] == 0, 2 * t.FAR - 1, index)
+            seen = index <= (last if high is None else jnp.minimum(high, last))
             if low is not None:
                 seen = seen & (index >= low)
-            if high is not None:
-                seen = seen & (index <= high)
             if self.mask is not None:
                 seen = seen & self._masked(head, start, size)
             seen = jnp.broadcast_to(seen, logits.shape)
@@ -443,11 +443,15 @@ class _Source:
             found = found.astype(jnp.float32)
         return found.reshape(pages * self.page_size, found.shape[2]).astype(dtype)
 
+    def _scale(self, side: int, head: Any) -> Any:
+        """Return the scale of a head's keys or values."""
+        return self.r.scales[(side * self.static.blocks.parts) * self.num_kv_heads + self.first_head + head]
+
     def _masked(self, head: Any, start: Any, size: int) -> jax.Array:
         """Return (R, keys) bool: what the mask lets the rows of a kv head see."""
         r, static = self.r, self.static
         heads = [0 if static.mask_heads == 1 else head] * static.group
-        if static.mask_heads == self.num_kv_heads * static.group:
+        if r.mask_buffer.shape[0] == self.num_kv_heads * static.group:
             heads = [head * static.group + member for member in range(static.group)]
         words = jnp.concatenate([r.mask_buffer[mask_head] for mask_head in heads])
         bit = lax.div(lax.rem(start, t.WORD_KEYS), LANES)
