@@ -9,7 +9,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
-from torch_paged.backends.tpu import aot
+from torch_paged.backends.tpu import aot, decode
+from torch_paged.backends.tpu.block_sizes import CHIPS
 
 B, KH, G, D, S, M = 4, 2, 4, 128, 16, 8
 CACHE_BYTES = 2 * B * M * KH * S * D * 2
@@ -72,3 +73,10 @@ def test_what_the_compiler_refuses_raises_its_words() -> None:
 
     with pytest.raises(aot.Refused, match="vmem"):
         program("v5e", too_big, (shape(8, 128, dtype=jnp.float32),))
+
+
+def test_sides_of_a_cache_that_are_far_apart() -> None:
+    cache = shape(2, 2**11, 8, 128, 256, dtype=jnp.float32)
+    arguments = (shape(4, 8, 256, dtype=jnp.float32), cache, shape(4, 2, dtype=jnp.int32), shape(4, dtype=jnp.int32))
+    attend = partial(decode.paged_attention, softmax_scale=0.1, chip=CHIPS["v5e"])
+    assert len(program("v5e", attend, arguments).kernels) == 1

@@ -22,6 +22,8 @@ _SLOT, _ITEM, _PAGE, _END, _FETCH_SLOT, _UNUSABLE = range(STATE_WORDS)
 
 _UNROLLED_PAGES = 32
 """Copies that are started in a row without a loop."""
+STRIDE_BYTES = 2**31
+"""One copy takes both sides of a page where they lie closer together."""
 _UNROLLED_IDS = 8
 """Block ids that are looked at in a row without a loop."""
 
@@ -207,11 +209,12 @@ class PageStream:
 
     def _copies(self, block_id: Any, slot: Any, j: Any) -> list[Any]:
         copies = []
+        heads = () if self.head is None else (pl.ds(self.head, self.buffers[0].shape[3]),)
         for source, buffer in zip(self.sources, self.buffers, strict=True):
-            page = source.at[:, block_id]
-            if self.head is not None:
-                page = source.at[:, block_id, pl.ds(self.head, buffer.shape[3])]
-            copies.append(pltpu.make_async_copy(page, buffer.at[slot, j], self.semaphores.at[slot]))
+            near = math.prod(source.shape[1:]) * source.dtype.itemsize < STRIDE_BYTES
+            for side in (slice(None),) if near else range(source.shape[0]):
+                page, place = source.at[(side, block_id, *heads)], buffer.at[slot, j, side]
+                copies.append(pltpu.make_async_copy(page, place, self.semaphores.at[slot]))
         return copies
 
     def _block_copies(self, row: Any, block: Any, slot: Any) -> list[Any]:
