@@ -29,11 +29,12 @@ def test_keys_of_a_varlen_step_do_not_depend_on_the_longest_sequence(chip: Chip)
         blocks = {
             length: varlen_blocks(
                 chip,
-                heads=-(-kv_heads * group // 8) * 8,
+                [Page(kv_heads, 128, lanes, itemsize)] * sources,
+                kv_heads=kv_heads,
                 group=group,
                 lanes=lanes,
                 itemsize=itemsize,
-                key_bytes=2 * kv_heads * lanes * itemsize * sources,
+                mask_heads=0,
                 max_seqlen_q=length,
             )
             for length in (2, 16, 32, 64, 128, 512, 4096)

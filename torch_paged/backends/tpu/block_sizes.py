@@ -131,7 +131,7 @@ class VarlenBlocks:
     Attributes:
         tokens: query tokens of a tile.
         keys: keys of a fetched block.
-        chunk: keys that are computed at a time where a block is not seen whole.
+        chunk: keys that are computed at a time.
         parts: parts of the kv heads, computed one after the other.
     """
 

@@ -213,7 +213,8 @@ class PageStream:
         for source, buffer in zip(self.sources, self.buffers, strict=True):
             near = math.prod(source.shape[1:]) * source.dtype.itemsize < STRIDE_BYTES
             for side in (slice(None),) if near else range(source.shape[0]):
-                page, place = source.at[(side, block_id, *heads)], buffer.at[slot, j, side]
+                from_page = (side, block_id, *heads)
+                page, place = source.at[from_page], buffer.at[slot, j, side]
                 copies.append(pltpu.make_async_copy(page, place, self.semaphores.at[slot]))
         return copies
 

@@ -4,8 +4,12 @@ A sequence with one query and its keys in the cache is left to ``decode``; a bat
 queries of any other are cut into tiles of tokens (``tiles``). The queries of a tile, all heads, are copied to
 VMEM and laid out per kv head as (G * tokens, D); blocks of keys stream past them (``pages``), cached ones first, then
 the new ones, which a first step lays out as pages of their own. Each row sees an interval of keys. Only pages with a
-key in some row's interval are read; a block that lies in the intervals of all rows is taken whole and without a mask,
-any other one in chunks, of which those that no row sees are left out. A tile writes its own rows and nothing else.
+key in some row's interval are read. A block is taken in chunks: those that no row sees are left out, those that lie in
+the intervals of all rows need no mask. A tile writes its own rows and nothing else.
+
+The page table and the fields of all tiles lie in scalar memory; where they do not fit, parts of the sequences take a
+kernel each. Where a tile of all kv heads does not fit into VMEM, the kernel goes through the tiles once for each part
+of the heads.
 """
 
 from functools import partial

@@ -272,34 +272,25 @@ class _Source:
             def seen_by_all(key: Any, size: int) -> Any:
                 return (key >= full_begin) & (key + size <= full_end) & usable & (self.mask is None)
 
-            whole = seen_by_all(key, keys)
-            if self.mask is None:
+            pages = chunk // self.page_size
+            lowest = lax.div(jnp.maximum(begin - key, 0), chunk)
+            highest = jnp.minimum(pl.cdiv(end - key, chunk), keys // chunk)
 
-                @pl.when(whole)
-                def all_seen() -> None:
-                    self._step_heads(tile, slot, 0, self.pages_per_block, key, i * keys)
-
-            @pl.when(jnp.logical_not(whole))
-            def some_seen() -> None:
-                pages = chunk // self.page_size
-                lowest = lax.div(jnp.maximum(begin - key, 0), chunk)
-                highest = jnp.minimum(pl.cdiv(end - key, chunk), keys // chunk)
+            @pl.when(jnp.logical_not(seen_by_all(key, keys)))
+            def hide() -> None:
                 self._hide(slot, row, page, begin, end, (lowest * pages, highest * pages))
 
-                def chunk_body(c: Any, carry: Any) -> Any:
-                    step = partial(
-                        self._step_heads, tile, slot, c * pages, pages, key + c * chunk, i * keys + c * chunk
-                    )
-                    masked = jnp.logical_not(seen_by_all(key + c * chunk, chunk))
-                    if self.mask is None:
-                        pl.when(jnp.logical_not(masked))(step)
-                    for infinite in (False, True):
-                        here = masked & (self.r.infinite[0] == int(infinite))
-                        pl.when(here)(partial(step, masked=True, infinite=infinite))
-                    return carry
+            def chunk_body(c: Any, carry: Any) -> Any:
+                step = partial(self._step_heads, tile, slot, c * pages, pages, key + c * chunk, i * keys + c * chunk)
+                masked = jnp.logical_not(seen_by_all(key + c * chunk, chunk))
+                if self.mask is None:
+                    pl.when(jnp.logical_not(masked))(step)
+                for infinite in (False, True):
+                    here = masked & (self.r.infinite[0] == int(infinite))
+                    pl.when(here)(partial(step, masked=True, infinite=infinite))
+                return carry
 
-                lax.fori_loop(lowest, highest, chunk_body, 0)
-
+            lax.fori_loop(lowest, highest, chunk_body, 0)
             return carry
 
         lax.fori_loop(0, pl.cdiv(end_page - base, self.pages_per_block), block, 0)
