@@ -75,7 +75,10 @@ class Backend:
         overload = "with_stats" if stats else "default"
         if self.kernels is not None:
             return self.kernels[f"{op}.with_stats" if stats else op](**arguments)
-        return getattr(getattr(getattr(torch.ops, NAMESPACE), op), overload)(**arguments)
+        results = getattr(getattr(getattr(torch.ops, NAMESPACE), op), overload)(**arguments)
+        if self.device.type == "xla":  # else each result that is read would be computed by a program of its own
+            importlib.import_module("torch_xla").sync()
+        return results
 
     def _assert_refused(self, reason: str, op: str, arguments: dict[str, Any], stats: bool) -> None:
         said = "nothing"
