@@ -32,7 +32,7 @@ def tokens_and_tiles(point: Mapping[str, Any]) -> tuple[int, int]:
     width = -(-point["context"] // point["block_size"])
     rows = point["kv_heads"] * -(-point["group"] // SUBLANES) * SUBLANES
     page = Page(*_pages(point)[1:], itemsize=2)
-    blocks = decode_blocks(CHIPS[point["chip"]], page, width, rows, 0)
+    blocks = decode_blocks(CHIPS[point["chip"]], page, width, rows, 0, point["batch"])
     return blocks.pages * point["block_size"], blocks.pages // blocks.tile_pages
 
 

@@ -95,6 +95,15 @@ def test_block_ids_outside_of_the_cache_hold_no_keys_and_lengths_end_with_the_ta
     assert (lse[0] == -torch.inf).all()
 
 
+def test_short_sequences_are_multiplied_several_at_a_time() -> None:
+    """All of the first four, and three of the others."""
+    case = AttentionCase(
+        "short", context_lens=(64, 17, 63, 1, 0, 64, 33, 48), num_kv_heads=1, stored_dim=128, sinks=True, alibi=True
+    )
+    arguments = build(case)
+    assert_attention(case.op, arguments, *run(arguments, INTERPRETERS["on_wait"]))
+
+
 @pytest.mark.parametrize("num_seqs", [1, 3])
 def test_two_cores_share_the_sequences_or_the_heads_of_one(num_seqs: int) -> None:
     case = AttentionCase("cores", context_lens=(40, 0, 21)[:num_seqs], stored_dim=128, alibi=True, sinks=True)
@@ -123,8 +132,8 @@ def test_no_columns_no_keys() -> None:
 @pytest.mark.parametrize("kv_heads", [1, 8, 16])
 def test_blocks_fit_vmem(chip: Chip, kv_heads: int) -> None:
     page = Page(kv_heads, block_size=128, stored_dim=256, itemsize=4)
-    blocks = decode_blocks(chip, page, width=4096, rows=kv_heads * 8, key_bytes=64)
+    blocks = decode_blocks(chip, page, width=4096, rows=kv_heads * 8, key_bytes=64, num_seqs=8)
     assert blocks.buffers >= 2
     assert blocks.pages % blocks.tile_pages == 0
     assert blocks.buffers * blocks.pages * page.vmem_bytes <= chip.kernel_bytes
-    assert decode_blocks(chip, page, width=1, rows=8, key_bytes=0).pages == 1
+    assert decode_blocks(chip, page, width=1, rows=8, key_bytes=0, num_seqs=3).pages == 1

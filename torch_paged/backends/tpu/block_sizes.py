@@ -44,8 +44,12 @@ CHIPS = {
 
 _MULTIPLIED_ROWS = 4096
 """Keys of all kv heads that are multiplied at a time: enough independent work for the units to overlap."""
-_MULTIPLIED_KEYS = 2048
+_MULTIPLIED_KEYS = 4096
 """Most keys of a head that are multiplied at a time: their logits stay in registers."""
+
+
+_TOGETHER = 4
+"""Kv heads, of as many sequences as it takes, that are multiplied together: less leave units idle."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,13 @@ class Blocks:
         pages: pages of a fetched block.
         tile_pages: pages that are multiplied at a time; they divide ``pages``.
         buffers: blocks in VMEM.
+        sequences: how many are multiplied at a time.
     """
 
     pages: int
     tile_pages: int
     buffers: int
+    sequences: int
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class Page:
         return 2 * self.kv_heads * rows * self.stored_dim * self.itemsize
 
 
-def decode_blocks(chip: Chip, page: Page, width: int, rows: int, key_bytes: int) -> Blocks:
+def decode_blocks(chip: Chip, page: Page, width: int, rows: int, key_bytes: int, num_seqs: int) -> Blocks:
     """Return the tiling of ``paged_attention``; all its numbers of pages are powers of two.
 
     Args:
@@ -100,28 +106,35 @@ def decode_blocks(chip: Chip, page: Page, width: int, rows: int, key_bytes: int)
         width: M.
         rows: query rows of this core, padded.
         key_bytes: bytes that come with each key beside the cache: mask and scales.
+        num_seqs: sequences of this core, or 1 where their number is not that of all cores.
     """
     keys = min(power_of_two(_MULTIPLIED_ROWS // page.kv_heads), _MULTIPLIED_KEYS)
     tile = min(max(1, keys // page.block_size), power_of_two(width))
     pages = max(tile, min(power_of_two(chip.fetch_bytes // page.hbm_bytes), power_of_two(width)))
-    buffers = 3 if pages == tile else 2
+    sequences = 1
+    while tile >= width and 2 * sequences * page.kv_heads <= _TOGETHER and num_seqs % (2 * sequences) == 0:
+        sequences *= 2
+    buffers = max(2 * sequences, 3 if pages == tile else 2)
 
     def vmem_bytes() -> int:
         keys = tile * page.block_size
-        logits = 6 * rows * _round_up(keys, LANES) * 4
+        logits = 6 * sequences * rows * _round_up(keys, LANES) * 4
         widened = 2 * keys * page.stored_dim * 4
         beside = key_bytes * _round_up(pages * page.block_size, LANES)
-        sums = 4 * rows * page.stored_dim * 4
+        sums = 4 * sequences * rows * page.stored_dim * 4
         return buffers * (pages * page.vmem_bytes + beside) + logits + widened + sums
 
     while vmem_bytes() > chip.kernel_bytes and (buffers > 2 or pages > 1):
-        if buffers > 2:
+        if sequences > 1:
+            sequences //= 2
+            buffers = max(2 * sequences, 3)
+        elif buffers > 2:
             buffers -= 1
         elif pages > tile:
             pages //= 2
         else:
             pages = tile = tile // 2
-    return Blocks(pages, tile, buffers)
+    return Blocks(pages, tile, buffers, sequences)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from torch_paged.backends.tpu.block_sizes import LANES, SUBLANES, Blocks, Chip, Page, decode_blocks
 from torch_paged.backends.tpu.logits import NOTHING, across, dot, modify, statistics, weigh, weighted_sum
-from torch_paged.backends.tpu.pages import STATE_WORDS, PageStream
+from torch_paged.backends.tpu.pages import STATE_WORDS, PageStream, flat_table
 
 MASK_ROWS = 32
 """Rows of a tile of int8."""
@@ -79,6 +79,11 @@ class _Plan:
     def steps(self) -> int:
         """Sequences of a core, the last of which may be one too many."""
         return self.num_seqs if self.split_heads else -(-self.num_seqs // self.cores)
+
+    @property
+    def members(self) -> int:
+        """Sequences of a step of the grid."""
+        return self.blocks.sequences
 
     @property
     def block_sources(self) -> tuple[str, ...]:
@@ -158,6 +163,7 @@ def paged_attention(
     cores = chip.cores if split_heads or num_seqs >= chip.cores else 1
     core_kv_heads = num_kv_heads // (cores if split_heads else 1)
     group_rows = -(-(num_heads // num_kv_heads) // SUBLANES) * SUBLANES
+    core_seqs = num_seqs if split_heads else num_seqs // cores if num_seqs % cores == 0 else 1
     page = Page(core_kv_heads, block_size, stored_dim, kv_cache.dtype.itemsize)
     key_bytes = (8 * core_kv_heads if scales_rank == 4 else 0) + -(-mask_heads // MASK_ROWS) * MASK_ROWS
     plan = _Plan(
@@ -169,7 +175,7 @@ def paged_attention(
         block_size,
         stored_dim,
         width,
-        decode_blocks(chip, page, width, core_kv_heads * group_rows, key_bytes),
+        decode_blocks(chip, page, width, core_kv_heads * group_rows, key_bytes, core_seqs),
         cores,
         split_heads,
         scales_rank,
@@ -185,7 +191,7 @@ def paged_attention(
         kv_cache.dtype,
         bool(interpret),
     )
-    scalars = [context_lens, block_tables.reshape(-1)]
+    scalars = [context_lens, flat_table(block_tables, num_blocks)]
     scalars += [kv_scales] if kv_scales is not None and scales_rank < 4 else []
     scalars += [x for x in (sinks, alibi_slopes) if x is not None]
     arrays = [query, kv_cache]
@@ -193,6 +199,8 @@ def paged_attention(
         arrays.append(_scale_blocks(kv_scales, block_tables, plan))
     if attn_mask is not None:
         arrays.append(_mask_blocks(attn_mask, plan))
+    if not interpret:  # else XLA may copy a whole cache to VMEM first
+        arrays[1:] = [pltpu.with_memory_space_constraint(x, pltpu.MemorySpace.HBM) for x in arrays[1:]]
     out, *rest = _call(plan, chip, interpret)(*scalars, *arrays)
     if not stats:
         return out
@@ -235,34 +243,36 @@ def _call(plan: _Plan, chip: Chip, interpret: Any) -> Any:
     def block_index(core: Any, step: Any, *_: Any) -> tuple[Any, ...]:
         if plan.split_heads:
             return step, core, 0
-        return jnp.minimum(core * plan.steps + step, plan.num_seqs - 1), 0, 0
+        steps = plan.steps // plan.members
+        return jnp.minimum(core * steps + step, -(-plan.num_seqs // plan.members) - 1), 0, 0
 
     def stat_index(*indices: Any) -> tuple[Any, ...]:
         seq, part, _ = block_index(*indices)
         return seq, part, 0, 0
 
     parts = plan.cores if plan.split_heads else 1
-    query_block = pl.BlockSpec((1, plan.core_heads, plan.head_dim), block_index)
+    query_block = pl.BlockSpec((plan.members, plan.core_heads, plan.head_dim), block_index)
     out_shape = [jax.ShapeDtypeStruct((plan.num_seqs, plan.num_heads, plan.value_dim), plan.query_dtype)]
-    out_specs = [pl.BlockSpec((1, plan.core_heads, plan.value_dim), block_index)]
+    out_specs = [pl.BlockSpec((plan.members, plan.core_heads, plan.value_dim), block_index)]
     if plan.stats:
         stat = jax.ShapeDtypeStruct((plan.num_seqs, parts, 1, plan.core_heads), jnp.float32)
         out_shape += [stat, stat]
-        out_specs += [pl.BlockSpec((1, 1, 1, plan.core_heads), stat_index)] * 2
+        out_specs += [pl.BlockSpec((plan.members, 1, 1, plan.core_heads), stat_index)] * 2
 
     buffers, pages, tiles = plan.blocks.buffers, plan.blocks.pages, plan.blocks.pages // plan.blocks.tile_pages
-    kv_heads, rows, size = plan.core_kv_heads, plan.rows, plan.block_size
+    kv_heads, rows, size, members = plan.core_kv_heads, plan.rows, plan.block_size, plan.members
     scratch = {
         "buffer": pltpu.VMEM((buffers, pages, 2, kv_heads, size, plan.stored_dim), plan.cache_dtype),
         "semaphores": pltpu.SemaphoreType.DMA((buffers,)),
         "state": pltpu.SMEM((STATE_WORDS,), jnp.int32),
         "unusable": pltpu.SMEM((buffers,), jnp.int32),
-        "live": pltpu.VMEM((tiles, SUBLANES, plan.tile_keys), jnp.float32),
-        "heads": pltpu.VMEM((plan.core_heads + rows - plan.group, plan.stored_dim), jnp.float32),
-        "queries": pltpu.VMEM((kv_heads, rows, plan.head_dim), plan.query_dtype),
-        "maxima": pltpu.VMEM((kv_heads, rows, LANES), jnp.float32),
-        "totals": pltpu.VMEM((kv_heads, rows, LANES), jnp.float32),
-        "sums": pltpu.VMEM((kv_heads, rows, plan.stored_dim), jnp.float32),
+        "slots": pltpu.SMEM((members,), jnp.int32),
+        "live": pltpu.VMEM((members, tiles, SUBLANES, plan.tile_keys), jnp.float32),
+        "heads": pltpu.VMEM((members, plan.core_heads + rows - plan.group, plan.stored_dim), jnp.float32),
+        "queries": pltpu.VMEM((members, kv_heads, rows, plan.head_dim), plan.query_dtype),
+        "maxima": pltpu.VMEM((members, kv_heads, rows, LANES), jnp.float32),
+        "totals": pltpu.VMEM((members, kv_heads, rows, LANES), jnp.float32),
+        "sums": pltpu.VMEM((members, kv_heads, rows, plan.stored_dim), jnp.float32),
     }
     if plan.scales_rank == 4:
         height = -(-2 * kv_heads // SUBLANES) * SUBLANES
@@ -289,7 +299,7 @@ def _call(plan: _Plan, chip: Chip, interpret: Any) -> Any:
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(plan.cores, plan.steps),
+            grid=(plan.cores, plan.steps // plan.members),
             in_specs=[query_block, *[pl.BlockSpec(memory_space=pl.ANY)] * len(in_hbm)],
             out_specs=out_specs,
             scratch_shapes=list(scratch.values()),
@@ -304,8 +314,20 @@ def _call(plan: _Plan, chip: Chip, interpret: Any) -> Any:
     )
 
 
+@dataclass(frozen=True)
+class _Member:
+    """A tile of keys of one of the sequences that are multiplied together."""
+
+    member: Any
+    slot: Any
+    tile: Any
+    first_key: Any
+    begin: Any
+    end: Any
+
+
 class _Kernel:
-    """The body for one sequence; ``refs`` by name."""
+    """The body for the sequences of a step; ``refs`` by name."""
 
     def __init__(self, plan: _Plan, refs: dict[str, Any]) -> None:
         self.plan = plan
@@ -314,7 +336,7 @@ class _Kernel:
         self.core, self.step = pl.program_id(0), pl.program_id(1)
         first = self.core * 0 if plan.split_heads else self.core * plan.steps
         self.first, self.last = first, jnp.minimum(first + plan.steps, plan.num_seqs)
-        self.seq = first + self.step
+        self.seq = first + self.step * plan.members
         block_sources = [
             (functools.partial(lambda ref, row, block: ref.at[row, block], refs[name]), refs[f"{name}_buffer"])
             for name in plan.block_sources
@@ -331,6 +353,7 @@ class _Kernel:
             self.last,
             head=self.core * plan.core_kv_heads if plan.split_heads else None,
             aligned=bool(block_sources),
+            in_use=plan.members,
             block_sources=block_sources,
             unrolled=not plan.interpreted,
         )
@@ -378,35 +401,46 @@ class _Kernel:
             rows[head] = tile
 
     def attend(self) -> None:
-        plan, refs, stream = self.plan, self.refs, self.stream
+        refs = self.refs
         refs["live"][...] = jnp.ones(refs["live"].shape, jnp.float32)
         refs["maxima"][...] = jnp.full(refs["maxima"].shape, NOTHING, jnp.float32)
         refs["totals"][...] = jnp.zeros(refs["totals"].shape, jnp.float32)
         refs["sums"][...] = jnp.zeros(refs["sums"].shape, jnp.float32)
-        heads, queries = refs["heads"], refs["queries"]
-        heads[: plan.core_heads, : plan.head_dim] = refs["query"][0].astype(jnp.float32)
+        for member in range(self.plan.members):
+            self.lay_out_queries(member)
+        if self.plan.members == 1:
+            self.attend_to_blocks()
+        else:
+            self.attend_to_one_block_each()
+        for member in range(self.plan.members):
+            self.finish(member)
+
+    def lay_out_queries(self, member: int) -> None:
+        plan, heads, queries = self.plan, self.refs["heads"], self.refs["queries"]
+        heads[member, : plan.core_heads, : plan.head_dim] = self.refs["query"][member].astype(jnp.float32)
         for head in range(plan.core_kv_heads):
             first = head * plan.group
-            queries[head] = heads[first : first + plan.rows, : plan.head_dim].astype(queries.dtype)
+            rows = heads[member, first : first + plan.rows, : plan.head_dim]
+            queries[member, head] = rows.astype(queries.dtype)
 
+    def attend_to_blocks(self) -> None:
+        """Attend from one sequence to all its blocks."""
+        plan, stream = self.plan, self.stream
         begin, end = self.keys(self.seq)
         _, first_page, end_page = self.pages(self.seq)
         base = stream.base(first_page)
 
         def block(i: Any, carry: Any) -> Any:
-            stream.fetch()
             page = base + i * plan.blocks.pages
-            first, stop = stream.part(page, first_page, end_page)
-            slot = stream.wait(stop - first)
+            slot = self.next_block(0, page)
             first_key = page * plan.block_size
-            self.hide(slot, page, begin, end)
             if plan.blocks.tile_pages == plan.blocks.pages:
-                self.multiply(slot, 0, first_key, begin, end)
+                self.multiply([_Member(0, slot, 0, first_key, begin, end)])
             else:
                 tiles = pl.cdiv(jnp.minimum(end - first_key, plan.block_keys), plan.tile_keys)
 
                 def tile(t: Any, carry: Any) -> Any:
-                    self.multiply(slot, t, first_key + t * plan.tile_keys, begin, end)
+                    self.multiply([_Member(0, slot, t, first_key + t * plan.tile_keys, begin, end)])
                     return carry
 
                 lax.fori_loop(0, tiles, tile, 0)
@@ -416,68 +450,118 @@ class _Kernel:
             end_page - base + plan.blocks.pages - 1, plan.blocks.pages.bit_length() - 1
         )
         lax.fori_loop(0, num_blocks, block, 0)
-        self.finish()
 
-    def hide(self, slot: Any, page: Any, begin: Any, end: Any) -> None:
+    def attend_to_one_block_each(self) -> None:
+        """Attend from each of some sequences to its only block; from all of them at a time, if none is empty."""
+        plan, slots = self.plan, self.refs["slots"]
+
+        def first_page(member: Any) -> Any:
+            return self.stream.base(self.pages(self.seq + member)[1])
+
+        def fill(member: Any, filled: Any) -> Any:
+            _, begin, end = self.pages(self.seq + member)
+
+            @pl.when(begin < end)
+            def wait() -> None:
+                slots[member] = self.next_block(member, first_page(member))
+
+            return filled + jnp.where(begin < end, 1, 0)
+
+        def of(member: Any) -> _Member:
+            begin, end = self.keys(self.seq + member)
+            return _Member(member, slots[member], 0, first_page(member) * plan.block_size, begin, end)
+
+        filled = lax.fori_loop(0, plan.members, fill, jnp.int32(0))
+
+        @pl.when(filled == plan.members)
+        def all_members() -> None:
+            self.multiply([of(member) for member in range(plan.members)])
+
+        @pl.when((filled > 0) & (filled < plan.members))
+        def some_members() -> None:
+            def one_member(member: Any, carry: Any) -> Any:
+                _, begin, end = self.pages(self.seq + member)
+                pl.when(begin < end)(lambda: self.multiply([of(member)]))
+                return carry
+
+            lax.fori_loop(0, plan.members, one_member, 0)
+
+    def next_block(self, member: Any, page: Any) -> Any:
+        """Return the buffer of a sequence's block that begins with a page, without what is not seen."""
+        begin, end = self.keys(self.seq + member)
+        _, first_page, end_page = self.pages(self.seq + member)
+        self.stream.fetch()
+        first, stop = self.stream.part(page, first_page, end_page)
+        slot = self.stream.wait(stop - first)
+        self.hide(member, slot, page, begin, end)
+        return slot
+
+    def hide(self, member: Any, slot: Any, page: Any, begin: Any, end: Any) -> None:
         """Keep what is not seen in a block from its products: clear its values, mark the keys of unusable pages."""
         plan, live = self.plan, self.refs["live"]
         first_key = page * plan.block_size
         spoilt = self.refs["unusable"][slot] != 0
 
         def drop(j: Any) -> None:
-            for t in range(live.shape[0]):
-                index = t * plan.tile_keys + lax.broadcasted_iota(jnp.int32, live.shape[1:], 1)
+            for t in range(live.shape[1]):
+                index = t * plan.tile_keys + lax.broadcasted_iota(jnp.int32, live.shape[2:], 1)
                 mine = (index >= j * plan.block_size) & (index < (j + 1) * plan.block_size)
-                live[t] = jnp.where(mine, 0.0, live[t])
+                live[member, t] = jnp.where(mine, 0.0, live[member, t])
 
         @pl.when((first_key < begin) | (first_key + plan.block_keys > end) | spoilt)
         def hide() -> None:
-            live[...] = jnp.ones(live.shape, jnp.float32)
-            self.stream.hide(slot, self.seq, page, begin, end, drop)
+            live[member] = jnp.ones(live.shape[1:], jnp.float32)
+            self.stream.hide(slot, self.seq + member, page, begin, end, drop)
 
-    def multiply(self, slot: Any, t: Any, first_key: Any, begin: Any, end: Any) -> None:
-        """Take the keys and values of one tile into the sums."""
+    def multiply(self, members: list[_Member]) -> None:
+        """Take the keys and values of one tile of each member into its sums."""
         plan, refs = self.plan, self.refs
         maxima, totals, sums = refs["maxima"], refs["totals"], refs["sums"]
-        rows = SUBLANES if plan.rows == SUBLANES else 1
-        position = first_key + lax.broadcasted_iota(jnp.int32, (rows, plan.tile_keys), 1)
-        seen = (position >= begin) & (position < end) & (refs["live"][t, :rows] > 0)
-        distances = (end - 1 - position).astype(jnp.float32) if plan.alibi else None
-        if plan.scales_rank == 4:
-            token_scales = self.tile("scale_buffer", slot, t)
-        if plan.mask_heads:
-            mask = self.tile("mask_buffer", slot, t).astype(jnp.int32)
-        heads = range(plan.core_kv_heads)
+        parts = [(member, self.beside(member)) for member in members]
+        heads = [(of, beside, head) for of, beside in parts for head in range(plan.core_kv_heads)]
         # all products of a kind together: heads are independent, and the units work on several at a time
         products = [
-            dot(refs["queries"][head], self.load(slot, t, 0, head)[:, : plan.head_dim], (1, 1)) for head in heads
+            dot(refs["queries"][of.member, head], self.load(of, 0, head)[:, : plan.head_dim], (1, 1))
+            for of, _, head in heads
         ]
         weighed = []
-        for head in heads:
+        for (of, (seen, distances, token_scales, mask), head), product in zip(heads, products, strict=True):
             scale: Any = plan.softmax_scale
             if 0 < plan.scales_rank < 4:
                 scale = scale * self.scale(0, head)
             elif plan.scales_rank == 4:
                 scale = scale * token_scales[head : head + 1]
             slopes = refs["alibi_rows"][head][:, :1] if plan.alibi else None
-            logits = modify(products[head], scale, plan.soft_cap, slopes, distances)
+            logits = modify(product, scale, plan.soft_cap, slopes, distances)
             visible = seen & self.mask_rows(mask, head) if plan.mask_heads else seen
-            weights, total, factor, maxima[head] = weigh(logits, visible, maxima[head])
-            totals[head] = totals[head] * factor + total
+            weights, total, factor, maxima[of.member, head] = weigh(logits, visible, maxima[of.member, head])
+            totals[of.member, head] = totals[of.member, head] * factor + total
             if plan.scales_rank == 4:
                 row = plan.core_kv_heads + head
                 weights = jnp.where(visible, weights * token_scales[row : row + 1], 0.0)
             weighed.append((weights.astype(plan.query_dtype), visible, factor))
-        for head, (weights, visible, factor) in zip(heads, weighed, strict=True):
-            value = self.load(slot, t, 1, head)
+        for (of, _, head), (weights, visible, factor) in zip(heads, weighed, strict=True):
+            value = self.load(of, 1, head)
             product = weighted_sum(weights, visible, value) if plan.mask_heads else dot(weights, value, (1, 0))
-            sums[head] = sums[head] * across(factor, plan.stored_dim) + product
+            sums[of.member, head] = sums[of.member, head] * across(factor, plan.stored_dim) + product
 
-    def load(self, slot: Any, t: Any, side: int, head: int) -> jax.Array:
+    def beside(self, of: _Member) -> tuple[Any, Any, Any, Any]:
+        """Return which of a tile's keys its sequence sees, their distances for ALiBi, their scales, and the mask."""
+        plan = self.plan
+        rows = SUBLANES if plan.rows == SUBLANES else 1
+        position = of.first_key + lax.broadcasted_iota(jnp.int32, (rows, plan.tile_keys), 1)
+        live = self.refs["live"][of.member, of.tile, :rows]
+        seen = (position >= of.begin) & (position < of.end) & (live > 0)
+        distances = (of.end - 1 - position).astype(jnp.float32) if plan.alibi else None
+        token_scales = self.tile("scale_buffer", of) if plan.scales_rank == 4 else None
+        mask = self.tile("mask_buffer", of).astype(jnp.int32) if plan.mask_heads else None
+        return seen, distances, token_scales, mask
+
+    def load(self, of: _Member, side: int, head: int) -> jax.Array:
         """Return keys or values (tile_keys, DS) in the dtype of the products."""
         plan = self.plan
-        pages = pl.ds(t * plan.blocks.tile_pages, plan.blocks.tile_pages)
-        rows = self.buffer[slot, pages, side, head]
+        pages = pl.ds(of.tile * plan.blocks.tile_pages, plan.blocks.tile_pages)
+        rows = self.buffer[of.slot, pages, side, head]
         if rows.dtype != plan.query_dtype:
             rows = rows.astype(jnp.float32)
         return rows.reshape(plan.tile_keys, plan.stored_dim).astype(plan.query_dtype)
@@ -489,12 +573,12 @@ class _Kernel:
         first = self.core * self.plan.core_kv_heads if self.plan.split_heads else 0
         return self.refs["scales"][side, first + head]
 
-    def tile(self, name: str, slot: Any, t: Any) -> jax.Array:
+    def tile(self, name: str, of: _Member) -> jax.Array:
         """Return a tile's part of what is copied for each block, (rows, tile_keys)."""
         keys = self.plan.tile_keys
         if keys == self.plan.block_keys:
-            return self.refs[name][slot]
-        return self.refs[name][slot, :, pl.ds(pl.multiple_of(t * keys, keys), keys)]
+            return self.refs[name][of.slot]
+        return self.refs[name][of.slot, :, pl.ds(pl.multiple_of(of.tile * keys, keys), keys)]
 
     def mask_rows(self, mask: jax.Array, head: int) -> jax.Array:
         """Return the mask of a kv head's rows."""
@@ -506,25 +590,25 @@ class _Kernel:
         rows = mask[head * plan.group : (head + 1) * plan.group]
         return jnp.pad(rows, ((0, plan.rows - plan.group), (0, 0))) != 0
 
-    def finish(self) -> None:
-        """Write the results of the sequence."""
+    def finish(self, member: int) -> None:
+        """Write the results of a sequence."""
         plan, refs = self.plan, self.refs
         heads = refs["heads"]
         stats: list[list[jax.Array]] = [[], []]
         for head in range(plan.core_kv_heads):
             sinks = refs["sinks_rows"][head][:, :1] if plan.sinks else None
-            total = jnp.sum(refs["totals"][head], axis=1, keepdims=True)
-            factor, *found = statistics(total, refs["maxima"][head][:, :1], sinks)
+            total = jnp.sum(refs["totals"][member, head], axis=1, keepdims=True)
+            factor, *found = statistics(total, refs["maxima"][member, head][:, :1], sinks)
             if 0 < plan.scales_rank < 4:
                 factor = factor * self.scale(1, head)
-            rows = refs["sums"][head] * factor
-            heads[head * plan.group : (head + 1) * plan.group] = rows[: plan.group]
+            rows = refs["sums"][member, head] * factor
+            heads[member, head * plan.group : (head + 1) * plan.group] = rows[: plan.group]
             for kind, value in zip(stats, found, strict=True):
                 kind.append(value)
-        refs["out"][0] = heads[: plan.core_heads, : plan.value_dim].astype(refs["out"].dtype)
+        refs["out"][member] = heads[member, : plan.core_heads, : plan.value_dim].astype(refs["out"].dtype)
         if plan.stats:
             for name, values in zip(("lse", "max_logits"), stats, strict=True):
-                refs[name][0, 0] = self.as_lanes(values)
+                refs[name][member, 0] = self.as_lanes(values)
 
     def as_lanes(self, columns: list[jax.Array]) -> jax.Array:
         """Return (1, heads) from a column (rows, 1) for each kv head."""

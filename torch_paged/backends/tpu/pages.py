@@ -4,7 +4,7 @@ The blocks of all sequences of a core form one stream: block after block of a se
 any. ``PageStream`` keeps the buffers of a ring filled ahead, also across sequences. Each page is one strided copy (keys
 and values of all heads), each buffer has its own semaphore, and a full buffer is awaited once, by its bytes. Only pages
 of the span of a sequence are read. Their ids are looked through once, when the stream comes to the sequence: where one
-lies outside ``[0, N)``, each is replaced by one inside, and the blocks of this sequence are marked.
+is unusable, it is replaced by another, and the blocks of this sequence are marked.
 """
 
 import math
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -24,8 +25,14 @@ _UNROLLED_PAGES = 32
 """Copies that are started in a row without a loop."""
 STRIDE_BYTES = 2**31
 """One copy takes both sides of a page where they lie closer together."""
-_UNROLLED_IDS = 8
+_UNROLLED_IDS = 32
 """Block ids that are looked at in a row without a loop."""
+
+
+def flat_table(block_tables: jax.Array, num_blocks: int) -> jax.Array:
+    """Return tables (B, M) as (B * M,), with -1 for each id outside ``[0, num_blocks)``."""
+    unusable = (block_tables < 0) | (block_tables >= num_blocks)
+    return jnp.where(unusable, -1, block_tables).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class PageStream:
         sources: refs in HBM, page on axis 1: the cache, and per-token scales where there are any.
         buffers: one ref in VMEM per source, ``(num_buffers, pages_per_block, *a page)``.
         semaphores: ``(num_buffers,)`` DMA semaphores.
-        table: SMEM ref ``(rows * M,)`` of block ids.
+        table: SMEM ref ``(rows * M,)``, a ``flat_table``.
         state: SMEM ref ``(STATE_WORDS,)`` int32; it lives as long as the stream.
         unusable: SMEM ref ``(num_buffers,)`` int32: not 0 where the span of a block has ids outside ``[0, N)``.
         span: item -> (row of the table, first page, end page); the pages that the item reads.
@@ -44,6 +51,7 @@ class PageStream:
         last: one past the last item of this core.
         head: first kv head of this core where it takes a part of them, else None.
         aligned: blocks begin at multiples of ``pages_per_block``, else at the first page of the span.
+        in_use: buffers that are read at a time.
         block_sources: pairs of (row, block index) -> ref, and a ref in VMEM ``(num_buffers, ...)``: what is copied once
             for each block. Needs ``aligned``.
         unrolled: unroll short loops; an interpreter compiles a program the longer the more it has of them.
@@ -60,6 +68,7 @@ class PageStream:
     last: Any
     head: Any = None
     aligned: bool = False
+    in_use: int = 1
     block_sources: Sequence[tuple[Callable[[Any, Any], Any], Any]] = ()
     unrolled: bool = True
 
@@ -91,8 +100,12 @@ class PageStream:
         self.state[_END] = 0
         self.state[_UNUSABLE] = 0
         self._seek(0)
-        for _ in range(self.num_buffers - 1):
+
+        def fill(i: Any, carry: Any) -> Any:
             self.fetch()
+            return carry
+
+        lax.fori_loop(0, self.num_buffers - self.in_use, fill, 0)
 
     def fetch(self) -> None:
         """Start the copies of the next block of the stream, if there is one."""
@@ -117,8 +130,7 @@ class PageStream:
             lax.fori_loop(0, self.pages_per_block // run, start_run, 0, unroll=self.pages_per_block == run)
 
         def start_page(j: Any, carry: Any) -> Any:
-            block_id = jnp.clip(self.table[place + j], 0, self.num_pages - 1)
-            for copy in self._copies(block_id, slot, j):
+            for copy in self._copies(jnp.maximum(self.table[place + j], 0), slot, j):
                 copy.start()
             return carry
 
@@ -189,7 +201,7 @@ class PageStream:
             key = (page + j) * size
             outside = (key + size <= begin) | (key >= end)
             block_id = self.table[jnp.where(outside, 0, row * self.num_columns + page + j)]
-            unusable = spoilt & jnp.logical_not(outside) & ((block_id < 0) | (block_id >= self.num_pages))
+            unusable = spoilt & jnp.logical_not(outside) & (block_id < 0)
             stop = jnp.where(unusable, begin, end)
 
             if buffer.dtype != jnp.int8:
@@ -244,20 +256,17 @@ class PageStream:
             self.state[word] = value
 
     def _unusable(self, place: Any, count: Any) -> Any:
-        """Return 0 where the ``count`` ids from ``place`` of the table on all lie in ``[0, N)``."""
-
-        def look(place: Any, seen: Any) -> Any:
-            block_id = self.table[place]
-            return seen | block_id | (self.num_pages - 1 - block_id)
+        """Return 0 where the ``count`` ids from ``place`` of the table on are all usable."""
 
         run = _UNROLLED_IDS if self.unrolled else 1
 
         def look_at_run(i: Any, seen: Any) -> Any:
-            for j in range(run):
-                seen = look(place + i * run + j, seen)
-            return seen
+            ids = [self.table[place + i * run + j] for j in range(run)]
+            while len(ids) > 1:
+                ids = [a | b for a, b in zip(ids[::2], ids[1::2], strict=True)]
+            return seen | ids[0]
 
         runs = lax.shift_right_logical(count, run.bit_length() - 1)
         seen = lax.fori_loop(0, runs, look_at_run, jnp.zeros_like(count))
-        seen = lax.fori_loop(runs * run, count, lambda i, seen: look(place + i, seen), seen)
+        seen = lax.fori_loop(runs * run, count, lambda i, seen: seen | self.table[place + i], seen)
         return jnp.where(seen < 0, 1, 0)

@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from torch_paged.backends.tpu import tiles as t
 from torch_paged.backends.tpu.block_sizes import LANES, SUBLANES, Chip, Page, varlen_blocks
 from torch_paged.backends.tpu.decode import paged_attention
-from torch_paged.backends.tpu.pages import STATE_WORDS
+from torch_paged.backends.tpu.pages import STATE_WORDS, flat_table
 from torch_paged.backends.tpu.varlen_kernel import LOG2_E, Static, run_tiles
 
 NEW_PAGE = 128
@@ -284,7 +284,7 @@ def _attend_tiles(
     specs |= dict.fromkeys(scalars, pl.BlockSpec(memory_space=pltpu.MemorySpace.SMEM))
     prefetched = {"ends": t.shares(tiles, len(streams), chip.cores), "fields": tiles.fields}
     if block_tables is not None:
-        prefetched["table"] = block_tables.reshape(-1)
+        prefetched["table"] = flat_table(block_tables, kv_cache.shape[1])
 
     outputs = {"out": jax.ShapeDtypeStruct((parts, padded_tokens, padded_heads, value_width), query.dtype)}
     scratch: dict[str, Any] = {
