@@ -66,7 +66,7 @@ class Blocks:
     pages: int
     tile_pages: int
     buffers: int
-    sequences: int
+    sequences: int = 1
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Page:
         return 2 * self.kv_heads * rows * self.stored_dim * self.itemsize
 
 
-def decode_blocks(chip: Chip, page: Page, width: int, rows: int, key_bytes: int, num_seqs: int) -> Blocks:
+def decode_blocks(chip: Chip, page: Page, width: int, rows: int, key_bytes: int, num_seqs: int = 1) -> Blocks:
     """Return the tiling of ``paged_attention``; all its numbers of pages are powers of two.
 
     Args:
