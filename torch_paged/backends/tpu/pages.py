@@ -78,11 +78,6 @@ class PageStream:
         return self.buffers[0].shape[0]
 
     @property
-    def num_pages(self) -> int:
-        """N."""
-        return self.sources[0].shape[1]
-
-    @property
     def pages_per_block(self) -> int:
         """Pages that a buffer holds."""
         return self.buffers[0].shape[1]
