@@ -13,6 +13,7 @@ import torch_paged
 from torch_paged.contract.bounds import VALUE_RULES, check_values
 from torch_paged.contract.schema import SCHEMAS
 from torch_paged.contract.validate import RULES, validate
+from torch_paged.testing.backends import Backend
 from torch_paged.testing.bad_input import BASE_OPS, BASES, STATIC, VALUES, Break
 from torch_paged.testing.cases import AttentionCase, build
 from torch_paged.testing.combinations import random_case
@@ -60,10 +61,10 @@ def describe(broken: Break) -> str:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_the_unbroken_call_is_accepted(base: str) -> None:
+def test_the_unbroken_call_is_accepted(base: str, backend: Backend) -> None:
     op = BASE_OPS[base]
-    raw(op, build(BASES[base], 0))
     fake(op, build(BASES[base], 0))
+    backend(op, build(BASES[base], 0))
 
 
 @pytest.mark.parametrize("broken", STATIC, ids=describe)
@@ -107,20 +108,20 @@ def test_every_rule_is_broken_once() -> None:
     assert set(RULES) == set(VALUE_RULES) == {name.partition(".")[0] for name in SCHEMAS}
 
 
-def test_entries_that_no_query_needs_may_hold_anything() -> None:
+def test_entries_that_no_query_needs_may_hold_anything(backend: Backend) -> None:
     for base, entry in (("decode, window", (2, 0)), ("varlen, chunk", (2, 1)), ("decode", (1, 0))):
         arguments = build(BASES[base], 0)
         op = BASE_OPS[base]
-        expected = raw(op, arguments)
+        expected = backend(op, arguments)
         for wild in (-1, 10, 2**31 - 1, -(2**31)):
             arguments["block_tables"][entry] = wild
-            assert torch.equal(raw(op, arguments), expected)
+            assert torch.equal(backend(op, arguments), expected)
             check_values(op, arguments)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_op_and_bounds_agree_on_used_entries(seed: int) -> None:
-    case = random_case(seed)
+def test_op_and_bounds_agree_on_used_entries(seed: int, backend: Backend) -> None:
+    case = backend.served(random_case(seed))
     arguments = build(case, seed)
     if case.context_lens is None:
         return
@@ -128,7 +129,9 @@ def test_op_and_bounds_agree_on_used_entries(seed: int) -> None:
     for entry in product(range(tables.size(0)), range(tables.size(1))):
         kept = int(tables[entry])
         tables[entry] = arguments["kv_cache"].size(1)
-        assert said_or_none(lambda: raw(case.op, arguments)) == said_or_none(lambda: check_values(case.op, arguments))
+        assert said_or_none(lambda: backend(case.op, arguments)) == said_or_none(
+            lambda: check_values(case.op, arguments)
+        )
         tables[entry] = kept
 
 
@@ -145,7 +148,7 @@ EMPTY = {
 
 @pytest.mark.parametrize("num_blocks", [0, 2])
 @pytest.mark.parametrize("base", EMPTY)
-def test_empty_calls_are_legal(base: str, num_blocks: int) -> None:
+def test_empty_calls_are_legal(base: str, num_blocks: int, backend: Backend) -> None:
     arguments = build(BASES[base], 0)
     arguments |= {name: arguments[name].narrow(axis, 0, 0) for name, axis in EMPTY[base].items()}
     for name in ("kv_cache", "kv_scales"):
@@ -154,7 +157,7 @@ def test_empty_calls_are_legal(base: str, num_blocks: int) -> None:
     if base == "varlen":
         arguments |= {name: torch.zeros(1, dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}
         arguments |= {name: arguments[name][:0] for name in ("block_tables", "context_lens")}
-    results = raw(BASE_OPS[base], arguments)
+    results = backend(BASE_OPS[base], arguments)
     check_values(BASE_OPS[base], arguments)
     for result in results if isinstance(results, tuple) else [results] if results is not None else []:
         assert result.numel() == 0
@@ -163,13 +166,13 @@ def test_empty_calls_are_legal(base: str, num_blocks: int) -> None:
 @pytest.mark.parametrize(
     "base", ["decode", "decode, int8", "varlen", "varlen, new", "write", "quantize", "gather", "merge"]
 )
-def test_strides_of_what_is_only_read_change_nothing(base: str) -> None:
+def test_strides_of_what_is_only_read_change_nothing(base: str, backend: Backend) -> None:
     written = {"write": ("kv_cache",), "quantize": ("kv_cache", "kv_scales")}.get(base, ())
     arguments, strided = build(BASES[base], 0), build(BASES[base], 0)
     for name, value in strided.items():
         if isinstance(value, Tensor) and name not in ("kv_cache", *written):
             strided[name] = torch.stack([value, value], -1)[..., 0]
-    results, expected = raw(BASE_OPS[base], strided), raw(BASE_OPS[base], arguments)
+    results, expected = backend(BASE_OPS[base], strided), backend(BASE_OPS[base], arguments)
     for name in written:
         assert torch.equal(strided[name].view(torch.uint8), arguments[name].view(torch.uint8))
     if isinstance(expected, Tensor):
@@ -178,13 +181,13 @@ def test_strides_of_what_is_only_read_change_nothing(base: str) -> None:
         assert torch.equal(result.nan_to_num(), one.nan_to_num())
 
 
-def test_positions_may_leave_gaps_between_used_entries() -> None:
+def test_positions_may_leave_gaps_between_used_entries(backend: Backend) -> None:
     case = AttentionCase("gap", context_lens=(96,), query_lens=(2,), sliding_window=16, causal=True)
     arguments = build(case, 0)
     arguments["query_positions"] = torch.tensor([15, 95], dtype=torch.int32)
     arguments["block_tables"] = torch.tensor([[0, -1, 99, -7, 2**31 - 1, 3]], dtype=torch.int32)
     arguments["kv_cache"] = torch.randn(2, 4, 2, 16, 64)
-    assert raw("flash_attn_varlen", arguments).isfinite().all()
+    assert backend("flash_attn_varlen", arguments).isfinite().all()
     arguments["query_positions"][0] = 16
     assert message(lambda: raw("flash_attn_varlen", arguments)).endswith("got -1 at index (0, 1)")
     assert message(lambda: check_values("flash_attn_varlen", arguments)).endswith("got -1 at index (0, 1)")

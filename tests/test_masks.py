@@ -150,10 +150,10 @@ def test_moba(chunk: int, top_k: int, kind: str) -> None:
         assert_mask(mask, looped(lambda seq, p, j: j <= p).expand(4, -1, -1))
 
 
-def paged_batch(heads: int = 4, kv_heads: int = 2, head_dim: int = 8) -> dict[str, Any]:
+def paged_batch(block_size: int = 4) -> dict[str, Any]:
     """Arguments of a call whose keys all lie in the cache, behind shuffled tables."""
     generator = torch.Generator().manual_seed(3)
-    block_size, width = 4, 4
+    heads, kv_heads, head_dim, width = 4, 2, 8, 4
     order = torch.randperm(len(KV_LENS) * width, generator=generator).int()
     return {
         "query": torch.randn((TOKENS, heads, head_dim), generator=generator),
@@ -208,7 +208,7 @@ def make_mask(name: str, arguments: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("name", ["image", "prefix", "tree", "moba"])
 def test_through_the_op(name: str, implementation: Backend) -> None:
-    arguments = paged_batch()
+    arguments = paged_batch(implementation.block_size(4))
     mask = make_mask(name, arguments)
     assert mask.any()
     assert not mask.all()

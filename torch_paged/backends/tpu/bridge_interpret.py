@@ -7,7 +7,7 @@ between them are looked for. Memory that nothing was written to holds NaN either
 
 import importlib
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -29,8 +29,12 @@ _NUMPY = {
     torch.float8_e5m2: (torch.int8, ml_dtypes.float8_e5m2),
 }
 """Dtypes that torch does not give to numpy: integers of the same width, and what numpy calls them."""
-_COMPILER = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Compilation takes nearly all the time of a program that runs once or twice: a quarter of it with these options."""
+_QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+"""Options of XLA's compiler with which it takes a quarter of the time, for programs that run once or twice."""
+_LARGE = 2**19
+"""Elements of an array from which on a call's program is worth being compiled well."""
+_KEPT = 64
+"""Functions with options whose programs are kept: one program takes 10 MB and more."""
 
 
 def kernels(info: BackendInfo) -> dict[str, Callable[..., Any]]:
@@ -45,7 +49,8 @@ def _run(call: JaxCall) -> tuple[Tensor, ...]:
     if call.attends:
         options["chip"] = CHIPS[INTERPRETED_CHIP]
     arrays = [None if tensor is None else _to_jax(tensor) for tensor in call.arrays]
-    results = _jitted(call.module, call.function, tuple(sorted(options.items())))(*arrays)
+    large = max(array.size for array in arrays if array is not None) >= _LARGE
+    results = _jitted(call.module, call.function, tuple(sorted(options.items())), large)(*arrays)
     results = results if isinstance(results, tuple) else (results,)
     jax.block_until_ready(results)
     if call.attends and "races" in SIMULATION and races_found():
@@ -59,12 +64,14 @@ def _run(call: JaxCall) -> tuple[Tensor, ...]:
     return ()
 
 
-@cache
-def _jitted(module: str, function: str, options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+@lru_cache(maxsize=_KEPT)
+def _jitted(module: str, function: str, options: tuple[tuple[str, Any], ...], large: bool) -> Callable[..., Any]:
     """Return the function with these options; jax compiles it once for each set of shapes and dtypes."""
     found = getattr(importlib.import_module(f"torch_paged.backends.tpu.{module}"), function)
     bound = dict(options)
-    return jax.jit(lambda *arrays: found(*arrays, **bound, interpret=_interpreter()), compiler_options=_COMPILER)
+    return jax.jit(
+        lambda *arrays: found(*arrays, **bound, interpret=_interpreter()), compiler_options=None if large else _QUICKLY
+    )
 
 
 def _interpreter() -> bool | pltpu.InterpretParams:
