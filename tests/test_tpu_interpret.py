@@ -4,9 +4,14 @@
 """
 
 from functools import cache
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 import torch
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from torch_paged.backends.tpu import BACKEND, bridge_interpret
 from torch_paged.testing import (
@@ -153,6 +158,36 @@ ATTENTION = [
 def test_attention(case: AttentionCase) -> None:
     arguments = build(case)
     assert_attention(case.op, arguments, *interpreted()(case.op, arguments, stats=True))
+
+
+def test_a_race_is_found_in_any_kernel_of_a_call() -> None:
+    def copy(wait: bool) -> Any:
+        def kernel(source: Any, out: Any, buffer: Any, semaphore: Any) -> None:
+            transfer = pltpu.make_async_copy(source, buffer, semaphore)
+            transfer.start()
+            if wait:
+                transfer.wait()
+            out[...] = buffer[...]
+            if not wait:
+                transfer.wait()
+
+        shape = (8, 128)
+        return pl.pallas_call(
+            kernel,
+            out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32), pltpu.SemaphoreType.DMA],
+            interpret=pltpu.InterpretParams(dma_execution_mode="eager", detect_races=True),
+        )
+
+    values = jnp.ones((8, 128))
+    with bridge_interpret.no_races("both"):
+        jax.block_until_ready(copy(wait=True)(copy(wait=True)(values)))
+    with (
+        pytest.raises(RuntimeError, match="^both: the interpreter found a race: RACE DETECTED"),
+        bridge_interpret.no_races("both"),
+    ):
+        jax.block_until_ready(copy(wait=True)(copy(wait=False)(values)))
 
 
 def test_what_is_refused_raises_its_sentence() -> None:

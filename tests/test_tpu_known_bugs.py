@@ -4,7 +4,6 @@ Copies happen as late as they may, reads out of bounds raise, races are looked f
 unused blocks hold NaN. Blocks of two pages make many steps of a short context.
 """
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -16,7 +15,7 @@ from jax_arrays import to_jax, to_torch
 
 from torch_paged.backends.tpu import decode, varlen
 from torch_paged.backends.tpu.block_sizes import CHIPS, Blocks
-from torch_paged.backends.tpu.bridge_interpret import races_found
+from torch_paged.backends.tpu.bridge_interpret import no_races
 from torch_paged.backends.tpu.calls import jax_call
 from torch_paged.testing import AttentionCase, assert_attention, build
 
@@ -25,10 +24,8 @@ S = 8
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "decode_blocks", lambda *_: Blocks(pages=2, tile_pages=2, buffers=2))
-    yield
-    assert not races_found()
 
 
 @cache
@@ -41,7 +38,8 @@ def attend(arguments: dict[str, Any], op: str = "paged_attention") -> tuple[torc
     """Return out, lse and max_logits of the kernel."""
     call = jax_call(f"{op}.with_stats", arguments)
     arrays = [None if array is None else to_jax(array) for array in call.arrays]
-    return tuple(map(to_torch, jitted(tuple(call.options.items()))(*arrays)))
+    with no_races(op):
+        return tuple(map(to_torch, jitted(tuple(call.options.items()))(*arrays)))
 
 
 def case(*context_lens: int, **fields: Any) -> dict[str, Any]:

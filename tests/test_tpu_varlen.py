@@ -13,6 +13,7 @@ from jax_arrays import to_jax, to_torch
 
 from torch_paged.backends.tpu import pages, varlen
 from torch_paged.backends.tpu.block_sizes import CHIPS, MIB, Chip
+from torch_paged.backends.tpu.bridge_interpret import no_races
 from torch_paged.backends.tpu.calls import jax_call
 from torch_paged.backends.tpu.varlen import flash_attn_varlen
 from torch_paged.testing import AttentionCase, assert_attention, assert_same, build
@@ -36,7 +37,8 @@ def jitted(
 
     def run(arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         arrays = jax_call(f"{OP}.with_stats", arguments).arrays
-        return tuple(map(to_torch, function(*(None if array is None else to_jax(array) for array in arrays))))
+        with no_races(OP):
+            return tuple(map(to_torch, function(*(None if array is None else to_jax(array) for array in arrays))))
 
     return run
 

@@ -5,8 +5,10 @@ the memories of a TPU instead: copies happen when they are waited for (``on_wait
 between them are looked for. Memory that nothing was written to holds NaN either way.
 """
 
+import contextlib
 import importlib
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -50,11 +52,10 @@ def _run(call: JaxCall) -> tuple[Tensor, ...]:
         options["chip"] = CHIPS[INTERPRETED_CHIP]
     arrays = [None if tensor is None else _to_jax(tensor) for tensor in call.arrays]
     large = max(array.size for array in arrays if array is not None) >= _LARGE
-    results = _jitted(call.module, call.function, tuple(sorted(options.items())), large)(*arrays)
+    function = _jitted(call.module, call.function, tuple(sorted(options.items())), large)
+    with no_races(call.function):
+        results = jax.block_until_ready(function(*arrays))
     results = results if isinstance(results, tuple) else (results,)
-    jax.block_until_ready(results)
-    if call.attends and "races" in SIMULATION and races_found():
-        raise RuntimeError(f"{call.function}: the interpreter found a race; it printed where")
     if not call.written:
         return tuple(_to_torch(result) for result in results)
     for position, result in zip(call.written, results, strict=True):
@@ -81,14 +82,18 @@ def _interpreter() -> bool | pltpu.InterpretParams:
     return pltpu.InterpretParams(dma_execution_mode=copies, detect_races="races" in SIMULATION)
 
 
-def races_found() -> bool:
-    """Return whether the last kernel raced; jax has no public name for it, and moved it between versions."""
-    name = "jax._src.pallas.mosaic.interpret"
-    try:
-        state = importlib.import_module(f"{name}.interpret_pallas_call")
-    except ModuleNotFoundError:
-        state = importlib.import_module(name)
-    return state.races is not None and bool(state.races.races_found)
+@contextlib.contextmanager
+def no_races(function: str) -> Iterator[None]:
+    """Raise where a kernel races that is simulated within.
+
+    jax prints that one does. What it keeps of it, it keeps of the last kernel only, and a call may run several.
+    """
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        yield
+    print(printed.getvalue(), end="")
+    if "RACE DETECTED" in printed.getvalue():
+        raise RuntimeError(f"{function}: the interpreter found a race: {printed.getvalue()}")
 
 
 def _to_jax(tensor: Tensor) -> jax.Array:
