@@ -184,7 +184,7 @@ def test_a_race_is_found_in_any_kernel_of_a_call() -> None:
     with bridge_interpret.no_races("both"):
         jax.block_until_ready(copy(wait=True)(copy(wait=True)(values)))
     with (
-        pytest.raises(RuntimeError, match="^both: the interpreter found a race: RACE DETECTED"),
+        pytest.raises(RuntimeError, match=r"^both: the interpreter found a race: RACE DETECTED"),
         bridge_interpret.no_races("both"),
     ):
         jax.block_until_ready(copy(wait=True)(copy(wait=False)(values)))

@@ -15,7 +15,7 @@ from jax_arrays import to_jax, to_torch
 
 from torch_paged.backends.tpu import decode, varlen
 from torch_paged.backends.tpu.block_sizes import CHIPS, Blocks
-from torch_paged.backends.tpu.bridge_interpret import no_races
+from torch_paged.backends.tpu.bridge_interpret import COMPILER_OPTIONS, no_races
 from torch_paged.backends.tpu.calls import jax_call
 from torch_paged.testing import AttentionCase, assert_attention, build
 
@@ -31,7 +31,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @cache
 def jitted(options: tuple[tuple[str, Any], ...]) -> Any:
     function = varlen.flash_attn_varlen if "causal" in dict(options) else decode.paged_attention
-    return jax.jit(lambda *arrays: function(*arrays, **dict(options), chip=CHIPS["v5e"], interpret=SIMULATED))
+    return jax.jit(
+        lambda *arrays: function(*arrays, **dict(options), chip=CHIPS["v5e"], interpret=SIMULATED),
+        compiler_options=COMPILER_OPTIONS,
+    )
 
 
 def attend(arguments: dict[str, Any], op: str = "paged_attention") -> tuple[torch.Tensor, ...]:

@@ -13,7 +13,7 @@ from jax_arrays import to_jax, to_torch
 
 from torch_paged.backends.tpu import pages, varlen
 from torch_paged.backends.tpu.block_sizes import CHIPS, MIB, Chip
-from torch_paged.backends.tpu.bridge_interpret import no_races
+from torch_paged.backends.tpu.bridge_interpret import COMPILER_OPTIONS, no_races
 from torch_paged.backends.tpu.calls import jax_call
 from torch_paged.backends.tpu.varlen import flash_attn_varlen
 from torch_paged.testing import AttentionCase, assert_attention, assert_same, build
@@ -33,7 +33,10 @@ def jitted(
 ) -> Callable[[dict[str, Any]], tuple[torch.Tensor, ...]]:
     """Return the kernel for the options of a call, which runs it on the tensors of such a call."""
     options = jax_call(f"{OP}.with_stats", arguments).options
-    function = jax.jit(lambda *arrays: flash_attn_varlen(*arrays, **options, chip=chip, interpret=interpret))
+    function = jax.jit(
+        lambda *arrays: flash_attn_varlen(*arrays, **options, chip=chip, interpret=interpret),
+        compiler_options=COMPILER_OPTIONS,
+    )
 
     def run(arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         arrays = jax_call(f"{OP}.with_stats", arguments).arrays
@@ -47,6 +50,18 @@ def jitted(
     ("case", "copies"),
     [
         (case("both", new_lens=(17, 0, 1, 40), padding_rows=5), "on_wait"),
+        (
+            case(
+                "everything",
+                cache_dtype=torch.int8,
+                scales_rank=4,
+                mask="kv_heads",
+                positions="shuffled",
+                attention_chunk=40,
+                sinks=True,
+            ),
+            "on_wait",
+        ),
         (case("new", context_lens=None, new_lens=(37, 0, 0, 140), group=3, dtype=torch.bfloat16), "eager"),
     ],
     ids=lambda value: getattr(value, "name", value),
@@ -145,3 +160,26 @@ def test_long_tables_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         NotImplementedError, match=r"^flash_attn_varlen: backend 'tpu' does not support 63 query tokens"
     ):
         jitted(arguments, chip=chip)(arguments)
+
+
+def test_no_sequences_and_a_mask_without_columns() -> None:
+    arguments = build(case("nobody", mask="shared", sinks=True))
+    lengths = arguments["cu_seqlens_q"]
+    for changed in (
+        {"attn_mask": arguments["attn_mask"][:, :0]},
+        {"cu_seqlens_q": lengths[:1], "context_lens": lengths[:0], "block_tables": arguments["block_tables"][:0]},
+    ):
+        changed = arguments | changed
+        out, lse, max_logits = jitted(changed)(changed)
+        assert not out.any()
+        real = torch.arange(out.size(0)) < changed["cu_seqlens_q"][-1]
+        assert torch.equal(lse, torch.where(real[:, None], arguments["sinks"], -torch.inf))
+        assert (max_logits == -torch.inf).all()
+
+
+def test_keys_behind_the_columns_of_a_mask_are_not_seen() -> None:
+    arguments = build(
+        case("long", context_lens=(4200,), query_lens=(2,), block_size=128, mask="shared", num_kv_heads=1)
+    )
+    arguments["attn_mask"] = arguments["attn_mask"][:, :200].contiguous()
+    assert_attention(OP, arguments, *jitted(arguments)(arguments))

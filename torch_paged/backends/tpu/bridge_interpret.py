@@ -31,7 +31,7 @@ _NUMPY = {
     torch.float8_e5m2: (torch.int8, ml_dtypes.float8_e5m2),
 }
 """Dtypes that torch does not give to numpy: integers of the same width, and what numpy calls them."""
-_QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 """Options of XLA's compiler with which it takes a quarter of the time, for programs that run once or twice."""
 _LARGE = 2**19
 """Elements of an array from which on a call's program is worth being compiled well."""
@@ -71,7 +71,8 @@ def _jitted(module: str, function: str, options: tuple[tuple[str, Any], ...], la
     found = getattr(importlib.import_module(f"torch_paged.backends.tpu.{module}"), function)
     bound = dict(options)
     return jax.jit(
-        lambda *arrays: found(*arrays, **bound, interpret=_interpreter()), compiler_options=None if large else _QUICKLY
+        lambda *arrays: found(*arrays, **bound, interpret=_interpreter()),
+        compiler_options=None if large else COMPILER_OPTIONS,
     )
 
 

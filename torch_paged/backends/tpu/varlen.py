@@ -69,9 +69,11 @@ def flash_attn_varlen(
         key = value = cu_seqlens_k = None
     if kv_cache is not None and not (kv_cache.shape[1] and block_tables.shape[1]):
         kv_cache = kv_scales = block_tables = context_lens = None
+    if attn_mask is not None and not attn_mask.shape[-1]:
+        attn_mask = jnp.zeros((*attn_mask.shape[:-1], 1), jnp.bool_)
     nothing = jnp.full((num_tokens, num_heads), -jnp.inf, jnp.float32)
     results = [jnp.zeros((num_tokens, num_heads, value_dim), query.dtype), nothing, nothing]
-    if not num_tokens or (key is None and kv_cache is None):
+    if not num_tokens or begins.shape[0] == 1 or (key is None and kv_cache is None):
         if sinks is not None:
             real = jnp.arange(num_tokens, dtype=jnp.int32)[:, None] < begins[-1]
             results[1] = jnp.where(real, sinks.astype(jnp.float32), -jnp.inf)

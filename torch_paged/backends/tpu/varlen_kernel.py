@@ -307,12 +307,20 @@ class _Source:
 
         @pl.when(lax.rem(start, t.WORD_KEYS) == 0)
         def fetch() -> None:
-            count = self.r.mask_buffer.shape[0]
+            buffer = self.r.mask_buffer
+            count, place = buffer.shape[0], lax.div(start, t.WORD_KEYS)
             first = 0 if self.static.mask_heads == 1 else self.part * count
-            words = self.mask.at[tile, pl.ds(first, count), lax.div(start, t.WORD_KEYS)]
-            copy = pltpu.make_async_copy(words, self.r.mask_buffer, self.r.mask_semaphore)
-            copy.start()
-            copy.wait()
+
+            @pl.when(place < self.mask.shape[2])
+            def words() -> None:
+                words = self.mask.at[tile, pl.ds(first, count), place]
+                copy = pltpu.make_async_copy(words, buffer, self.r.mask_semaphore)
+                copy.start()
+                copy.wait()
+
+            @pl.when(place >= self.mask.shape[2])
+            def columns_behind_the_last_are_not_seen() -> None:
+                buffer[...] = jnp.zeros(buffer.shape, buffer.dtype)
 
     def _hide(self, slot: Any, row: Any, page: Any, begin: Any, end: Any, used: tuple[Any, Any]) -> None:
         """Mark the keys of unusable pages, clear the values of keys that no row sees, and look for infinite ones."""
