@@ -53,7 +53,7 @@ torch.testing.assert_close(torch_paged.paged_attention(query, kv_cache, tables, 
 weights = (key[:, 0] @ query[0, 0] / 8).softmax(0)
 torch.testing.assert_close(out[0, 0], -weights @ key[:, 0])
 assert (out[1] == 0).all()
-print(dispatch.served(), torch_paged.explain("paged_attention", query=query, kv_cache=kv_cache,
+print(dispatch.served()['cpu'], torch_paged.explain("paged_attention", query=query, kv_cache=kv_cache,
     block_tables=tables, context_lens=lengths))
 """
 )
@@ -66,7 +66,7 @@ def interpreted() -> Backend:
 
 def test_public_functions_and_compiled_ones_run_the_kernels() -> None:
     printed = run_python(PUBLIC, TORCH_PAGED_TPU_INTERPRET="1").stdout.splitlines()[-1]
-    assert printed == "{'cpu': 'tpu'} paged_attention on cpu: tpu, decode, v5e, interpreted, cache: float32"
+    assert printed == "tpu paged_attention on cpu: tpu, decode, v5e, interpreted, cache: float32"
 
 
 @pytest.mark.parametrize("value", ["0", ""])
