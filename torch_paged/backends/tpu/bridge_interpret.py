@@ -34,7 +34,7 @@ _NUMPY = {
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 """Options of XLA's compiler with which it takes a quarter of the time, for programs that run once or twice."""
 _QUANTISING_OPTIONS = {"xla_backend_optimization_level": 0}
-"""The same for the other ops: the emitters that are left without fusion emitters round wrongly to float8 in jax 0.7.1."""
+"""The same for the other ops: without fusion emitters jax 0.7.1 rounds wrongly to float8."""
 _LARGE = 2**19
 """Elements of an array from which on a call's program is worth being compiled well."""
 _KEPT = 64
