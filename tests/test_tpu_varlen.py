@@ -126,6 +126,12 @@ def test_lost_blocks_and_hidden_values() -> None:
     assert ((out == math.inf) == infinite).all()
     assert out[~infinite].isfinite().all()
 
+    cache[:, tables[3, 2], :, 7] = 0
+    cache[0, tables[3, 2], :, 7, 3] = math.nan
+    for result in run(arguments | {"kv_cache": cache, "attn_mask": mask})[:2]:
+        assert result[sees].isnan().all()
+        assert not result[~sees].isnan().any()
+
 
 def test_long_tables_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = build(

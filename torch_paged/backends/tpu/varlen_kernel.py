@@ -159,7 +159,7 @@ def _finish(r: SimpleNamespace, static: Static, slot: Any, part: Any) -> None:
     def kv_head(head: Any, carry: Any) -> Any:
         maximum = r.maxima[head][:, :1]
         total = jnp.sum(r.totals[head], axis=1, keepdims=True)
-        seen = maximum > NOTHING
+        seen = jnp.logical_not(total == 0)  # also a NaN
         top, denominator = maximum, jnp.where(seen, total, 1.0)
         if "sinks" in vars(r):
             sinks = _per_member(r.sinks, part * r.sums.shape[0] + head, static.group, tokens)
@@ -202,7 +202,7 @@ def _transposed(column: jax.Array) -> jax.Array:
         part = column[start : start + LANES]
         shape = (part.shape[0], LANES)
         diagonal = lax.broadcasted_iota(jnp.int32, shape, 0) == lax.broadcasted_iota(jnp.int32, shape, 1)
-        parts.append(jnp.max(jnp.where(diagonal, jnp.broadcast_to(part, shape), -jnp.inf), axis=0, keepdims=True))
+        parts.append(jnp.sum(jnp.where(diagonal, part, 0.0), axis=0, keepdims=True))  # a maximum may lose NaN
     return jnp.concatenate(parts, axis=1)
 
 
