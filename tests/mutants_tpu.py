@@ -16,52 +16,65 @@ from mutants import ROOT, Mutant
 from rich.console import Console
 from rich.progress import track
 
-DECODE = ("tests/test_tpu_decode.py",)
-VARLEN = ("tests/test_tpu_varlen.py",)
-CACHE = ("tests/test_reshape_and_cache.py", "tests/test_gather_cache.py")
+DECODE, KNOWN = "tests/test_tpu_decode.py::test_", "tests/test_tpu_known_bugs.py::test_"
+COPIES = (f"{DECODE}copies_of_many_blocks_at_once_and_as_late_as_they_may",)
+WINDOW = (f"{KNOWN}a_window_ends_where_it_says",)
+FLOAT = (f"{DECODE}generic_interpreter",)
+VARLEN = "tests/test_tpu_varlen.py::test_"
+PACKED = (f"{VARLEN}copies_and_races[both-on_wait]",)
+SECONDS = 600
+"""A test that lasts longer waits for a copy that was never started."""
 # fmt: off
 MUTANTS = [
     Mutant("prefetch into the buffer in use", "pages.py",
            "self.state[_FETCH_SLOT] = jnp.where(slot + 1 == self.num_buffers, 0, slot + 1)",
-           "self.state[_FETCH_SLOT] = slot", DECODE),
+           "self.state[_FETCH_SLOT] = slot", COPIES),
     Mutant("a full buffer is not awaited", "pages.py",
-           "pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], self.semaphores.at[slot]).wait()", "pass", DECODE),
+           "pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], self.semaphores.at[slot]).wait()", "pass", COPIES),
     Mutant("the last page of a block is not awaited", "pages.py",
            "jnp.where(count == self.pages_per_block, 0, count), wait_page, 0)",
-           "jnp.where(count == self.pages_per_block, 0, count - 1), wait_page, 0)", DECODE),
+           "jnp.where(count == self.pages_per_block, 0, count - 1), wait_page, 0)", COPIES),
+    Mutant("a block more is fetched than there are buffers", "pages.py", "self.num_buffers - self.in_use, fill, 0)",
+           "self.num_buffers, fill, 0)", COPIES),
+    Mutant("the blocks of a group are overwritten", "decode.py", "in_use=plan.members", "in_use=1",
+           (f"{DECODE}short_sequences_are_multiplied_several_at_a_time",)),
     Mutant("values of stale slots stay", "pages.py",
            "buffer[slot, j, 1] = jnp.where(kept, values, jnp.zeros_like(values))",
-           "buffer[slot, j, 1] = values", DECODE),
+           "buffer[slot, j, 1] = values", (f"{KNOWN}stale_slots_hold_nan",)),
+    Mutant("wild block ids are followed", "pages.py", "return jnp.where(unusable, -1, block_tables).reshape(-1)",
+           "return block_tables.reshape(-1)",
+           (f"{DECODE}block_ids_outside_of_the_cache_hold_no_keys_and_lengths_end_with_the_table",)),
     Mutant("the first page of a window is page 0", "pages.py", "return item, self.base(first_page), end_page, unusable",
-           "return item, jnp.zeros_like(item), end_page, unusable", DECODE),
+           "return item, jnp.zeros_like(item), end_page, unusable", WINDOW),
     Mutant("decode's window sees one key more", "decode.py", "begin = jnp.maximum(begin, end - min(plan.window,",
-           "begin = jnp.maximum(begin, end - 1 - min(plan.window,", DECODE),
+           "begin = jnp.maximum(begin, end - 1 - min(plan.window,", WINDOW),
     Mutant("decode's window sees one key less", "decode.py", "begin = jnp.maximum(begin, end - min(plan.window,",
-           "begin = jnp.maximum(begin, end + 1 - min(plan.window,", DECODE),
-    Mutant("decode's row sum is not rescaled", "decode.py", "totals[head] = totals[head] * factor + total",
-           "totals[head] = totals[head] + total", DECODE),
+           "begin = jnp.maximum(begin, end + 1 - min(plan.window,", WINDOW),
+    Mutant("decode's row sum is not rescaled", "decode.py", "totals[of.member, head] * factor + total",
+           "totals[of.member, head] + total", COPIES),
     Mutant("decode rounds float32 to bfloat16", "decode.py",
            "rows.reshape(plan.tile_keys, plan.stored_dim).astype(plan.query_dtype)",
-           "rows.reshape(plan.tile_keys, plan.stored_dim).astype(jnp.bfloat16).astype(plan.query_dtype)", DECODE),
-    Mutant("ALiBi counts from behind the query", "decode.py", "distances = (end - 1 - position)",
-           "distances = (end - position)", DECODE),
+           "rows.reshape(plan.tile_keys, plan.stored_dim).astype(jnp.bfloat16).astype(plan.query_dtype)", FLOAT),
+    Mutant("ALiBi counts from behind the query", "decode.py", "(of.end - 1 - position)", "(of.end - position)",
+           (f"{DECODE}options[alibi_cap]",)),
     Mutant("the keys' scale for values", "decode.py", 'return self.refs["scales"][side, first + head]',
-           'return self.refs["scales"][0, first + head]', DECODE),
+           'return self.refs["scales"][0, first + head]', (f"{DECODE}options[e4m3]",)),
     Mutant("a sink counted twice", "logits.py", "with_sink = total * kept + jnp.exp(sinks - top)",
-           "with_sink = total * kept + 2.0 * jnp.exp(sinks - top)", DECODE),
+           "with_sink = total * kept + 2.0 * jnp.exp(sinks - top)", (f"{DECODE}options[window]",)),
     Mutant("a soft cap that does not scale back", "logits.py", "logits = soft_cap * jnp.tanh(logits / soft_cap)",
-           "logits = jnp.tanh(logits / soft_cap)", DECODE),
+           "logits = jnp.tanh(logits / soft_cap)", (f"{DECODE}options[alibi_cap]",)),
     Mutant("causality shows the next key", "varlen_kernel.py", "return first, own, own",
-           "return first, own + 1, own", VARLEN),
+           "return first, own + 1, own", PACKED),
     Mutant("varlen's window sees one key more", "varlen_kernel.py", "else own - (static.window - 1)",
-           "else own - static.window", VARLEN),
+           "else own - static.window", (f"{VARLEN}options_and_order[int8_per_token]",)),
     Mutant("a tile misses its last key", "tiles.py", "jnp.max(jnp.where(sees, high, least), axis=1) + 1, 0)",
-           "jnp.max(jnp.where(sees, high, least), axis=1), 0)", VARLEN),
+           "jnp.max(jnp.where(sees, high, least), axis=1), 0)", PACKED),
     Mutant("a tile writes rows of its neighbour", "varlen_kernel.py", "r.out_buffer.at[slot, pl.ds(row + done, run)]",
-           "r.out_buffer.at[slot, pl.ds(done, run)]", VARLEN),
+           "r.out_buffer.at[slot, pl.ds(done, run)]", PACKED),
     Mutant("slot -1 written to the last block", "cache.py", "inside = (slot >= 0) & (slot <",
-           "inside = (slot >= -1) & (slot <", CACHE),
-    Mutant("gather ignores the left padding", "cache.py", "(0 if starts is None else starts[:, None])", "0", CACHE),
+           "inside = (slot >= -1) & (slot <", ("tests/test_reshape_and_cache.py",)),
+    Mutant("gather ignores the left padding", "cache.py", "(0 if starts is None else starts[:, None])", "0",
+           ("tests/test_gather_cache.py",)),
 ]
 # fmt: on
 
@@ -74,10 +87,13 @@ def prepare(folder: Path) -> None:
 
 
 def catcher(folder: Path, tests: tuple[str, ...]) -> str | None:
-    """Return the first test that fails, or None."""
+    """Return the first test that fails, or what else happened; None where all pass."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu", "TORCH_PAGED_TPU_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    try:
+        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"a test did not end in {SECONDS} s"
     failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if result.returncode not in (0, 1) and not failed:
         return f"the run ended with status {result.returncode}"
