@@ -39,6 +39,7 @@ def tokens_and_tiles(point: Mapping[str, Any]) -> tuple[int, int]:
 def _ours(point: Mapping[str, Any]) -> Call:
     from torch_paged.backends.tpu import decode, varlen
     from torch_paged.backends.tpu.block_sizes import CHIPS
+    from torch_paged.backends.tpu.tiles import SOURCE_FIELDS, TILE_FIELDS
 
     lengths, table = _lengths_and_table(point)
     cache = _array(2, *_pages(point))
@@ -50,7 +51,7 @@ def _ours(point: Mapping[str, Any]) -> Call:
         longest = {"max_seqlen_q": point["queries"], "max_seqlen_k": point["context"]}
         function = partial(varlen.flash_attn_varlen, **options, **longest, causal=True)
         arguments = (_query(point), None, None, _cumulative(point), None, cache, table, lengths)
-    rows = {} if point["queries"] == 1 else {(0, 1): 0}
+    rows = {} if point["queries"] == 1 else {(0, 1): (0, TILE_FIELDS + SOURCE_FIELDS)}
     return know(function, arguments, rows=rows) if point["known"] else function, arguments
 
 

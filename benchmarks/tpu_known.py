@@ -25,7 +25,7 @@ def know(
     arguments: Sequence[Any],
     *,
     state: Sequence[int] = (),
-    rows: Mapping[tuple[int, int], int] | None = None,
+    rows: Mapping[tuple[int, int], tuple[int, int]] | None = None,
 ) -> Callable[..., Any]:
     """Return ``function`` with the values of its integer arguments known to its kernels.
 
@@ -33,7 +33,8 @@ def know(
         function: takes arrays and calls kernels.
         arguments: its arguments: ``np.ndarray`` where the values are known, else what has a shape and a dtype.
         state: scalar operands that a kernel writes; they stay in memory, and count as 0.
-        rows: (kernel call, scalar operand) -> another operand, which says how many rows of the first the kernel reads.
+        rows: (kernel call, scalar operand) -> another operand, which says how many rows of the first the kernel reads,
+            and how long these are.
     """
     calls = _scalars(function, arguments)
 
@@ -93,7 +94,9 @@ class _Recorder:
 class _Specialised:
     """Stands in for ``pl.pallas_call``: the kernel sees constants in place of its scalar operands."""
 
-    def __init__(self, calls: list[Scalars], state: Sequence[int], rows: Mapping[tuple[int, int], int]) -> None:
+    def __init__(
+        self, calls: list[Scalars], state: Sequence[int], rows: Mapping[tuple[int, int], tuple[int, int]]
+    ) -> None:
         self.calls, self.state, self.rows = enumerate(calls), state, rows
         self.original = pl.pallas_call
 
@@ -104,9 +107,11 @@ class _Specialised:
         def known(*refs: Any) -> Any:
             mine = list(refs)
             for i in set(range(count)) - set(self.state):
-                mine[i] = _Known(
-                    refs[i], values[i], int(values[self.rows[at, i]].flat[0]) if (at, i) in self.rows else None
-                )
+                read = values[i].size
+                if (at, i) in self.rows:
+                    rows, length = self.rows[at, i]
+                    read = int(values[rows].flat[0]) * length
+                mine[i] = _Known(refs[i], values[i], read)
             return kernel(*mine)
 
         kernel_call = self.original(known, out_shape, grid_spec=grid_spec, **options)
@@ -120,14 +125,14 @@ class _Specialised:
 
 
 class _Known:
-    """A ref of known values: of a table with rows of some width, each column is linear in the row."""
+    """A ref of known values, of which the first are read: with rows of some width, each column is linear in the row."""
 
-    def __init__(self, ref: Any, values: np.ndarray[Any, Any], rows: int | None) -> None:
+    def __init__(self, ref: Any, values: np.ndarray[Any, Any], read: int) -> None:
         self.shape, self.dtype = ref.shape, ref.dtype
-        flat = values.reshape(-1).astype(np.int64)
+        flat = values.reshape(-1)[:read].astype(np.int64)
         self.strides = [int(np.prod(values.shape[axis + 1 :])) for axis in range(values.ndim)]
         for width in range(1, len(flat) + 1):
-            if len(flat) % width == 0 and self._fits(flat.reshape(-1, width)[:rows]):
+            if len(flat) % width == 0 and self._fits(flat.reshape(-1, width)):
                 return
         raise ValueError(f"tpu_known: columns must be linear in their rows, got {values}")
 
