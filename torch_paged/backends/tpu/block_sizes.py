@@ -104,11 +104,11 @@ def decode_blocks(chip: Chip, page: Page, width: int, rows: int, key_bytes: int,
         chip: the chip.
         page: a page of the cache.
         width: M.
-        rows: query rows of this core, padded.
+        rows: query rows of all heads, padded.
         key_bytes: bytes that come with each key beside the cache: mask and scales.
         num_seqs: sequences of this core, or 1 where their number is not that of all cores.
     """
-    keys = min(power_of_two(_MULTIPLIED_ROWS // page.kv_heads), _MULTIPLIED_KEYS)
+    keys = max(LANES, min(power_of_two(_MULTIPLIED_ROWS // page.kv_heads), _MULTIPLIED_KEYS))
     tile = min(max(1, keys // page.block_size), power_of_two(width))
     pages = max(tile, min(power_of_two(chip.fetch_bytes // page.hbm_bytes), power_of_two(width)))
     sequences = 1

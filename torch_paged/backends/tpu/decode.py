@@ -161,11 +161,11 @@ def paged_attention(
     mask_heads = 0 if attn_mask is None else attn_mask.shape[0] if attn_mask.ndim == 3 else 1
     split_heads = num_seqs < chip.cores and num_kv_heads % chip.cores == 0 and not mask_heads and scales_rank < 4
     cores = chip.cores if split_heads or num_seqs >= chip.cores else 1
-    core_kv_heads = num_kv_heads // (cores if split_heads else 1)
     group_rows = -(-(num_heads // num_kv_heads) // SUBLANES) * SUBLANES
     core_seqs = num_seqs if split_heads else num_seqs // cores if num_seqs % cores == 0 else 1
-    page = Page(core_kv_heads, block_size, stored_dim, kv_cache.dtype.itemsize)
-    key_bytes = (8 * core_kv_heads if scales_rank == 4 else 0) + -(-mask_heads // MASK_ROWS) * MASK_ROWS
+    # of all heads, also where a core takes a part of them: else a sequence would sum in another order in a batch
+    page = Page(num_kv_heads, block_size, stored_dim, kv_cache.dtype.itemsize)
+    key_bytes = (8 * num_kv_heads if scales_rank == 4 else 0) + -(-mask_heads // MASK_ROWS) * MASK_ROWS
     plan = _Plan(
         num_seqs,
         num_heads,
@@ -175,7 +175,7 @@ def paged_attention(
         block_size,
         stored_dim,
         width,
-        decode_blocks(chip, page, width, core_kv_heads * group_rows, key_bytes, core_seqs),
+        decode_blocks(chip, page, width, num_kv_heads * group_rows, key_bytes, core_seqs),
         cores,
         split_heads,
         scales_rank,
