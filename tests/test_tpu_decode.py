@@ -95,9 +95,14 @@ def test_block_ids_outside_of_the_cache_hold_no_keys_and_lengths_end_with_the_ta
 
 
 def test_short_sequences_are_multiplied_several_at_a_time() -> None:
-    """All of the first four, and three of the others."""
+    """All of the first four, and of the last, and three of the others."""
     case = AttentionCase(
-        "short", context_lens=(64, 17, 63, 1, 0, 64, 33, 48), num_kv_heads=1, stored_dim=128, sinks=True, alibi=True
+        "short",
+        context_lens=(64, 17, 63, 1, 0, 64, 33, 48, 5, 16, 64, 2),
+        num_kv_heads=1,
+        stored_dim=128,
+        sinks=True,
+        alibi=True,
     )
     arguments = build(case)
     assert_attention(case.op, arguments, *run(arguments, SIMULATED["on_wait"]))
