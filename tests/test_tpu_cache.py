@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 from jax import ShapeDtypeStruct as Array
+from jax.experimental.pallas import tpu as pltpu
 
-from torch_paged.backends.tpu import aot, cache
+from torch_paged.backends.tpu import aot, cache, cache_tiles
+from torch_paged.backends.tpu.bridge_interpret import races_found
 
 NUM_BLOCKS, TOKENS, PAIRS = 1024, 32, 8
 STORED = ("float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
@@ -15,13 +17,15 @@ FEW_BYTES = 2**19
 """Temporaries that have nothing to do with the size of the cache."""
 
 
-def call(op: str, stored: str, kv_heads: int, block_size: int) -> tuple[Any, list[Any], tuple[int, ...]]:
+def call(
+    op: str, stored: str, kv_heads: int, block_size: int, stored_dim: int = 128, tokens: int = TOKENS
+) -> tuple[Any, list[Any], tuple[int, ...]]:
     """Return a function, its arguments, and the arguments that it writes."""
     quantised = stored not in ("float32", "bfloat16")
-    kv_cache = Array((2, NUM_BLOCKS, kv_heads, block_size, 128), stored)
+    kv_cache = Array((2, NUM_BLOCKS, kv_heads, block_size, stored_dim), stored)
     scales = Array(kv_cache.shape[:-1], "float32")
-    rows = Array((TOKENS, kv_heads, 80), "bfloat16" if quantised else stored)
-    slots, pairs = Array((TOKENS,), "int32"), Array((PAIRS,), "int32")
+    rows = Array((tokens, kv_heads, stored_dim - 48), "bfloat16" if quantised else stored)
+    slots, pairs = Array((tokens,), "int32"), Array((PAIRS,), "int32")
     if op == "copy_blocks":
         arguments = [kv_cache, pairs, pairs, *([scales] if quantised else [])]
         return cache.copy_blocks, arguments, (0, 3) if quantised else (0,)
@@ -49,6 +53,72 @@ def test_nothing_of_the_caches_size_is_made(op: str, stored: str, kv_heads: int)
     # A fusion that does not write in place has a temporary of the cache's size, or shares no memory with its argument.
     made = [operation for operation in program.whole(sizes[0]) if operation.opcode not in ("fusion", "scatter")]
     assert not made, made
+
+
+@pytest.mark.parametrize("block_size", [32, 128])
+@pytest.mark.parametrize("stored", STORED[2:])
+@pytest.mark.parametrize("op", ["reshape_and_cache", "quantize_and_cache"])
+@pytest.mark.parametrize("chip", ["v4", "v6e"])
+def test_wide_rows_of_8_bits_are_written_by_a_kernel_that_leaves_the_cache(
+    chip: str, op: str, stored: str, block_size: int
+) -> None:
+    function, arguments, written = call(op, stored, 2, block_size, stored_dim=256)
+    program = aot.compile_for(chip, aot.export_for(chip, function, arguments, donate=written))
+    sizes = [arguments[i].size * arguments[i].dtype.itemsize for i in written]
+    assert program.alias_bytes == sum(sizes)
+    assert program.temp_bytes < sizes[0] // 16
+    assert len(program.kernels) == 1
+    assert not program.whole(sizes[0])
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
+def test_many_tokens_are_written_without_a_copy(stored: str) -> None:
+    op = "reshape_and_cache" if stored == "bfloat16" else "quantize_and_cache"
+    function, arguments, written = call(op, stored, 8, 16, tokens=300)
+    program = aot.compile_for("v6e", aot.export_for("v6e", function, arguments, donate=written))
+    sizes = [arguments[i].size * arguments[i].dtype.itemsize for i in written]
+    assert program.alias_bytes == sum(sizes)
+    copies = [x for x in program.whole(sizes[-1]) if x.opcode in ("copy", "reshape", "transpose")]
+    assert not copies, copies
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize(
+    ("block_size", "kv_heads", "slots"),
+    [
+        (32, 2, [5, 37, -1, 96, 5, 95, 6, 33, 2**31 - 1, 4, 64, -7, 37, 5]),
+        (128, 1, [127, 31, 32, 383, 31]),
+        (8, 3, [0, 8, 7, 16, 23, 1, 24, 9, 0]),
+    ],
+)
+def test_the_kernel_writes_rows_in_their_order(stored: str, block_size: int, kv_heads: int, slots: list[int]) -> None:
+    generator = np.random.default_rng(0)
+    old = generator.standard_normal((2, 3, kv_heads, block_size, 256)) * 20
+    new = generator.standard_normal((2, len(slots), kv_heads, 256)) * 20
+    kv_cache, rows = jax.numpy.asarray(old, stored), jax.numpy.asarray(new, stored)
+    expected = np.asarray(kv_cache).copy()
+    for token, slot in enumerate(slots):
+        if 0 <= slot < 3 * block_size:
+            expected[:, slot // block_size, :, slot % block_size] = np.asarray(rows)[:, token]
+    simulated = pltpu.InterpretParams(dma_execution_mode="on_wait", detect_races=True)
+    for interpret in (True, simulated):
+        written = cache_tiles.write_rows(kv_cache, rows, np.asarray(slots, np.int32), interpret)
+        np.testing.assert_array_equal(np.asarray(written).astype(np.float32), expected.astype(np.float32))
+    assert not races_found()
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 70])
+def test_parts_of_a_write_are_the_whole_of_it(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    generator = np.random.default_rng(0)
+    key, value = (generator.standard_normal((tokens, 2, 100)).astype(np.float32) for _ in range(2))
+    slots = generator.permutation(160)[:tokens].astype(np.int32) - 8
+    kv_cache, scales = np.zeros((2, 10, 2, 16, 128), np.int8), np.zeros((2, 10, 2, 16), np.float32)
+    whole = cache.quantize_and_cache(key, value, kv_cache, scales, slots)
+    monkeypatch.setattr(cache, "_SCATTERED_ROWS", 64)
+    monkeypatch.setattr(cache, "_SCATTERED_SCALES", 20)
+    parts = cache.quantize_and_cache(key, value, kv_cache, scales, slots)
+    for a, b in zip(whole, parts, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 def test_the_check_sees_a_program_that_copies_the_cache() -> None:

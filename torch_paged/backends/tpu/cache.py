@@ -3,13 +3,25 @@
 XLA programs without a kernel of our own. What matters is the shape in which XLA sees the cache: as ``(rows, DS)``,
 which is the same memory where DS is a multiple of 128 and S one of 8, it scatters rows in place, without a copy and
 without a temporary of the cache's size. The same scatter over five dimensions copies the whole cache twice for KH = 1.
+Rows of more than one tile of an 8-bit cache are written by a kernel (``cache_tiles``). Many tokens are scattered by
+parts: beyond some number of rows XLA lays out per-token scales anew, and takes most of a minute to compile.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from torch_paged.backends.tpu.block_sizes import LANES
+from torch_paged.backends.tpu.cache_tiles import write_rows
+
 QMAX = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 """Largest magnitude stored in a quantised cache, by dtype."""
+_SCATTERED_ROWS = 1024
+"""Most rows of the cache in one scatter."""
+_SCATTERED_SCALES = 512
+"""Most scales in one scatter."""
 
 
 def reshape_and_cache(
@@ -19,22 +31,18 @@ def reshape_and_cache(
     slot_mapping: jax.Array,  # (T,) int32
     kv_scales: jax.Array | None = None,  # (2,) or (2, KH) float32
     *,
-    interpret: object = False,
+    interpret: Any = False,
 ) -> jax.Array:
     """Write new keys and values to their slots; lanes up to DS become zero, slots outside [0, N * S) are dropped.
-
-    Args:
-        interpret: Taken for the sake of one signature; there is no kernel to interpret.
 
     Returns:
         The cache, updated.
     """
-    del interpret
     sides = [key, value]
     if kv_scales is not None:
         scales = kv_scales.reshape(2, -1, 1)  # (2, 1 | KH, 1)
         sides = [quantize(side, scale, kv_cache.dtype) for side, scale in zip(sides, scales, strict=True)]
-    return _write(sides, kv_cache, slot_mapping)
+    return _write(sides, kv_cache, slot_mapping, interpret)
 
 
 def quantize_and_cache(
@@ -44,22 +52,25 @@ def quantize_and_cache(
     kv_scales: jax.Array,  # (2, N, KH, S) float32
     slot_mapping: jax.Array,  # (T,) int32
     *,
-    interpret: object = False,
+    interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Write new keys and values with a scale ``amax / qmax`` for each token and head.
 
     Returns:
         The cache and the scales, updated.
     """
-    del interpret
     rows, scales = [], []
     for side in (key, value):
         amax = jnp.nan_to_num(jnp.abs(side.astype(jnp.float32)), nan=0.0).max(-1)  # (T, KH), finite
         scale = divide(amax, jnp.float32(QMAX[kv_cache.dtype.name]))
         scales.append(jnp.where(scale == 0, 1.0, scale))
         rows.append(quantize(side, scales[-1][..., None], kv_cache.dtype))
-    index = _slots(slot_mapping, kv_cache.shape)
-    return _write(rows, kv_cache, slot_mapping), kv_scales.at[index].set(jnp.stack(scales), mode="drop")
+    written = _write(rows, kv_cache, slot_mapping, interpret)
+
+    def scatter(kv_scales: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
+        return kv_scales.at[_slots(slots, kv_cache.shape)].set(new, mode="drop")
+
+    return written, _by_parts(scatter, kv_scales, slot_mapping, jnp.stack(scales), _SCATTERED_SCALES)
 
 
 def copy_blocks(
@@ -152,12 +163,40 @@ def _high_half(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & -4096, jnp.float32)
 
 
-def _write(sides: list[jax.Array], kv_cache: jax.Array, slot_mapping: jax.Array) -> jax.Array:
-    stored_dim = kv_cache.shape[-1]
+def _write(sides: list[jax.Array], kv_cache: jax.Array, slot_mapping: jax.Array, interpret: Any) -> jax.Array:
+    *_, block_size, stored_dim = kv_cache.shape
     new = jnp.stack([jnp.pad(side, ((0, 0), (0, 0), (0, stored_dim - side.shape[-1]))) for side in sides])
-    rows = _rows(_slots(slot_mapping, kv_cache.shape), kv_cache.shape)  # (2, T, KH)
-    written = _as_rows(kv_cache).at[rows].set(new.astype(kv_cache.dtype), mode="drop")
-    return written.reshape(kv_cache.shape)
+    new = new.astype(kv_cache.dtype)  # (2, T, KH, DS)
+    if new.size and kv_cache.size and kv_cache.dtype.itemsize == 1 and block_size >= 32 and stored_dim > LANES:
+        return write_rows(kv_cache, new, slot_mapping, interpret)
+
+    def scatter(rows: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
+        return rows.at[_rows(_slots(slots, kv_cache.shape), kv_cache.shape)].set(new, mode="drop")
+
+    return _by_parts(scatter, _as_rows(kv_cache), slot_mapping, new, _SCATTERED_ROWS).reshape(kv_cache.shape)
+
+
+def _by_parts(
+    scatter: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    target: jax.Array,
+    slot_mapping: jax.Array,  # (T,)
+    new: jax.Array,  # (2, T, KH, ...)
+    most: int,
+) -> jax.Array:
+    """Scatter tokens in their order, so many at a time that no more than ``most`` of (side, token, head) are."""
+    sides, num_tokens, kv_heads, *_ = new.shape
+    step = max(1, most // (sides * kv_heads))
+    if num_tokens <= step:
+        return scatter(target, slot_mapping, new)
+    padding = -num_tokens % step
+    slots = jnp.pad(slot_mapping, (0, padding), constant_values=-1)
+    new = jnp.pad(new, ((0, 0), (0, padding), *[(0, 0)] * (new.ndim - 2)))
+
+    def part(i: jax.Array, target: jax.Array) -> jax.Array:
+        pieces = [jax.lax.dynamic_slice_in_dim(x, i * step, step, axis) for x, axis in ((slots, 0), (new, 1))]
+        return scatter(target, *pieces)
+
+    return jax.lax.fori_loop(0, slots.shape[0] // step, part, target)
 
 
 def _as_rows(kv_cache: jax.Array) -> jax.Array:
