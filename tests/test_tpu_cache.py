@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import ShapeDtypeStruct as Array
@@ -42,8 +43,9 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize("kv_heads", [1, 8])
-@pytest.mark.parametrize(("op", "stored"), CALLS)
+@pytest.mark.parametrize(
+    ("op", "stored", "kv_heads"), [*((*each, 8) for each in CALLS), (*CALLS[1], 1), (*CALLS[2], 1)]
+)
 def test_nothing_of_the_caches_size_is_made(op: str, stored: str, kv_heads: int) -> None:
     function, arguments, written = call(op, stored, kv_heads, 16)
     program = aot.compile_for("v6e", aot.export_for("v6e", function, arguments, donate=written))
@@ -55,9 +57,7 @@ def test_nothing_of_the_caches_size_is_made(op: str, stored: str, kv_heads: int)
     assert not made, made
 
 
-@pytest.mark.parametrize("block_size", [32, 128])
-@pytest.mark.parametrize("stored", STORED[2:])
-@pytest.mark.parametrize("op", ["reshape_and_cache", "quantize_and_cache"])
+@pytest.mark.parametrize(("op", "stored", "block_size"), [(*CALLS[2], 32), (*CALLS[5], 128), (*CALLS[7], 64)])
 @pytest.mark.parametrize("chip", ["v4", "v6e"])
 def test_wide_rows_of_8_bits_are_written_by_a_kernel_that_leaves_the_cache(
     chip: str, op: str, stored: str, block_size: int
@@ -82,20 +82,23 @@ def test_many_tokens_are_written_without_a_copy(stored: str) -> None:
     assert not copies, copies
 
 
-@pytest.mark.parametrize("stored", STORED)
+ORDERS = [
+    (32, 2, [5, 37, -1, 96, 5, 95, 6, 33, 2**31 - 1, 4, 64, -7, 37, 5]),
+    (128, 1, [127, 31, 32, 383, 31]),
+    (8, 3, [0, 8, 7, 16, 23, 1, 24, 9, 0]),
+]
+"""S, KH and slots."""
+
+
 @pytest.mark.parametrize(
-    ("block_size", "kv_heads", "slots"),
-    [
-        (32, 2, [5, 37, -1, 96, 5, 95, 6, 33, 2**31 - 1, 4, 64, -7, 37, 5]),
-        (128, 1, [127, 31, 32, 383, 31]),
-        (8, 3, [0, 8, 7, 16, 23, 1, 24, 9, 0]),
-    ],
+    ("stored", "block_size", "kv_heads", "slots"),
+    [*((stored, *ORDERS[0]) for stored in STORED), ("int8", *ORDERS[1]), ("bfloat16", *ORDERS[2])],
 )
 def test_the_kernel_writes_rows_in_their_order(stored: str, block_size: int, kv_heads: int, slots: list[int]) -> None:
     generator = np.random.default_rng(0)
     old = generator.standard_normal((2, 3, kv_heads, block_size, 256)) * 20
     new = generator.standard_normal((2, len(slots), kv_heads, 256)) * 20
-    kv_cache, rows = jax.numpy.asarray(old, stored), jax.numpy.asarray(new, stored)
+    kv_cache, rows = jnp.asarray(old, stored), jnp.asarray(new, stored)
     expected = np.asarray(kv_cache).copy()
     for token, slot in enumerate(slots):
         if 0 <= slot < 3 * block_size:
@@ -110,9 +113,9 @@ def test_the_kernel_writes_rows_in_their_order(stored: str, block_size: int, kv_
 @pytest.mark.parametrize("tokens", [1, 31, 70])
 def test_parts_of_a_write_are_the_whole_of_it(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     generator = np.random.default_rng(0)
-    key, value = (generator.standard_normal((tokens, 2, 100)).astype(np.float32) for _ in range(2))
-    slots = generator.permutation(160)[:tokens].astype(np.int32) - 8
-    kv_cache, scales = np.zeros((2, 10, 2, 16, 128), np.int8), np.zeros((2, 10, 2, 16), np.float32)
+    key, value = (jnp.asarray(generator.standard_normal((tokens, 2, 100)), jnp.float32) for _ in range(2))
+    slots = jnp.asarray(generator.permutation(160)[:tokens] - 8, jnp.int32)
+    kv_cache, scales = jnp.zeros((2, 10, 2, 16, 128), jnp.int8), jnp.zeros((2, 10, 2, 16))
     whole = cache.quantize_and_cache(key, value, kv_cache, scales, slots)
     monkeypatch.setattr(cache, "_SCATTERED_ROWS", 64)
     monkeypatch.setattr(cache, "_SCATTERED_SCALES", 20)

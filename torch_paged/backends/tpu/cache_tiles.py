@@ -112,17 +112,20 @@ def _call(kv_cache: jax.Array, num_tokens: int, group: int, interpret: Any) -> A
         each_tile(lambda token: copy(token, store=True).start())
         each_tile(lambda token: copy(token, store=True).wait())
 
+    out: Any = jax.ShapeDtypeStruct(kv_cache.shape, kv_cache.dtype)
+    if not interpret and jax.__version_info__ >= (0, 8):  # else XLA may move a cache that fits to VMEM and back
+        out = pltpu.MemorySpace.HBM(kv_cache.shape, kv_cache.dtype)
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct(kv_cache.shape, kv_cache.dtype),
+        out_shape=out,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(num_tokens // group,),
             in_specs=[
                 pl.BlockSpec((group, sides * kv_heads, stored_dim), lambda step, *_: (step, 0, 0)),
-                pl.BlockSpec(memory_space=pl.ANY),
+                pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM),
             ],
-            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            out_specs=pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM),
             scratch_shapes=[
                 pltpu.VMEM((group, sides, kv_heads, tile_rows, stored_dim), kv_cache.dtype),
                 pltpu.SMEM((group,), jnp.int32),

@@ -204,9 +204,11 @@ class PageStream:
                 @pl.when((key < begin) | (key + size > stop))
                 def clear() -> None:
                     values = buffer[slot, j, 1]
+                    if values.dtype.itemsize == 1:  # libtpu 0.0.21 cannot compare within them on v4
+                        values = values.astype(jnp.float32)
                     position = key + lax.broadcasted_iota(jnp.int32, values.shape, 1)
                     kept = (position >= begin) & (position < stop)
-                    buffer[slot, j, 1] = jnp.where(kept, values, jnp.zeros_like(values))
+                    buffer[slot, j, 1] = jnp.where(kept, values, jnp.zeros_like(values)).astype(buffer.dtype)
 
             pl.when(unusable)(lambda: drop(j))
             return carry
