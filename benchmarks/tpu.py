@@ -112,7 +112,7 @@ def points() -> Iterator[Point]:
             ours = Point(OURS, chip, batch, context, kv_heads, size, known=True)
             yield ours
             if chip == "tpu7x" and size == 16 and batch == 64:  # of which the estimate fails
-                yield replace(ours, batch=32)
+                yield replace(ours, batch=12)
             if chip != "v5e":  # where the estimate of this kernel ends the compiler
                 for tokens in (1024, 512) if context == 1024 and batch == 8 else (1024,) if batch > 8 else (2048, 4096):
                     yield replace(ours, way=PAGED, tokens_per_block=tokens)
@@ -200,7 +200,7 @@ def best(rows: Sequence[Row], way: str, **at: object) -> Row | None:
 def extrapolated(rows: Sequence[Row], way: str, context: int, **at: object) -> Row | None:
     """Return 64 sequences from fewer: the estimate is linear in the sequences, takes long, and fails for some sizes."""
     few, long = (best(rows, way, **at, batch=8, context=length) for length in (1024, context))
-    many = next(filter(None, (best(rows, way, **at, batch=batch, context=1024) for batch in (64, 32))), None)
+    many = next(filter(None, (best(rows, way, **at, batch=batch, context=1024) for batch in (64, 12))), None)
     if few is None or long is None or many is None or not (few.cycles and long.cycles and many.cycles):
         return None
     fixed = few.cycles - 8 * (many.cycles - few.cycles) / (many.batch - 8)

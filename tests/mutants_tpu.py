@@ -91,7 +91,7 @@ def catcher(folder: Path, tests: tuple[str, ...]) -> str | None:
         result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return f"a test did not end in {SECONDS} s"
-    failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED tests/", "ERROR tests/"))]
     if result.returncode not in (0, 1) and not failed:
         return f"the run ended with status {result.returncode}"
     return failed[0].split(" - ")[0].removeprefix("FAILED tests/") if failed else None
