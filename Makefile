@@ -10,6 +10,11 @@ TPU_XLA_VENV := .venv-tpu-xla
 TPU_VENV := .venv-tpu
 WITHOUT_TPU := JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_LOG_DIR=disabled
 TPU_XLA := $(WITHOUT_TPU) PJRT_DEVICE=CPU $(TPU_XLA_VENV)/bin/python -m pytest
+XLA_CASES := TORCH_PAGED_TEST_DEVICE=xla $(TPU_XLA) -W ignore::DeprecationWarning -W ignore::UserWarning
+THROUGH_XLA := tests/test_tpu_xla.py tests/test_tpu_xla_transformers.py
+# Nearly all the time goes into compiling interpreted kernels, each of which runs once.
+QUICKLY := XLA_FLAGS=--xla_backend_optimization_level=0
+SOME_CASES := plain or sinks or alibi or soft_cap or shuffled or window_7 or chunk_5 or scales_4 or padd or no_keys or inputs
 # torch_tpu warns when torch loads it, which tests take for an error: they load it in processes of their own.
 TPU := TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(WITHOUT_TPU) $(TPU_VENV)/bin/python -m pytest
 TORCH29_VENV := .venv-torch29
@@ -107,6 +112,7 @@ test-tpu: $(TPU_VENV)/.ready $(LIBRARY)
 	TORCH_PAGED_TPU_INTERPRET=1 $(TPU) $(CONFORMANCE) $(ARGS)
 
 # torch_xla wants an older torch and jax than the other tests; they read neither jax nor libtpu from the extra "test".
+# Attention's shared cases, hours of compilations, are run in part: one for each option.
 $(TPU_XLA_VENV)/.ready: pyproject.toml
 	test -x $(TPU_XLA_VENV)/bin/python || $(PYTHON) -m venv $(TPU_XLA_VENV)
 	$(TPU_XLA_VENV)/bin/python -m pip -q install "torch==2.9.0" "setuptools>=77" packaging \
@@ -116,9 +122,10 @@ $(TPU_XLA_VENV)/.ready: pyproject.toml
 
 test-tpu-xla: $(TPU_XLA_VENV)/.ready $(LIBRARY)
 	$(TPU_XLA_VENV)/bin/python -c "import torch_xla"
-	$(TPU_XLA) $(wildcard tests/test_tpu_*.py) $(ARGS)
-	TORCH_PAGED_TEST_DEVICE=xla $(TPU_XLA) $(SMALL_OPS:%=tests/test_%.py) \
-	  -W ignore::DeprecationWarning -W ignore::UserWarning $(ARGS)
+	$(TPU_XLA) $(filter-out $(THROUGH_XLA),$(wildcard tests/test_tpu_*.py)) $(ARGS)
+	$(QUICKLY) $(TPU_XLA) $(THROUGH_XLA) $(ARGS)
+	$(QUICKLY) $(XLA_CASES) $(SMALL_OPS:%=tests/test_%.py) tests/test_semantics.py -k "not direct and not beyond" $(ARGS)
+	$(QUICKLY) $(XLA_CASES) tests/test_paged_attention.py tests/test_flash_attn_varlen.py -k "$(SOME_CASES)" $(ARGS)
 
 # In the environment that is active: the one with torch_xla or torch_tpu.
 test-tpu-device:

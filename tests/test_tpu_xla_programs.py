@@ -12,6 +12,8 @@ from torch_paged.backends.tpu.aot import compile_for
 
 LAYERS, NUM_BLOCKS = 3, 8192
 CACHE_BYTES = 2 * NUM_BLOCKS * 2 * 16 * 128 * 2
+FEW_BYTES = 2**20
+"""Temporaries of a step, of queries and outputs: a fusion that did not write in place would need a cache's size."""
 
 STEP = f"""
 def step(query, key, caches, slots, tables, lens):
@@ -41,10 +43,9 @@ with torch.no_grad():
 def test_a_step_updates_all_caches_in_place(way: str, chip: str, tmp_path: Path) -> None:
     program = compile_for(chip, lowered_for_tpu(STEP + WAYS[way], chip, tmp_path))
     assert program.alias_bytes == LAYERS * CACHE_BYTES
-    assert program.temp_bytes < CACHE_BYTES // 100
+    assert program.temp_bytes < FEW_BYTES
     assert len(program.kernels) == LAYERS
-    copies = [operation for operation in program.whole(CACHE_BYTES) if operation.opcode != "fusion"]
-    assert not copies
+    assert [operation.opcode for operation in program.whole(CACHE_BYTES)] == ["fusion"] * LAYERS
 
 
 def test_a_cache_that_is_not_donated_is_seen_as_a_copy(tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ with torch.no_grad():
 
 def test_a_step_of_a_patched_model_updates_its_caches_in_place(tmp_path: Path) -> None:
     program = compile_for("v5e", lowered_for_tpu(HUGGINGFACE, "v5e", tmp_path))
-    assert program.alias_bytes >= 2 * CACHE_BYTES
-    assert program.temp_bytes < CACHE_BYTES // 50
+    assert program.alias_bytes == 2 * CACHE_BYTES
+    assert program.temp_bytes < FEW_BYTES
     assert len(program.kernels) == 2
-    assert not [operation for operation in program.whole(CACHE_BYTES) if operation.opcode != "fusion"]
+    assert [operation.opcode for operation in program.whole(CACHE_BYTES)] == ["fusion"] * 2
