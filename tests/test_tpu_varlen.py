@@ -6,12 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 import torch
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax_arrays import to_jax, to_torch
 
-from torch_paged.backends.tpu import pages, varlen
+from torch_paged.backends.tpu import pages, tiles, varlen
 from torch_paged.backends.tpu.block_sizes import CHIPS, MIB, Chip
 from torch_paged.backends.tpu.bridge_interpret import COMPILER_OPTIONS, no_races
 from torch_paged.backends.tpu.calls import jax_call
@@ -106,6 +108,59 @@ def test_options_and_order(case: AttentionCase) -> None:
     other, rows = take_sequences(arguments, [3, 2, 1, 0])
     for name, actual, expected in zip(("out", "lse", "max_logits"), run(other), results, strict=True):
         assert_same(actual, expected[rows], name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"query_lens": (1, 0, 1, 1)}, ["paged_attention"]),
+        ({"query_lens": (1, 0, 1, 1), "positions": "shuffled"}, [OP]),
+        ({"new_lens": (17, 0, 1, 40)}, [OP]),
+        ({}, [OP, "paged_attention"]),
+    ],
+    ids=("decode", "positions", "prefill", "mixed"),
+)
+def test_kernels_of_a_call(fields: dict[str, Any], names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def pallas_call(*args: Any, name: str, real: Any = pl.pallas_call, **options: Any) -> Any:
+        called.append(name)
+        return real(*args, name=name, **options)
+
+    monkeypatch.setattr(pl, "pallas_call", pallas_call)
+    call = jax_call(OP, build(case("kinds", **fields)) | {"max_seqlen_q": max(fields.get("query_lens", (40,)))})
+    arrays = [None if array is None else to_jax(array) for array in call.arrays]
+    jax.eval_shape(lambda *arrays: flash_attn_varlen(*arrays, **call.options, chip=CHIPS["v5e"]), *arrays)
+    assert called == names
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_tiles_read_what_their_rows_see(window: int | None) -> None:
+    size, query_lens, kv_lens = 16, (40, 0, 1, 17, 3), (100, 5, 33, 17, 2)
+    begins = jnp.cumsum(jnp.array((0, *query_lens)))
+    source = tiles.KeySource(jnp.arange(5), jnp.array(kv_lens), jnp.zeros(5, jnp.int32))
+    options: dict[str, Any] = {"num_tokens": 64, "size": size, "causal": True, "window": window, "chunk": None}
+    found = tiles.cut(begins, [source], None, None, **options)
+    expected = []
+    for seq, (rows, keys) in enumerate(zip(query_lens, kv_lens, strict=True)):
+        for start in range(0, rows, size):
+            end = keys - rows + min(start + size, rows)
+            begin = 0 if window is None else max(0, keys - rows + start - (window - 1))
+            expected.append([seq, begin, end])
+    fields = found.fields.reshape(-1, found.width)[: len(expected), tiles.TILE_FIELDS :]
+    assert fields[:, [tiles.PAGE_ROW, tiles.BEGIN, tiles.END]].tolist() == expected
+    assert found.count.item() == len(expected) + 1, "and one of rows behind the last sequence"
+
+
+def test_cores_share_the_work() -> None:
+    tokens, size = 2048, 64
+    source = tiles.KeySource(jnp.zeros(1, jnp.int32), jnp.full(1, tokens), jnp.zeros(1, jnp.int32))
+    options: dict[str, Any] = {"num_tokens": tokens, "size": size, "causal": True, "window": None, "chunk": None}
+    found = tiles.cut(jnp.array((0, tokens)), [source], None, None, **options)
+    half, end = tiles.shares(found, 1, 2).tolist()
+    assert end == found.count.item() == tokens // size
+    keys = found.fields.reshape(-1, found.width)[:, tiles.TILE_FIELDS + tiles.END]
+    assert abs(keys[:half].sum() - keys[half:end].sum()) <= 4 * tokens
 
 
 def test_lost_blocks_and_hidden_values() -> None:
