@@ -83,7 +83,15 @@ def test_every_stored_byte_is_multiplied_as_torch_reads_it(
 def test_int8_rows_of_very_different_sizes(backend: Backend, group: int, dtype: torch.dtype) -> None:
     """Fixed point must not lose a small query row, small lanes beside a large one, or small scales of values."""
     case = AttentionCase(
-        "sizes", context_lens=(70, 1000), head_dim=80, group=group, dtype=dtype, cache_dtype=torch.int8, scales_rank=4
+        "sizes",
+        context_lens=(70, 1000),
+        head_dim=80,
+        group=group,
+        dtype=dtype,
+        cache_dtype=torch.int8,
+        scales_rank=4,
+        # logits of 38 are rounded by more than the rule forgives, where float32 sums take another order
+        softmax_scale=2.0**-8 if dtype == torch.float32 else None,
     )
     arguments = build(case)
     arguments["query"][0] *= 2.0**-12
