@@ -129,7 +129,8 @@ test-tpu-xla: $(TPU_XLA_VENV)/.ready $(LIBRARY)
 
 # In the environment that is active: the one with torch_xla or torch_tpu.
 test-tpu-device:
-	@PYTHONPATH=. $(PYTHON) tests/tpu_device.py $(OPS:%=tests/test_%.py) tests/test_semantics.py $(ARGS)
+	@PYTHONPATH=. $(PYTHON) tests/tpu_device.py $(OPS:%=tests/test_%.py) tests/test_semantics.py \
+	  -W ignore::DeprecationWarning -W ignore::UserWarning $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -15,10 +15,12 @@ from torch import Tensor
 
 torch_xla = pytest.importorskip("torch_xla")
 
+from torch_xla import runtime  # noqa: E402
 from torch_xla.debug import metrics  # noqa: E402
 
 import torch_paged  # noqa: E402
 from torch_paged import dispatch  # noqa: E402
+from torch_paged.backends.tpu import bridge_torch_xla  # noqa: E402
 from torch_paged.testing import AttentionCase, assert_attention, assert_same, build  # noqa: E402
 from torch_paged.testing.processes import SOURCE, run_python  # noqa: E402
 
@@ -206,6 +208,12 @@ print(*state())
 def test_twins_exist_only_where_torch_xla_is_imported(first: str, second: str, before: str) -> None:
     code = TWINS.format(first=first, second=second)
     assert run_python(code, PJRT_DEVICE="CPU").stdout.splitlines()[-2:] == [before, "True True True"]
+
+
+def test_a_client_that_is_no_tpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "device_type", lambda: "CUDA")
+    with pytest.raises(NotImplementedError, match=r"does not support PJRT_DEVICE=CUDA \(TPU, or CPU to interpret\)"):
+        bridge_torch_xla.target.__wrapped__("xla:0")
 
 
 def test_the_example_runs_interpreted() -> None:

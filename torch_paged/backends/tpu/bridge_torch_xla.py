@@ -68,8 +68,13 @@ def target(device: str) -> tuple[str, str]:
     import torch_xla
     from torch_xla import runtime
 
-    if runtime.device_type() == "TPU":
+    client = runtime.device_type()
+    if client == "TPU":
         return "tpu", chip_of_kind(torch_xla._XLAC._xla_device_kind(device))
+    if client != "CPU":
+        raise NotImplementedError(
+            f"torch_paged: backend 'tpu' does not support PJRT_DEVICE={client} (TPU, or CPU to interpret); set either"
+        )
     return "cpu", INTERPRETED_CHIP
 
 
