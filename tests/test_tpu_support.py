@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from torch_paged.backends.tpu import BACKEND, support
+from torch_paged.backends.tpu.calls import jax_call
+from torch_paged.backends.tpu.export import program_of
 from torch_paged.contract.validate import validate
 from torch_paged.testing import AttentionCase, build
 from torch_paged.testing.processes import SOURCE
@@ -74,6 +76,25 @@ def test_a_row_of_a_table_that_no_scalar_memory_holds_is_refused(query_lens: tup
         f"block_tables with M = {2**17 + 1} (at most {2**17}); pass fewer columns, or use a larger block size"
     )
     assert refusal(case, block_tables=tables[:, 1:]) is None
+
+
+@pytest.mark.parametrize("query_lens", [None, SERVED.query_lens])
+def test_a_block_that_vmem_does_not_hold_twice_is_refused(query_lens: tuple[int, ...] | None) -> None:
+    case = replace(SERVED, query_lens=query_lens, new_lens=query_lens, num_kv_heads=32, block_size=128)
+    arguments = build(case)
+    arguments["kv_cache"] = torch.empty((2, 9, 32, 128, 256), device="meta")
+    call = jax_call(case.op, arguments)
+    with pytest.raises(NotImplementedError) as raised:
+        program_of(call, "tpu", "v4")
+    assert str(raised.value) == (
+        f"{case.op}: backend 'tpu' does not support kv_cache with {2**23} bytes in a block on v4 (at most "
+        f"{6 * 2**20}, as VMEM holds two blocks); use a smaller block size"
+    )
+    for chip in ("v5e", "v5p", "v6e", "tpu7x"):
+        assert program_of(call, "tpu", chip).chip == chip
+    assert program_of(call, "cpu", "v4").chip == "v4"
+    half = arguments | {"kv_cache": torch.empty((2, 9, 32, 64, 256), device="meta")}
+    assert program_of(jax_call(case.op, half), "tpu", "v4").chip == "v4"
 
 
 @pytest.mark.parametrize("head_dim", [1, 17, 64, 80, 96, 128, 192, 256])

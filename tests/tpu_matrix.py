@@ -1,13 +1,16 @@
 """Compile every op for every chip, dtype and shape, without a TPU, and look at the programs: ``make tpu-matrix``.
 
 A cell is a call of an op on a chip. It is supported when the chip's compiler takes the program, attention is one kernel
-with no dense attention around it, and no operation makes a copy of the cache. Cells whose programs are the same are
-compiled once; ``--seconds`` stops early, and the next run goes on from what ``build/tpu_matrix`` remembers.
+with no dense attention around it, and no operation makes a copy of the cache. Every outcome is kept in
+``build/tpu_matrix`` until a file that it depends on changes; cells whose programs are the same are compiled once.
+``--seconds`` stops early, and the next run goes on. The order is such that what was done first says most: pairs of
+options, then pairs of shapes, then the rest at random.
 """
 
 import argparse
 import hashlib
 import importlib.metadata
+import inspect
 import itertools
 import json
 import multiprocessing
@@ -18,22 +21,23 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from torch_paged.backends.tpu import aot
 from torch_paged.backends.tpu.calls import JaxCall, jax_call
-from torch_paged.backends.tpu.support import refusal
+from torch_paged.backends.tpu.support import chip_refusal, refusal
 from torch_paged.testing import AttentionCase, build
 from torch_paged.testing.cache_cases import CopyCase, GatherCase, MergeCase, WriteCase
 
 FIGURES = Path(__file__).with_suffix(".json")
-MEMORY = Path(__file__).parents[1] / "build" / "tpu_matrix"
+ROOT = Path(__file__).parents[1]
+MEMORY = ROOT / "build" / "tpu_matrix"
 BF16, F32, INT8, E4M3, E5M2 = torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
 
 CHIPS = tuple(aot.TOPOLOGIES)
@@ -98,27 +102,33 @@ def shape_cells() -> Iterator[Cell]:
             yield attention_cell({**_neutral(), **dict(zip(SHAPES, values, strict=True)), "source": source})
 
 
+def corner_cells() -> Iterator[Cell]:
+    """Yield of ``shape_cells`` so many that each op has every pair of values of two of ``SHAPES``."""
+    for source, choice in itertools.product(("decode", "cache"), list(pairs(SHAPES))):
+        yield attention_cell({**_neutral(), **dict(zip(SHAPES, choice, strict=True)), "source": source})
+
+
 def option_cells() -> Iterator[Cell]:
-    """Yield attention cells for ``option_choices``."""
-    for choice in option_choices():
+    """Yield attention cells with every pair of values of two of ``OPTIONS``."""
+    for choice in pairs(OPTIONS):
         yield attention_cell(dict(zip(OPTIONS, choice, strict=True)))
 
 
-def option_choices() -> Iterator[tuple[Any, ...]]:
-    """Yield values of ``OPTIONS`` that together hold every pair of values of two of them."""
+def pairs(values: Mapping[str, tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    """Yield choices of values that together hold every pair of values of two names."""
     rng = random.Random(0)
-    names = sorted(OPTIONS)
-    missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in OPTIONS[a] for y in OPTIONS[b]}
+    names = sorted(values)
+    missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in values[a] for y in values[b]}
     while missing:
         choice = dict(min(missing, key=repr))
         for name in rng.sample(names, len(names)):
             gains = {
-                value: sum(tuple(sorted(((name, value), other), key=_first)) in missing for other in choice.items())
-                for value in OPTIONS[name]
+                x: sum(tuple(sorted(((name, x), other), key=_first)) in missing for other in choice.items())
+                for x in values[name]
             }
             choice.setdefault(name, max(gains, key=gains.__getitem__))
         missing -= set(itertools.combinations(sorted(choice.items(), key=_first), 2))
-        yield tuple(choice[name] for name in OPTIONS)
+        yield tuple(choice[name] for name in values)
 
 
 def cache_cells() -> Iterator[Cell]:
@@ -178,15 +188,59 @@ def attention_cell(choice: Mapping[str, Any]) -> Cell:
 
 
 def outcome(cell: Cell) -> str | None:
-    """Return None where a cell is supported, else why it is not."""
+    """Return None where a cell is supported, else why it is not; what is known of it, or else found out now."""
+    path = _path(versions(), _sources(_module(cell)), cell.overload, repr(cell.case), cell.chip)
+    return _read(path) if path.exists() else _write(path, _found(cell))
+
+
+def known(cell: Cell) -> bool:
+    """Say whether the outcome of a cell is kept."""
+    return _path(versions(), _sources(_module(cell)), cell.overload, repr(cell.case), cell.chip).exists()
+
+
+def _path(*parts: object) -> Path:
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()
+    return MEMORY / key[:2] / key
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text() or None
+
+
+def _write(path: Path, why: str | None) -> str | None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(why or "")
+    return why
+
+
+def _module(cell: Cell) -> str:
+    return {"paged_attention": "decode", "flash_attn_varlen": "varlen", "merge_attention_states": "merge"}.get(
+        cell.overload.partition(".")[0], "cache"
+    )
+
+
+@cache
+def _sources(module: str) -> str:
+    """Return a digest of what a module's outcomes depend on: it, what it imports of this backend, and the checks."""
+    folder = ROOT / "torch_paged" / "backends" / "tpu"
+    todo, texts = [module, "aot", "calls", "export"], {}
+    while todo:
+        name = todo.pop()
+        if name not in texts:
+            texts[name] = (folder / f"{name}.py").read_text()
+            todo += re.findall(r"^from torch_paged\.backends\.tpu(?:\.| import )(\w+)", texts[name], re.MULTILINE)
+    checks = [inspect.getsource(x) for x in (_found, _expected_kernels, _roomy, _compiled, _moves)]
+    return hashlib.sha256(repr((sorted(texts.items()), checks, CACHE_BLOCKS, CACHE_BYTES)).encode()).hexdigest()
+
+
+def _found(cell: Cell) -> str | None:
     from torch_paged.backends.tpu.export import exported, program_of
 
     arguments = build(cell.case)
-    cache = arguments.get("kv_cache")
-    if cache is not None:
+    if arguments.get("kv_cache") is not None:
         arguments |= _roomy(arguments)
     op = cell.overload.partition(".")[0]
-    refused = refusal(op, arguments)
+    refused = refusal(op, arguments) or chip_refusal(op, arguments.get("kv_cache"), cell.chip)
     if refused is not None:
         return f"refused: {refused}"
     call = jax_call(cell.overload, arguments)
@@ -223,14 +277,10 @@ def _roomy(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _remembered(chip: str, module: str, cache_bytes: int, written: int, *, kernels: int) -> str | None:
     plain = re.sub(r" ?loc\([^()]*(?:\([^()]*\)[^()]*)*\)|^#loc.*$", "", module, flags=re.MULTILINE)
-    key = hashlib.sha256(f"{versions()} {chip} {cache_bytes} {written} {kernels} {plain}".encode()).hexdigest()
-    path = MEMORY / key[:2] / key
+    path = _path(versions(), chip, cache_bytes, written, kernels, plain, inspect.getsource(_compiled))
     if path.exists():
-        return path.read_text() or None
-    found = _compiled(chip, module, cache_bytes, written, kernels=kernels)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(found or "")
-    return found
+        return _read(path)
+    return _write(path, _compiled(chip, module, cache_bytes, written, kernels=kernels))
 
 
 def _compiled(chip: str, module: str, cache_bytes: int, written: int, *, kernels: int) -> str | None:
@@ -273,74 +323,121 @@ def _first(pair: tuple[str, Any]) -> str:
 
 
 def all_cells() -> list[Cell]:
-    """Return every cell, those first that hold most."""
-    known = set(aot.chips())
-    cells = [*option_cells(), *cache_cells(), *shape_cells()]
-    return [cell for cell in cells if cell.chip in known]
+    """Return every cell, those first that say most."""
+    rest = [*cache_cells(), *shape_cells()]
+    random.Random(0).shuffle(rest)
+    cells = {(cell.chip, cell.overload, repr(cell.case)): cell for cell in (*option_cells(), *corner_cells(), *rest)}
+    served = set(aot.chips())
+    return [cell for cell in cells.values() if cell.chip in served]
 
 
 def quick_cells() -> list[Cell]:
     """Return a subset for every run of the tests."""
-    known = set(aot.chips())
-    cells = [*list(option_cells())[::2], *list(cache_cells())[::97], *list(shape_cells())[::509]]
-    return [cell for cell in cells if cell.chip in known]
+    served = set(aot.chips())
+    cells = [*list(option_cells())[::5], *list(cache_cells())[::97], *list(shape_cells())[::509]]
+    return [cell for cell in cells if cell.chip in served]
 
 
-def run(cells: list[Cell], seconds: float) -> dict[str, str | None]:
-    """Return the outcome of each cell, of as many as there is time for."""
+def run(cells: list[Cell], seconds: float, jobs: int) -> dict[Cell, str | None]:
+    """Return the outcomes of the cells that are known, and of as many others as there is time for."""
     end = time.monotonic() + seconds
-    found: dict[str, str | None] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
-        for start in range(0, len(cells), 16):
-            if time.monotonic() > end:
-                break
-            chunk = cells[start : start + 16]
-            found |= dict(zip((cell.name for cell in chunk), pool.map(outcome, chunk), strict=True))
+    found = {cell: outcome(cell) for cell in cells if known(cell)}
+    todo = [cell for cell in cells if cell not in found]
+    for start in range(0, len(todo), 16):
+        if time.monotonic() > end:
+            break
+        chunk = todo[start : start + 16]
+        try:
+            found |= zip(chunk, _outcomes(chunk, jobs), strict=True)
+        except BrokenProcessPool:  # libtpu ends the process where it does not know how to go on
+            for cell in chunk:
+                try:
+                    found[cell] = _outcomes([cell], 1)[0]
+                except BrokenProcessPool:
+                    found[cell] = "the compiler ended the process"
     return found
+
+
+_pools: list[ProcessPoolExecutor] = []
+
+
+def _outcomes(cells: list[Cell], jobs: int) -> list[str | None]:
+    if not _pools:
+        _pools.append(ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")))
+    try:
+        return list(_pools[0].map(outcome, cells))
+    except BrokenProcessPool:
+        _pools.clear()
+        raise
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make tpu-matrix", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1e9, help="stop early; the next run goes on from there")
-    parser.add_argument("--only", default="", help="cells whose name contains this")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument("--only", default="", help="cells whose name holds this regular expression")
     parser.add_argument("--update", action="store_true", help="commit to the cells that are supported now")
     parser.add_argument("--quick", action="store_true", help="the subset of the tests")
+    parser.add_argument("--markdown", action="store_true", help="print the committed figures as a table, and end")
     args = parser.parse_args()
-    cells = [cell for cell in (quick_cells() if args.quick else all_cells()) if args.only in cell.name]
-    found = run(cells, args.seconds)
-    console = Console(width=200)
-    console.print(table(found))
+    figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    if args.markdown:
+        print(markdown(figures))
+        return 0
+    cells = [cell for cell in (quick_cells() if args.quick else all_cells()) if re.search(args.only, cell.name)]
+    found = run(cells, args.seconds, args.jobs)
     wrong = Counter(why for why in found.values() if why is not None)
     for why, count in wrong.most_common():
-        example = next(name for name, text in found.items() if text == why)
+        example = next(cell.name for cell, text in found.items() if text == why)
         print(f"{count} cells, such as {example}\n    {why}")
     supported = sum(why is None for why in found.values())
     print(f"{supported} of {len(found)} cells are supported, of {len(cells)} asked for; {versions()}")
     name = f"quick, {versions()}" if args.quick else versions()
-    figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    if args.update:
-        FIGURES.write_text(json.dumps({**figures, name: supported}, indent=2) + "\n")
+    if args.update and not args.only:
+        figures[name] = supported if args.quick else counts(cells, found)
+        FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
         return 0
-    before = figures.get(name, 0)
+    before = floor(figures.get(name, 0))
     if len(found) == len(cells) and not args.only and supported < before:
         print(f"tpu-matrix: {before} cells were supported before")
         return 1
-    return 1 if wrong else 0
+    return 1 if any(not why.startswith("refused: ") for why in wrong) else 0
 
 
-def table(found: Mapping[str, str | None]) -> Table:
-    """Return supported and all cells by chip and op."""
-    counts: Counter[tuple[str, str, bool]] = Counter()
-    for name, why in found.items():
-        chip, op, _ = name.split(" ", 2)
-        counts[chip, op.partition(".")[0], why is None] += 1
-    ops = sorted({op for _, op, _ in counts})
-    result = Table("chip", *ops, title="supported / cells")
-    for chip in CHIPS:
-        cells = [(counts[chip, op, True], counts[chip, op, True] + counts[chip, op, False]) for op in ops]
-        result.add_row(chip, *(f"{yes} / {total}" for yes, total in cells))
-    return result
+Counts = dict[str, dict[str, list[int]]]
+"""Chip -> op -> supported, refused, failed, not yet compiled."""
+
+
+def counts(cells: list[Cell], found: Mapping[Cell, str | None]) -> Counts:
+    """Return how many cells of each chip and op there are of each kind."""
+    result: Counts = {}
+    for cell in cells:
+        each = result.setdefault(cell.chip, {}).setdefault(cell.overload.partition(".")[0], [0, 0, 0, 0])
+        why = found.get(cell)
+        each[3 if cell not in found else 0 if why is None else 1 if why.startswith("refused: ") else 2] += 1
+    return {chip: dict(sorted(result[chip].items())) for chip in CHIPS if chip in result}
+
+
+def floor(figures: Counts | int) -> int:
+    """Return how many cells committed figures say are supported."""
+    if isinstance(figures, int):
+        return figures
+    return sum(kinds[0] for ops in figures.values() for kinds in ops.values())
+
+
+def markdown(figures: Mapping[str, Counts | int]) -> str:
+    """Return the committed figures as tables, one for each version of the compiler."""
+    lines = []
+    for name, chips in figures.items():
+        if isinstance(chips, int):
+            continue
+        ops = sorted({op for each in chips.values() for op in each})
+        lines += [f"{name}:", "", f"| chip | {' | '.join(ops)} |", "| --- " * (len(ops) + 1) + "|"]
+        for chip, each in chips.items():
+            texts = [" / ".join(map(str, each.get(op, [0, 0, 0, 0]))) for op in ops]
+            lines.append(f"| {chip} | {' | '.join(texts)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 if __name__ == "__main__":

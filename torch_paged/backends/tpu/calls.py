@@ -51,6 +51,12 @@ class JaxCall:
         """Whether the function takes a ``chip``."""
         return self.module in ("decode", "varlen")
 
+    @property
+    def kv_cache(self) -> Tensor | None:
+        """The cache, if there is one."""
+        names = _ARRAYS[self.function]
+        return self.arrays[names.index("kv_cache")] if "kv_cache" in names else None
+
 
 def kernels(info: BackendInfo, run: Callable[[JaxCall], tuple[Tensor, ...]]) -> dict[str, Callable[..., Any]]:
     """Return a kernel for each op of the contract.

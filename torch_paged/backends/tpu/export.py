@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from torch_paged.backends.tpu.block_sizes import CHIPS
 from torch_paged.backends.tpu.calls import JaxCall
+from torch_paged.backends.tpu.support import chip_refusal
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,13 @@ def program_of(call: JaxCall, platform: str, chip: str, *, donate: bool = False)
         platform: "tpu" or "cpu".
         chip: name of the chip whose tiling the kernels use.
         donate: give the memory of what is written to the results. Whoever runs the program may do so itself.
+
+    Raises:
+        NotImplementedError: The chip cannot do it.
     """
+    refused = chip_refusal(call.function, call.kv_cache, chip) if platform == "tpu" else None
+    if refused is not None:
+        raise NotImplementedError(refused)
     return Program(
         call.module,
         call.function,

@@ -9,6 +9,7 @@ import os
 import torch
 
 from torch_paged.backends import Arguments, Variant
+from torch_paged.backends.tpu.block_sizes import CHIPS, Page
 
 LIMITS = {
     "query dtypes": "float32, bfloat16",
@@ -133,6 +134,21 @@ def _unsupported(arguments: Arguments) -> tuple[str, str, str] | None:
         columns = f"block_tables with M = {arguments['block_tables'].shape[1]}"
         return columns, f"at most {_MAX_COLUMNS}", "pass fewer columns, or use a larger block size"
     return None
+
+
+def chip_refusal(op: str, kv_cache: torch.Tensor | None, chip: str) -> str | None:
+    """Return why a call that ``refusal`` lets pass cannot be done on a chip, or None."""
+    if kv_cache is None or op not in ("paged_attention", "flash_attn_varlen"):
+        return None
+    _, _, kv_heads, block_size, stored_dim = kv_cache.shape
+    num_bytes = Page(kv_heads, block_size, stored_dim, kv_cache.dtype.itemsize).vmem_bytes
+    most = CHIPS[chip].kernel_bytes // 2
+    if num_bytes <= most:
+        return None
+    return (
+        f"{op}: backend 'tpu' does not support kv_cache with {num_bytes} bytes in a block on {chip} (at most {most}, "
+        "as VMEM holds two blocks); use a smaller block size"
+    )
 
 
 def variant(op: str, arguments: Arguments, device_type: str) -> Variant:
