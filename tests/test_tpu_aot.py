@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
-from torch_paged.backends.tpu import aot, decode
+from torch_paged.backends.tpu import aot, decode, varlen
 from torch_paged.backends.tpu.block_sizes import CHIPS
 
 B, KH, G, D, S, M = 4, 2, 4, 128, 16, 8
@@ -80,3 +80,17 @@ def test_sides_of_a_cache_that_are_far_apart() -> None:
     arguments = (shape(4, 8, 256, dtype=jnp.float32), cache, shape(4, 2, dtype=jnp.int32), shape(4, dtype=jnp.int32))
     attend = partial(decode.paged_attention, softmax_scale=0.1, chip=CHIPS["v5e"])
     assert len(program("v5e", attend, arguments).kernels) == 1
+
+
+def test_statistics_of_three_kv_heads() -> None:
+    cache = shape(2, 64, 3, 16, 128)
+    integers = [shape(*sizes, dtype=jnp.int32) for sizes in ((3,), (2, 8), (2,))]
+    attend = partial(
+        varlen.flash_attn_varlen, key=None, value=None, cu_seqlens_k=None, max_seqlen_q=64, max_seqlen_k=64
+    )
+    attend = partial(attend, softmax_scale=0.1, stats=True, chip=CHIPS["v5e"])
+
+    def call(query: Any, lengths: Any, cache: Any, tables: Any, context_lens: Any) -> Any:
+        return attend(query, cu_seqlens_q=lengths, kv_cache=cache, block_tables=tables, context_lens=context_lens)
+
+    assert len(program("v5e", call, (shape(70, 12, 128), integers[0], cache, *integers[1:])).kernels) == 2

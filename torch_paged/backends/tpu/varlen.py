@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from torch_paged.backends.tpu import tiles as t
-from torch_paged.backends.tpu.block_sizes import LANES, SUBLANES, Chip, Page, varlen_blocks
+from torch_paged.backends.tpu.block_sizes import LANES, SUBLANES, Chip, Page, power_of_two, varlen_blocks
 from torch_paged.backends.tpu.decode import paged_attention
 from torch_paged.backends.tpu.pages import STATE_WORDS, flat_table
 from torch_paged.backends.tpu.varlen_kernel import LOG2_E, Static, run_tiles
@@ -306,8 +306,9 @@ def _attend_tiles(
         scratch["listed_buffer"] = pltpu.VMEM((2, 3, tokens, LANES), jnp.int32)
     if stats:
         padded_rows = -(-rows // LANES) * LANES
-        outputs["statistics"] = jax.ShapeDtypeStruct((parts, num_tiles, 2, kv_heads, padded_rows), float32)
-        scratch["statistics_buffer"] = pltpu.VMEM((2, 2, kv_heads, padded_rows), float32)
+        padded_kv_heads = min(power_of_two(kv_heads), -(-kv_heads // SUBLANES) * SUBLANES)  # whole tiles, to be copied
+        outputs["statistics"] = jax.ShapeDtypeStruct((parts, num_tiles, 2, padded_kv_heads, padded_rows), float32)
+        scratch["statistics_buffer"] = pltpu.VMEM((2, 2, padded_kv_heads, padded_rows), float32)
     if static.scales_rank == 4:
         scratch["scale_buffer"] = pltpu.VMEM((2, 2 * kv_heads, 1, blocks.keys), float32)
     if attn_mask is not None:
@@ -342,7 +343,7 @@ def _attend_tiles(
     if not stats:
         return out
     places = t.tile_rows(tiles, begins, num_tokens)
-    by_row = results[1][..., :rows].reshape(parts, num_tiles, 2, kv_heads, group, tokens)
+    by_row = results[1][..., :kv_heads, :rows].reshape(parts, num_tiles, 2, kv_heads, group, tokens)
     by_row = by_row.transpose(1, 5, 2, 0, 3, 4).reshape(num_tiles * tokens, 2, num_heads)[places]
     behind = jnp.arange(num_tokens, dtype=jnp.int32) >= begins[-1]
     by_row = jnp.where(behind[:, None, None], -jnp.inf, by_row)
