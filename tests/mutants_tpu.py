@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mutants import ROOT, Mutant
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 DECODE, KNOWN = "tests/test_tpu_decode.py::test_", "tests/test_tpu_known_bugs.py::test_"
@@ -131,7 +132,8 @@ def main() -> int:
         for mutant in track(chosen, description="mutants", console=Console(stderr=True)):
             test = caught_by(mutant, folder)
             survivors += test is None
-            console.print(f"{mutant.file}: {mutant.name}: {test or '[red]caught by nothing[/red]'}")
+            caught = escape(test) if test else "[red]caught by nothing[/red]"
+            console.print(f"{mutant.file}: {mutant.name}: {caught}")
     print(f"{len(chosen) - survivors} of {len(chosen)} faults caught")
     return 1 if survivors else 0
 
