@@ -1,5 +1,6 @@
 """The TPU's kernel of packed ragged queries against the reference, interpreted on the CPU."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from jax.experimental import pallas as pl
@@ -134,32 +136,41 @@ def test_kernels_of_a_call(fields: dict[str, Any], names: list[str], monkeypatch
     assert called == names
 
 
+def tiles_of(
+    query_lens: tuple[int, ...], kv_lens: tuple[int, ...], *, size: int, window: int | None = None
+) -> tuple[Any, list[int]]:
+    """Return the fields of the tiles of causal sequences, by tile, and where the tiles of each of two cores end."""
+    ends = list(itertools.accumulate(query_lens, initial=0))
+    options: dict[str, Any] = {"num_tokens": ends[-1] + 3, "size": size, "causal": True, "window": window}
+
+    def cut(begins: jax.Array, lens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        source = tiles.KeySource(jnp.arange(lens.size), lens, jnp.zeros_like(lens))
+        found = tiles.cut(begins, [source], None, None, **options, chunk=None)
+        return found.fields.reshape(-1, found.width), tiles.shares(found, 1, 2)
+
+    fields, shares = jax.jit(cut)(jnp.array(ends), jnp.array(kv_lens))
+    return np.asarray(fields)[:, tiles.TILE_FIELDS :], shares.tolist()
+
+
 @pytest.mark.parametrize("window", [None, 20])
 def test_tiles_read_what_their_rows_see(window: int | None) -> None:
     size, query_lens, kv_lens = 16, (40, 0, 1, 17, 3), (100, 5, 33, 17, 2)
-    begins = jnp.cumsum(jnp.array((0, *query_lens)))
-    source = tiles.KeySource(jnp.arange(5), jnp.array(kv_lens), jnp.zeros(5, jnp.int32))
-    options: dict[str, Any] = {"num_tokens": 64, "size": size, "causal": True, "window": window, "chunk": None}
-    found = tiles.cut(begins, [source], None, None, **options)
     expected = []
     for seq, (rows, keys) in enumerate(zip(query_lens, kv_lens, strict=True)):
         for start in range(0, rows, size):
             end = keys - rows + min(start + size, rows)
             begin = 0 if window is None else max(0, keys - rows + start - (window - 1))
             expected.append([seq, begin, end])
-    fields = found.fields.reshape(-1, found.width)[: len(expected), tiles.TILE_FIELDS :]
-    assert fields[:, [tiles.PAGE_ROW, tiles.BEGIN, tiles.END]].tolist() == expected
-    assert found.count.item() == len(expected) + 1, "and one of rows behind the last sequence"
+    fields, (_, count) = tiles_of(query_lens, kv_lens, size=size, window=window)
+    assert fields[: len(expected), [tiles.PAGE_ROW, tiles.BEGIN, tiles.END]].tolist() == expected
+    assert count == len(expected) + 1, "and one of rows behind the last sequence"
 
 
 def test_cores_share_the_work() -> None:
     tokens, size = 2048, 64
-    source = tiles.KeySource(jnp.zeros(1, jnp.int32), jnp.full(1, tokens), jnp.zeros(1, jnp.int32))
-    options: dict[str, Any] = {"num_tokens": tokens, "size": size, "causal": True, "window": None, "chunk": None}
-    found = tiles.cut(jnp.array((0, tokens)), [source], None, None, **options)
-    half, end = tiles.shares(found, 1, 2).tolist()
-    assert end == found.count.item() == tokens // size
-    keys = found.fields.reshape(-1, found.width)[:, tiles.TILE_FIELDS + tiles.END]
+    fields, (half, end) = tiles_of((tokens,), (tokens,), size=size)
+    keys = fields[:, tiles.END]
+    assert keys[:half].sum() + keys[half:end].sum() == sum(range(size, tokens + 1, size))
     assert abs(keys[:half].sum() - keys[half:end].sum()) <= 4 * tokens
 
 
