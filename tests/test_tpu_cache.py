@@ -19,11 +19,17 @@ FEW_BYTES = 2**19
 
 
 def call(
-    op: str, stored: str, kv_heads: int, block_size: int, stored_dim: int = 128, tokens: int = TOKENS
+    op: str,
+    stored: str,
+    kv_heads: int,
+    block_size: int,
+    stored_dim: int = 128,
+    tokens: int = TOKENS,
+    num_blocks: int = NUM_BLOCKS,
 ) -> tuple[Any, list[Any], tuple[int, ...]]:
     """Return a function, its arguments, and the arguments that it writes."""
     quantised = stored not in ("float32", "bfloat16")
-    kv_cache = Array((2, NUM_BLOCKS, kv_heads, block_size, stored_dim), stored)
+    kv_cache = Array((2, num_blocks, kv_heads, block_size, stored_dim), stored)
     scales = Array(kv_cache.shape[:-1], "float32")
     rows = Array((tokens, kv_heads, stored_dim - 48), "bfloat16" if quantised else stored)
     slots, pairs = Array((tokens,), "int32"), Array((PAIRS,), "int32")
@@ -57,12 +63,15 @@ def test_nothing_of_the_caches_size_is_made(op: str, stored: str, kv_heads: int)
     assert not made, made
 
 
-@pytest.mark.parametrize(("op", "stored", "block_size"), [(*CALLS[2], 32), (*CALLS[5], 128), (*CALLS[7], 64)])
+@pytest.mark.parametrize(
+    ("op", "stored", "block_size"),
+    [(*CALLS[2], 32), (*CALLS[5], 128), (*CALLS[7], 64), (*CALLS[10], 64), (*CALLS[11], 32)],
+)
 @pytest.mark.parametrize("chip", ["v4", "v6e"])
 def test_wide_rows_of_8_bits_are_written_by_a_kernel_that_leaves_the_cache(
     chip: str, op: str, stored: str, block_size: int
 ) -> None:
-    function, arguments, written = call(op, stored, 8, block_size, stored_dim=256)  # VMEM holds no such cache
+    function, arguments, written = call(op, stored, 8, block_size, stored_dim=256, num_blocks=2048)
     program = aot.compile_for(chip, aot.export_for(chip, function, arguments, donate=written))
     sizes = [arguments[i].size * arguments[i].dtype.itemsize for i in written]
     assert program.alias_bytes == sum(sizes)
@@ -109,6 +118,19 @@ def test_the_kernel_writes_rows_in_their_order(stored: str, block_size: int, kv_
             written = cache_tiles.write_rows(kv_cache, rows, jnp.asarray(slots, jnp.int32), interpret)
             jax.block_until_ready(written)
         np.testing.assert_array_equal(np.asarray(written).astype(np.float32), expected.astype(np.float32))
+
+
+def test_the_kernel_copies_blocks_as_they_were() -> None:
+    generator = np.random.default_rng(0)
+    kv_cache = jnp.asarray(generator.integers(-128, 128, (2, 5, 2, 32, 256)), jnp.int8)
+    src, dst = (jnp.asarray(ids, jnp.int32) for ids in ([0, 1, 2, 0, 9, 3], [1, 2, -1, 4, 0, 7]))
+    expected = np.asarray(kv_cache)[:, [0, 0, 1, 3, 0]]
+    simulated = pltpu.InterpretParams(dma_execution_mode="on_wait", detect_races=True)
+    for interpret in (True, simulated):
+        with no_races("copy_blocks"):
+            copied = cache.copy_blocks(kv_cache, src, dst, interpret=interpret)
+            jax.block_until_ready(copied)
+        np.testing.assert_array_equal(np.asarray(copied), expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 70])

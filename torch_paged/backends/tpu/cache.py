@@ -3,8 +3,8 @@
 XLA programs without a kernel of our own. What matters is the shape in which XLA sees the cache: as ``(rows, DS)``,
 which is the same memory where DS is a multiple of 128 and S one of 8, it scatters rows in place, without a copy and
 without a temporary of the cache's size. The same scatter over five dimensions copies the whole cache twice for KH = 1.
-Rows of more than one tile of an 8-bit cache are written by a kernel (``cache_tiles``). Many tokens are scattered by
-parts: beyond some number of rows XLA lays out per-token scales anew, and takes most of a minute to compile.
+Rows of more than one tile of an 8-bit cache are written and copied by kernels (``cache_tiles``). Many tokens are
+scattered by parts: beyond some number of rows XLA lays out per-token scales anew, and takes long to compile.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from torch_paged.backends.tpu import cache_tiles
 from torch_paged.backends.tpu.block_sizes import LANES
-from torch_paged.backends.tpu.cache_tiles import write_rows
 
 QMAX = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 """Largest magnitude stored in a quantised cache, by dtype."""
@@ -79,19 +79,22 @@ def copy_blocks(
     dst_blocks: jax.Array,  # (P,) int32
     kv_scales: jax.Array | None = None,  # (2, N, KH, S) float32
     *,
-    interpret: object = False,
+    interpret: Any = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Copy whole blocks, all sources as they were before; a pair with an id outside [0, N) is skipped.
 
     Returns:
         The cache, with scales also them, updated.
     """
-    del interpret
     num_blocks = kv_cache.shape[1]
     live = (src_blocks >= 0) & (src_blocks < num_blocks) & (dst_blocks >= 0)
     src = jnp.where(live, src_blocks, 0)
     dst = jnp.where(live, dst_blocks, num_blocks)
-    copied = kv_cache.at[:, dst].set(kv_cache[:, src], mode="drop")
+    if src.size and _is_laid_out_anew(kv_cache):
+        usable = jnp.where(dst < num_blocks, dst, -1)
+        copied = cache_tiles.copy_blocks(kv_cache, src, usable, interpret)
+    else:
+        copied = kv_cache.at[:, dst].set(kv_cache[:, src], mode="drop")
     if kv_scales is None:
         return copied
     return copied, kv_scales.at[:, dst].set(kv_scales[:, src], mode="drop")
@@ -164,11 +167,11 @@ def _high_half(x: jax.Array) -> jax.Array:
 
 
 def _write(sides: list[jax.Array], kv_cache: jax.Array, slot_mapping: jax.Array, interpret: Any) -> jax.Array:
-    *_, block_size, stored_dim = kv_cache.shape
+    stored_dim = kv_cache.shape[-1]
     new = jnp.stack([jnp.pad(side, ((0, 0), (0, 0), (0, stored_dim - side.shape[-1]))) for side in sides])
     new = new.astype(kv_cache.dtype)  # (2, T, KH, DS)
-    if new.size and kv_cache.size and kv_cache.dtype.itemsize == 1 and block_size >= 32 and stored_dim > LANES:
-        return write_rows(kv_cache, new, slot_mapping, interpret)
+    if new.size and _is_laid_out_anew(kv_cache):
+        return cache_tiles.write_rows(kv_cache, new, slot_mapping, interpret)
 
     def scatter(rows: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
         return rows.at[_rows(_slots(slots, kv_cache.shape), kv_cache.shape)].set(new, mode="drop")
@@ -197,6 +200,12 @@ def _by_parts(
         return scatter(target, *pieces)
 
     return jax.lax.fori_loop(0, slots.shape[0] // step, part, target)
+
+
+def _is_laid_out_anew(kv_cache: jax.Array) -> bool:
+    """Return whether XLA would copy the whole cache around a scatter (see ``cache_tiles``)."""
+    *_, block_size, stored_dim = kv_cache.shape
+    return kv_cache.size > 0 and kv_cache.dtype.itemsize == 1 and block_size >= 32 and stored_dim > LANES
 
 
 def _as_rows(kv_cache: jax.Array) -> jax.Array:

@@ -1,9 +1,10 @@
-"""Writing rows of a cache by whole tiles, in place.
+"""Writing rows and blocks of a cache by whole tiles, in place.
 
 XLA keeps 8-bit arrays of 32 rows and more in tiles of (32, 128), and scatters into tiles of (8, 128): for rows of more
 than one tile it copies the whole cache there and back. This kernel, which any dtype may use, leaves the cache where it
 is: it fetches the tile that a row belongs to, of all heads, puts the row into it, and stores it. Tokens go in groups,
-in order: all fetches of a group, its updates, its stores. Tokens of the same tile share the first one's buffer.
+in order: all fetches of a group, its updates, its stores. Tokens of the same tile share the first one's buffer. Another
+kernel copies blocks.
 """
 
 from typing import Any
@@ -48,6 +49,62 @@ def write_rows(
         part = slice(first, first + _MOST_TOKENS)
         kv_cache = _call(kv_cache, slots[part].shape[0], group, interpret)(slots[part], new[part], kv_cache)
     return kv_cache
+
+
+def copy_blocks(
+    kv_cache: jax.Array,  # (2, N, KH, S, DS)
+    src_blocks: jax.Array,  # (P,) int32
+    dst_blocks: jax.Array,  # (P,) int32, -1: none
+    interpret: Any,
+) -> jax.Array:
+    """Copy blocks, all sources as they were before; sources lie in [0, N)."""
+    num_pairs = src_blocks.shape[0]
+
+    def kernel(src: Any, dst: Any, _: Any, cache: Any, held: Any, semaphore: Any) -> None:
+        def each(act: Any) -> None:
+            def step(pair: Any, carry: Any) -> Any:
+                pl.when(dst[pair] >= 0)(lambda: act(pair))
+                return carry
+
+            lax.fori_loop(0, num_pairs, step, 0)
+
+        def hold(pair: Any) -> Any:
+            return pltpu.make_async_copy(cache.at[:, src[pair]], held.at[:, pair], semaphore)
+
+        def store(pair: Any) -> Any:
+            return pltpu.make_async_copy(held.at[:, pair], cache.at[:, dst[pair]], semaphore)
+
+        for copy in (hold, store):
+            each(lambda pair, copy=copy: copy(pair).start())
+            each(lambda pair, copy=copy: copy(pair).wait())
+
+    sides, _, *block = kv_cache.shape
+    copied, _ = pl.pallas_call(
+        kernel,
+        out_shape=[_in_hbm(x, kv_cache.dtype, interpret) for x in (kv_cache.shape, (sides, num_pairs, *block))],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(1,),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
+            scratch_shapes=[pltpu.SemaphoreType.DMA],
+        ),
+        input_output_aliases={2: 0},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        name="copy_blocks",
+        interpret=interpret,
+    )(src_blocks, dst_blocks, kv_cache)
+    return copied
+
+
+def _in_hbm(shape: tuple[int, ...], dtype: Any, interpret: Any) -> Any:
+    """Return the shape of a result that XLA leaves in HBM; else it may move a cache that fits to VMEM and back.
+
+    Only the result is said to lie there: the simulated memories of jax 0.7.1 would else hold a second array of NaN.
+    """
+    if interpret or jax.__version_info__ < (0, 8):
+        return jax.ShapeDtypeStruct(shape, dtype)
+    return pltpu.MemorySpace.HBM(shape, dtype)
 
 
 def _call(kv_cache: jax.Array, num_tokens: int, group: int, interpret: Any) -> Any:
@@ -112,22 +169,17 @@ def _call(kv_cache: jax.Array, num_tokens: int, group: int, interpret: Any) -> A
         each_tile(lambda token: copy(token, store=True).start())
         each_tile(lambda token: copy(token, store=True).wait())
 
-    # The simulated memories of jax 0.7.1 hold a second array, of NaN, for an aliased result in HBM.
-    where = pl.ANY if interpret else pltpu.MemorySpace.HBM
-    out: Any = jax.ShapeDtypeStruct(kv_cache.shape, kv_cache.dtype)
-    if not interpret and jax.__version_info__ >= (0, 8):  # else XLA may move a cache that fits to VMEM and back
-        out = pltpu.MemorySpace.HBM(kv_cache.shape, kv_cache.dtype)
     return pl.pallas_call(
         kernel,
-        out_shape=out,
+        out_shape=_in_hbm(kv_cache.shape, kv_cache.dtype, interpret),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(num_tokens // group,),
             in_specs=[
                 pl.BlockSpec((group, sides * kv_heads, stored_dim), lambda step, *_: (step, 0, 0)),
-                pl.BlockSpec(memory_space=where),
+                pl.BlockSpec(memory_space=pl.ANY),
             ],
-            out_specs=pl.BlockSpec(memory_space=where),
+            out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
                 pltpu.VMEM((group, sides, kv_heads, tile_rows, stored_dim), kv_cache.dtype),
                 pltpu.SMEM((group,), jnp.int32),
