@@ -35,8 +35,6 @@ COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emi
 """Options of XLA's compiler with which it takes a quarter of the time, for programs that run once or twice."""
 _ATTENTION_OPTIONS = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
 """The same where bits are compared: code of level 0 rounds a row's lse by the row's place in its tile."""
-_QUANTISING_OPTIONS = {"xla_backend_optimization_level": 0}
-"""The same for the other ops: without fusion emitters jax 0.7.1 rounds wrongly to float8."""
 _LARGE = 2**19
 """Elements of an array from which on a call's program is worth being compiled well."""
 _KEPT = 64
@@ -74,7 +72,8 @@ def _jitted(module: str, function: str, options: tuple[tuple[str, Any], ...], la
     """Return the function with these options; jax compiles it once for each set of shapes and dtypes."""
     found = getattr(importlib.import_module(f"torch_paged.backends.tpu.{module}"), function)
     bound = dict(options)
-    quickly = _ATTENTION_OPTIONS if "chip" in bound else _QUANTISING_OPTIONS
+    # other ops are soon compiled, and such options change their rounding: to float8, and of a row alone
+    quickly = _ATTENTION_OPTIONS if "chip" in bound else None
     return jax.jit(
         lambda *arrays: found(*arrays, **bound, interpret=_interpreter()), compiler_options=None if large else quickly
     )
