@@ -409,7 +409,8 @@ def main() -> int:
     name = f"quick, {versions()}" if args.quick else versions()
     if args.update and not args.only:
         figures[name] = supported if args.quick else counts(cells, found)
-        FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+        text = json.dumps(figures, indent=1)
+        FIGURES.write_text(re.sub(r"\[[\s\d,]+\]", lambda found: " ".join(found[0].split()), text) + "\n")
         return 0
     before = floor(figures.get(name, 0))
     if len(found) == len(cells) and not args.only and supported < before:
@@ -446,7 +447,12 @@ def markdown(figures: Mapping[str, Counts | int]) -> str:
         if isinstance(chips, int):
             continue
         ops = sorted({op for each in chips.values() for op in each})
-        lines += [f"{name}:", "", f"| chip | {' | '.join(ops)} |", "| --- " * (len(ops) + 1) + "|"]
+        lines += [
+            f"{name}: supported / refused / failed / not yet compiled",
+            "",
+            f"| chip | {' | '.join(ops)} |",
+            "| --- " * (len(ops) + 1) + "|",
+        ]
         for chip, each in chips.items():
             texts = [" / ".join(map(str, each.get(op, [0, 0, 0, 0]))) for op in ops]
             lines.append(f"| {chip} | {' | '.join(texts)} |")
