@@ -114,7 +114,7 @@ def points() -> Iterator[Point]:
             if chip == "tpu7x" and size == 16 and batch == 64:  # of which the estimate fails
                 yield replace(ours, batch=12)
             if chip != "v5e":  # where the estimate of this kernel ends the compiler
-                for tokens in (1024, 512) if context == 1024 and batch == 8 else (1024,) if batch > 8 else (2048, 4096):
+                for tokens in (1024, 512) if context == 1024 and batch == 8 else (1024,) if batch > 8 else (2048, 4096, 8192):
                     yield replace(ours, way=PAGED, tokens_per_block=tokens)
         plain = Point(OURS, chip, 8, 8192, kv_heads, size, known=False)
         yield plain
