@@ -105,6 +105,10 @@ class Row(Point):
         return self.loop_bundles * turns * TOKENS / self.tokens_per_block
 
 
+_CANDIDATES = {(8, 1024): (1024, 512), (8, 8192): (2048, 4096, 8192), (64, 1024): (1024,)}
+"""Batch and context -> tokens of a block that jax's ``paged_attention`` is tried with; smaller ones are slower."""
+
+
 def points() -> Iterator[Point]:
     """Yield every program, the peers' candidates included; the best of these are chosen afterwards."""
     for chip, kv_heads, size in itertools.product(("v6e", "tpu7x", "v5e"), KV_HEADS, BLOCK_SIZES):
@@ -114,7 +118,7 @@ def points() -> Iterator[Point]:
             if chip == "tpu7x" and size == 16 and batch == 64:  # of which the estimate fails
                 yield replace(ours, batch=12)
             if chip != "v5e":  # where the estimate of this kernel ends the compiler
-                for tokens in (1024, 512) if context == 1024 and batch == 8 else (1024,) if batch > 8 else (2048, 4096, 8192):
+                for tokens in _CANDIDATES[batch, context]:
                     yield replace(ours, way=PAGED, tokens_per_block=tokens)
         plain = Point(OURS, chip, 8, 8192, kv_heads, size, known=False)
         yield plain
