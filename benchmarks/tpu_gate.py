@@ -41,7 +41,9 @@ def worse(now: Figures, before: Figures) -> list[str]:
     found = [f"{point} has no committed figure" for point in now if point not in before]
     for point, costs in before.items():
         for name, cost in costs.items():
-            if name in ("cycles", "loop_bundles") and now[point][name] > cost:
+            if name not in now.get(point, {}):
+                found.append(f"{point} has no {name} any more")
+            elif now[point][name] > cost:
                 found.append(f"{point}: {name} grew from {cost} to {now[point][name]}")
     return found
 

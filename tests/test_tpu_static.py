@@ -66,8 +66,12 @@ def test_known_operands_give_what_the_kernel_would_read(values: list[int], monke
 def test_costs_that_grow_are_told() -> None:
     before = {"a": {"cycles": 100.0, "loop_bundles": 10.0}, "b": {"cycles": 5.0}}
     assert tpu_gate.worse(before, before) == []
-    now = {"a": {"cycles": 101.0, "loop_bundles": 9.0}, "b": {"cycles": 4.0}, "c": {"cycles": 1.0}}
-    assert tpu_gate.worse(now, before) == ["c has no committed figure", "a: cycles grew from 100.0 to 101.0"]
+    now = {"a": {"cycles": 101.0, "loop_bundles": 9.0}, "b": {"spills": 4.0}, "c": {"cycles": 1.0}}
+    assert tpu_gate.worse(now, before) == [
+        "c has no committed figure",
+        "a: cycles grew from 100.0 to 101.0",
+        "b has no cycles any more",
+    ]
 
 
 def test_decode_costs_no_more_than_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
