@@ -235,6 +235,7 @@ def _sources(module: str) -> str:
 
 def _found(cell: Cell) -> str | None:
     from torch_paged.backends.tpu.export import exported, program_of
+    from torch_paged.backends.tpu.varlen import LANES, NEW_PAGE
 
     arguments = build(cell.case)
     if arguments.get("kv_cache") is not None:
@@ -253,6 +254,11 @@ def _found(cell: Cell) -> str | None:
     written = sum(x.nbytes for i, x in enumerate(call.arrays) if i in call.written and x is not None)
     tables = arguments.get("block_tables")
     gathered = 0 if tables is None else num_bytes * tables.numel() // arguments["kv_cache"].shape[1]
+    if arguments.get("key") is not None and gathered:  # new keys are gathered into pages, which is not dense attention
+        key = arguments["key"]
+        pages = key.shape[0] // NEW_PAGE + arguments["cu_seqlens_k"].shape[0] - 1
+        row = key.shape[1] * -(-key.shape[2] // LANES) * LANES * key.dtype.itemsize
+        gathered = max(gathered, 4 * (pages * NEW_PAGE * row + 1))
     return _remembered(cell.chip, module, num_bytes, written, kernels=_expected_kernels(call), gathered=gathered)
 
 
