@@ -234,8 +234,9 @@ def _sources(module: str) -> str:
 
 
 def _found(cell: Cell) -> str | None:
+    from torch_paged.backends.tpu.block_sizes import LANES
     from torch_paged.backends.tpu.export import exported, program_of
-    from torch_paged.backends.tpu.varlen import LANES, NEW_PAGE
+    from torch_paged.backends.tpu.varlen import NEW_PAGE
 
     arguments = build(cell.case)
     if arguments.get("kv_cache") is not None:
