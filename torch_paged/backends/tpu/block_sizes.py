@@ -156,6 +156,8 @@ class VarlenBlocks:
 
 _VARLEN_ROWS = 512
 """Query rows of a kv head that a tile is to have: enough to hide the loading of keys into the matrix unit."""
+_VARLEN_CHUNK = 256
+"""Keys that are computed at a time: more would need more logits than are worth keeping, and mask more of a diagonal."""
 
 
 def varlen_blocks(
@@ -193,8 +195,8 @@ def varlen_blocks(
         sums = 2 * heads * rows * LANES * 4 + 4 * _round_up(heads, SUBLANES) * _round_up(rows, LANES) * 4
         fetched = 2 * sum(keys // page.block_size * replace(page, kv_heads=heads).vmem_bytes for page in pages)
         beside = (6 + _round_up(mask_heads, parts) // parts) * tokens * LANES * 4 + 4 * heads * keys * SUBLANES * 4
-        together = 2 if heads % 2 == 0 else 1
-        logits = together * keys * (rows * 12 + lanes * 16)
+        chunk = min(keys, _VARLEN_CHUNK)
+        logits = chunk * (2 * rows * (4 + itemsize) + rows * 32 + lanes * 32)  # two heads' buffers, and values
         return queries + sums + fetched + beside + logits
 
     while vmem_bytes() > chip.kernel_bytes:
@@ -212,7 +214,7 @@ def varlen_blocks(
             break
     # chunks must not depend on max_seqlen_q, or a sequence would sum in another order in another batch
     tokens = min(tokens, max(16, power_of_two(max_seqlen_q)))
-    return VarlenBlocks(tokens, keys, chunk=min(keys, 256), parts=parts)
+    return VarlenBlocks(tokens, keys, chunk=min(keys, _VARLEN_CHUNK), parts=parts)
 
 
 def power_of_two(size: int) -> int:

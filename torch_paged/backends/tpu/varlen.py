@@ -297,6 +297,8 @@ def _attend_tiles(
         "maxima": pltpu.VMEM((kv_heads, rows, LANES), float32),
         "totals": pltpu.VMEM((kv_heads, rows, LANES), float32),
         "sums": pltpu.VMEM((kv_heads, rows, value_width), float32),
+        "logits": pltpu.VMEM((2, rows, blocks.chunk), float32),
+        "weights": pltpu.VMEM((2, rows, blocks.chunk), query.dtype),
         "alive": pltpu.VMEM((SUBLANES, blocks.keys), jnp.int32),
         "infinite": pltpu.SMEM((1,), jnp.int32),
         "query_semaphores": pltpu.SemaphoreType.DMA((2,)),

@@ -2,10 +2,10 @@
 
 Queries of the next tile and results of the last two are in flight while a tile is computed, and blocks of keys while
 the one before is. Per kv head, the rows of a tile are multiplied by the keys of a block, take one step of the online
-softmax, in powers of two, and weigh the values.
+softmax, in powers of two, and weigh the values; the products of the next head fill what this waits for.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -211,6 +211,35 @@ def _per_member(values: Any, head: Any, group: int, tokens: int) -> jax.Array:
     return jnp.concatenate([jnp.full((tokens, 1), values[head * group + member]) for member in range(group)])
 
 
+@dataclass(frozen=True)
+class _Keys:
+    """Keys of a fetched block that a tile takes one step with.
+
+    Attributes:
+        tile: the tile.
+        slot: of the buffer that the block lies in.
+        page: first of their pages, in the block.
+        pages: how many.
+        size: how many keys.
+        key: the first one.
+        start: the same, counted from the tile's first block.
+        lanes: their place in the block.
+        masked: some row does not see some key.
+        infinite: some value is not finite, and some rows may not see it.
+    """
+
+    tile: Any
+    slot: Any
+    page: Any
+    pages: int
+    size: int
+    key: Any
+    start: Any
+    lanes: Any
+    masked: bool = False
+    infinite: bool = False
+
+
 class _Source:
     """The keys of one source, as a tile attends to them."""
 
@@ -281,13 +310,14 @@ class _Source:
                 self._hide(slot, row, page, begin, end, (lowest * pages, highest * pages))
 
             def chunk_body(c: Any, carry: Any) -> Any:
-                step = partial(self._step_heads, tile, slot, c * pages, pages, key + c * chunk, i * keys + c * chunk)
-                masked = jnp.logical_not(seen_by_all(key + c * chunk, chunk))
+                lanes = pl.ds(pl.multiple_of(c * chunk, LANES), chunk)
+                these = _Keys(tile, slot, c * pages, pages, chunk, key + c * chunk, i * keys + c * chunk, lanes)
+                masked = jnp.logical_not(seen_by_all(these.key, chunk))
                 if self.mask is None:
-                    pl.when(jnp.logical_not(masked))(step)
+                    pl.when(jnp.logical_not(masked))(partial(self._step_heads, these))
                 for infinite in (False, True):
                     here = masked & (self.r.infinite[0] == int(infinite))
-                    pl.when(here)(partial(step, masked=True, infinite=infinite))
+                    pl.when(here)(partial(self._step_heads, replace(these, masked=True, infinite=infinite)))
                 return carry
 
             lax.fori_loop(lowest, highest, chunk_body, 0)
@@ -344,80 +374,58 @@ class _Source:
             found = lax.fori_loop(first, stop, lambda j, found: found | _not_finite(self.buffer[slot, j, 1]), nothing)
             r.infinite[0] = (jnp.max(jnp.where(found == 0, 0.0, 1.0)) > 0).astype(jnp.int32)
 
-    def _step_heads(self, tile: Any, slot: Any, page: Any, pages: int, key: Any, start: Any, **kind: bool) -> None:
-        """Take one step for all kv heads, two at a time: what one waits for, the other fills."""
-        together = 2 if self.num_kv_heads % 2 == 0 else 1
+    def _step_heads(self, keys: "_Keys") -> None:
+        """Take one step for all kv heads: the logits of the next are computed beside the softmax of this one."""
+        heads = self.num_kv_heads
+        if heads % 2:
 
-        def heads_body(i: Any, carry: Any) -> Any:
-            heads = [i * together + j for j in range(together)]
-            updates = [self._step(tile, slot, head, page, pages, key, start, **kind) for head in heads]
-            for head, update in zip(heads, updates, strict=True):
-                self.r.maxima[head], self.r.totals[head], self.r.sums[head] = update
+            def head_body(head: Any, carry: Any) -> Any:
+                self._score(keys, head, 0)
+                self._absorb(keys, head, 0)
+                return carry
+
+            lax.fori_loop(0, heads, head_body, 0)
+            return
+
+        def pair_body(i: Any, carry: Any) -> Any:
+            self._score(keys, 2 * i + 1, 1)
+            self._absorb(keys, 2 * i, 0)
+            self._score(keys, jnp.minimum(2 * i + 2, heads - 1), 0)  # in the last turn for nothing
+            self._absorb(keys, 2 * i + 1, 1)
             return carry
 
-        lax.fori_loop(0, self.num_kv_heads // together, heads_body, 0)
+        self._score(keys, 0, 0)
+        lax.fori_loop(0, heads // 2, pair_body, 0)
 
-    def _step(
-        self,
-        tile: Any,
-        slot: Any,
-        head: Any,
-        page: Any,
-        pages: int,
-        key: Any,
-        start: Any,
-        *,
-        masked: bool = False,
-        infinite: bool = False,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return maxima, totals and sums after a step of the online softmax.
-
-        One kv head's rows meet the keys of some pages of a block.
-
-        Args:
-            page: first of the pages, in the block.
-            pages: how many.
-            key: their first key.
-            start: the same, counted from the tile's first block.
-            masked: some row does not see some key.
-            infinite: some value is not finite, and some rows may not see it.
-        """
+    def _score(self, keys: "_Keys", head: Any, place: int) -> None:
+        """Compute the logits of a kv head's rows for some keys."""
         r, static = self.r, self.static
-        size = pages * self.page_size
-        lanes = pl.ds(pl.multiple_of(page * self.page_size, LANES), size)
         query = r.query_rows[head]
-        keys = self._rows(slot, page, pages, 0, head, query.dtype)
-        values = self._rows(slot, page, pages, 1, head, query.dtype)
-        if static.head_dim < keys.shape[1]:
-            lane = lax.broadcasted_iota(jnp.int32, (1, keys.shape[1]), 1)
-            keys = jnp.where(lane < static.head_dim, keys, jnp.zeros_like(keys))[:, : query.shape[1]]
-        logits = dot(query, keys, (1, 1))
+        rows = self._rows(keys, 0, head)
+        if static.head_dim < rows.shape[1]:
+            lane = lax.broadcasted_iota(jnp.int32, (1, rows.shape[1]), 1)
+            rows = jnp.where(lane < static.head_dim, rows, jnp.zeros_like(rows))[:, : query.shape[1]]
+        logits = dot(query, rows, (1, 1))
         scale: Any = static.softmax_scale * (1.0 if static.logits_soft_cap else LOG2_E)
         if self.scales_rank == 4:
-            scale = scale * r.scale_buffer[slot, head, :, lanes]
+            scale = scale * r.scale_buffer[keys.slot, head, :, keys.lanes]
         elif self.scales_rank:
             scale = scale * self._scale(0, head)
         logits = logits * scale
         if static.logits_soft_cap:
             logits = jnp.tanh(logits * (1 / static.logits_soft_cap)) * (static.logits_soft_cap * LOG2_E)
-        if masked or "slopes" in vars(r):
-            offset = self.field(tile, t.OFFSET)
-            index = key + offset + lax.broadcasted_iota(jnp.int32, (1, size), 1)
-            low, high, position = self._limits(tile)
         if "slopes" in vars(r):
             slopes = _per_member(r.slopes, self.first_head + head, static.group, static.blocks.tokens)
-            logits = logits - slopes * jnp.abs(position - index).astype(jnp.float32)
-        if masked:
-            last = self.field(tile, t.END) + offset - 1
-            index = jnp.where(r.alive[:1, lanes] == 0, 2 * t.FAR - 1, index)
-            seen = index <= (last if high is None else jnp.minimum(high, last))
-            if low is not None:
-                seen = seen & (index >= low)
-            if self.mask is not None:
-                seen = seen & self._masked(head, start, size)
-            seen = jnp.broadcast_to(seen, logits.shape)
-            logits = jnp.where(seen, logits, -jnp.inf)
+            position = self._limits(keys.tile)[2]
+            logits = logits - slopes * jnp.abs(position - self._index(keys)).astype(jnp.float32)
+        if keys.masked:
+            logits = jnp.where(self._seen(keys, head), logits, -jnp.inf)
+        r.logits[place] = logits
 
+    def _absorb(self, keys: "_Keys", head: Any, place: int) -> None:
+        """Take a step of the online softmax of a kv head's rows with the logits of some keys."""
+        r, size = self.r, keys.size
+        logits = r.logits[place]
         before = r.maxima[head]
         maximum = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
         weights = jnp.exp2(logits - jnp.concatenate([maximum] * (size // LANES), axis=1))
@@ -425,26 +433,49 @@ class _Source:
         partial = weights[:, :LANES]
         for begin in range(LANES, size, LANES):
             partial = partial + weights[:, begin : begin + LANES]
+        r.maxima[head] = maximum
+        r.totals[head] = r.totals[head] * factor + partial
         if self.scales_rank == 4:
-            weights = weights * r.scale_buffer[slot, self.num_kv_heads + head, :, lanes]
-            if masked:
-                weights = jnp.where(seen, weights, 0.0)
+            weights = weights * r.scale_buffer[keys.slot, self.num_kv_heads + head, :, keys.lanes]
+            if keys.masked:
+                weights = jnp.where(self._seen(keys, head), weights, 0.0)
         width = r.sums.shape[2]
-        values, weights = values[:, :width], weights.astype(values.dtype)
-        product = weighted_sum(weights, seen, values) if infinite else dot(weights, values, (1, 0))
-        sums = r.sums[head] * jnp.concatenate([factor] * (width // LANES), axis=1) + product
-        return maximum, r.totals[head] * factor + partial, sums
+        r.weights[place] = weights.astype(r.weights.dtype)
+        r.sums[head] = r.sums[head] * jnp.concatenate([factor] * (width // LANES), axis=1)
+        values, weights = self._rows(keys, 1, head)[:, :width], r.weights[place]
+        if keys.infinite:
+            product = weighted_sum(weights, self._seen(keys, head), values)
+        else:
+            product = dot(weights, values, (1, 0))
+        r.sums[head] = r.sums[head] + product
 
-    def _rows(self, slot: Any, page: Any, pages: int, side: int, head: Any, dtype: Any) -> jax.Array:
-        """Return (keys, DS) of one side and head of some pages."""
-        found = self.buffer[slot, pl.ds(page, pages), side, head]
+    def _rows(self, keys: "_Keys", side: int, head: Any) -> jax.Array:
+        """Return (keys, DS) of one side and head, as the queries' dtype."""
+        dtype = self.r.query_rows.dtype
+        found = self.buffer[keys.slot, pl.ds(keys.page, keys.pages), side, head]
         if found.dtype != dtype:
             found = found.astype(jnp.float32)
-        return found.reshape(pages * self.page_size, found.shape[2]).astype(dtype)
+        return found.reshape(keys.size, found.shape[2]).astype(dtype)
 
     def _scale(self, side: int, head: Any) -> Any:
         """Return the scale of a head's keys or values."""
         return self.r.scales[(side * self.static.blocks.parts) * self.num_kv_heads + self.first_head + head]
+
+    def _index(self, keys: "_Keys") -> jax.Array:
+        """Return the keys' positions in their sequence (1, keys)."""
+        return keys.key + self.field(keys.tile, t.OFFSET) + lax.broadcasted_iota(jnp.int32, (1, keys.size), 1)
+
+    def _seen(self, keys: "_Keys", head: Any) -> jax.Array:
+        """Return (R, keys) bool: which keys each row of a kv head sees."""
+        low, high, _ = self._limits(keys.tile)
+        last = self.field(keys.tile, t.END) + self.field(keys.tile, t.OFFSET) - 1
+        index = jnp.where(self.r.alive[:1, keys.lanes] == 0, 2 * t.FAR - 1, self._index(keys))
+        seen = index <= (last if high is None else jnp.minimum(high, last))
+        if low is not None:
+            seen = seen & (index >= low)
+        if self.mask is not None:
+            seen = seen & self._masked(head, keys.start, keys.size)
+        return jnp.broadcast_to(seen, (self.r.query_rows.shape[1], keys.size))
 
     def _masked(self, head: Any, start: Any, size: int) -> jax.Array:
         """Return (R, keys) bool: what the mask lets the rows of a kv head see."""
