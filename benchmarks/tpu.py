@@ -148,11 +148,13 @@ def row(point: Point) -> Row:
 
 def _place(point: Point) -> Path:
     """Return the file that remembers a point."""
-    attention = ("decode",) if point.queries == 1 else ("decode", "varlen", "varlen_kernel", "tiles")
-    sources = ("pages", "logits", "block_sizes", *attention)
-    mine = [(KERNELS / f"{name}.py").read_bytes() for name in sources] if point.way == OURS else []
+    attention = ("decode", "decode_kernel") if point.queries == 1 else ("varlen", "varlen_kernel", "tiles")
+    names = ("pages", "logits", "block_sizes", *attention)
+    mine = [KERNELS / f"{name}.py" for name in names] if point.way == OURS else []
+    readers = [Path(__file__).with_name(f"{name}.py") for name in ("tpu_calls", "tpu_worker")]
     text = json.dumps([asdict(point), versions()])
-    return MEMORY / hashlib.sha256(text.encode() + b"".join(mine)).hexdigest()
+    sources = b"".join(path.read_bytes() for path in (*mine, *readers))
+    return MEMORY / hashlib.sha256(text.encode() + sources).hexdigest()
 
 
 def versions() -> str:

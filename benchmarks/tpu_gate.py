@@ -18,7 +18,10 @@ POINTS = {
     **{f"decode, {chip}": Point(OURS, chip, 8, 1024, 8, 16, known=True) for chip in ("v5e", "v6e", "tpu7x")},
     "decode's loop, v5e": Point(OURS, "v5e", 8, 8192, 8, 16, known=False),
     "decode, one kv head, v6e": Point(OURS, "v6e", 8, 1024, 1, 64, known=True),
-    "prefill's loop, v6e": Point(OURS, "v6e", 1, PREFILL_TOKENS, 8, 16, known=False, queries=PREFILL_TOKENS),
+    **{
+        f"prefill's loop, {chip}": Point(OURS, chip, 1, PREFILL_TOKENS, 8, 16, known=False, queries=PREFILL_TOKENS)
+        for chip in ("v5e", "v6e")
+    },
 }
 MEASURES = ("cycles", "loop_bundles", "spills", "vmem_bytes", "accessed_bytes", "temp_bytes")
 

@@ -58,9 +58,10 @@ def _is_of(path: Path, kernel: str) -> bool:
 
 
 def _loop(lines: list[str], tiles: int) -> tuple[int, int]:
-    """Return the bundles of the deepest loop with most matrix products, and the spills of the kernel.
+    """Return the bundles of the steady state's loop, and the spills of the kernel.
 
-    With several ``tiles`` that is the loop over tiles: then the bundles are those of the loop around it.
+    It is the shortest of the deepest loops with at least a third of the matrix products of any: what a kernel
+    does about keys that are not seen is longer, and may multiply twice. With several ``tiles`` that is the loop over tiles: then the bundles are those of the loop around it.
     """
     open_loops: list[list[int]] = []  # bundles and products of each loop that is not closed, the outermost first
     closed: list[tuple[int, int, int]] = []  # depth, products, bundles
@@ -77,7 +78,9 @@ def _loop(lines: list[str], tiles: int) -> tuple[int, int]:
             loop[0] += 1
             loop[1] += line.count("= vmatmul")
         spills += line.count("_spill]")
-    depth, products, bundles = max((loop for loop in closed if loop[1]), default=(0, 0, 0))
+    depth, most, _ = max((loop for loop in closed if loop[1]), default=(0, 0, 0))
+    deepest = [loop for loop in closed if loop[0] == depth and 3 * loop[1] >= most]
+    depth, products, bundles = min(deepest, key=lambda loop: loop[2], default=(0, 0, 0))
     if tiles > 1:
         after = closed[closed.index((depth, products, bundles)) :]
         around = next(loop[2] for loop in after if loop[0] == depth - 1)

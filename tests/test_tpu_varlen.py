@@ -214,7 +214,7 @@ def test_long_tables_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             padding_rows=5,
         )
     )
-    chip = replace(CHIPS["v5p"], vmem_bytes=5 * MIB // 2)
+    chip = replace(CHIPS["v5p"], vmem_bytes=3 * MIB)
     words_of_tile = 16
     words = 2 * words_of_tile + 2 * (arguments["block_tables"].size(1) + words_of_tile)  # of two sequences
     monkeypatch.setattr(varlen, "SMEM_WORDS", words)

@@ -214,6 +214,9 @@ def test_a_client_that_is_no_tpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(runtime, "device_type", lambda: "CUDA")
     with pytest.raises(NotImplementedError, match=r"does not support PJRT_DEVICE=CUDA \(TPU, or CPU to interpret\)"):
         bridge_torch_xla.target.__wrapped__("xla:0")
+    choice = torch_paged.explain("paged_attention", backend="tpu", **build(AttentionCase("refused", head_dim=128)))
+    assert choice.refusal is not None
+    assert "PJRT_DEVICE=CUDA" in choice.refusal
 
 
 def test_the_example_runs_interpreted() -> None:

@@ -236,7 +236,7 @@ def _sources(module: str) -> str:
 def _found(cell: Cell) -> str | None:
     from torch_paged.backends.tpu.block_sizes import LANES
     from torch_paged.backends.tpu.export import exported, program_of
-    from torch_paged.backends.tpu.varlen import NEW_PAGE
+    from torch_paged.backends.tpu.varlen import NEW_PAGE, new_pages
 
     arguments = build(cell.case)
     if arguments.get("kv_cache") is not None:
@@ -257,7 +257,7 @@ def _found(cell: Cell) -> str | None:
     gathered = 0 if tables is None else num_bytes * tables.numel() // arguments["kv_cache"].shape[1]
     if arguments.get("key") is not None and gathered:  # new keys are gathered into pages, which is not dense attention
         key = arguments["key"]
-        pages = key.shape[0] // NEW_PAGE + arguments["cu_seqlens_k"].shape[0] - 1
+        pages = new_pages(key.shape[0], arguments["cu_seqlens_k"].shape[0] - 1)
         row = key.shape[1] * -(-key.shape[2] // LANES) * LANES * key.dtype.itemsize
         gathered = max(gathered, 4 * (pages * NEW_PAGE * row + 1))
     return _remembered(cell.chip, module, num_bytes, written, kernels=_expected_kernels(call), gathered=gathered)
@@ -278,6 +278,8 @@ def _roomy(arguments: Mapping[str, Any]) -> dict[str, Any]:
     cache, scales = arguments["kv_cache"], arguments.get("kv_scales")
     shape = list(cache.shape)
     shape[1] = CACHE_BLOCKS if "query" in arguments else CACHE_BYTES // cache[:, 0].nbytes
+    if arguments.get("attn_mask") is not None:
+        shape[1] *= 8  # laid out in tiles, a mask of a few thousand columns is as large as a small cache
     found = {"kv_cache": torch.empty(shape, dtype=cache.dtype, device="meta")}
     if scales is not None and scales.dim() == 4:
         found["kv_scales"] = torch.empty(shape[:-1], device="meta")

@@ -113,7 +113,10 @@ def explain(
     reason = info.refusal(op, full)
     if reason is not None:
         return refused(reason, name)
-    variant = info.variant(op, full, device_type)
+    try:
+        variant = info.variant(op, full, device_type)
+    except NotImplementedError as error:
+        return refused(str(error), name)
     return Explanation(op, device_type, name, variant.name, variant.isa, variant.compiled, kind, None)
 
 

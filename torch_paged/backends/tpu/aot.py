@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -170,14 +170,19 @@ def export_for(chip: str, function: Callable[..., Any], arguments: Sequence[Any]
         return jax.export.export(jitted, platforms=("tpu",))(*avals).mlir_module()
 
 
-def lowering_for(chip: str) -> AbstractContextManager[Any]:
-    """Return the context in which lowering sees the chip as its device."""
+@contextmanager
+def lowering_for(chip: str) -> Iterator[None]:
+    """Lower for the chip as the device, and without the lines of our files, so that equal programs are equal texts."""
     import jax
     import numpy as np
-    from jax._src import mesh
+    from jax._src import config, mesh
 
     use = getattr(jax.sharding, "use_abstract_mesh", None) or mesh.use_abstract_mesh  # jax 0.7 has only the latter
-    return use(jax.sharding.Mesh(np.array([_device(chip)]), ("x",)).abstract_mesh)
+    with (
+        use(jax.sharding.Mesh(np.array([_device(chip)]), ("x",)).abstract_mesh),
+        config.traceback_in_locations_limit(0),
+    ):
+        yield
 
 
 def _compile(client: Any, module: Any, **options: Any) -> Any:

@@ -18,7 +18,7 @@ from torch_paged.backends import BackendInfo
 from torch_paged.backends.on_import import on_import
 from torch_paged.backends.tpu import calls
 from torch_paged.backends.tpu.calls import JaxCall
-from torch_paged.backends.tpu.support import INTERPRETED_CHIP, chip_of_kind
+from torch_paged.backends.tpu.support import INTERPRETED_CHIP, chip_of_kind, xla_client
 from torch_paged.contract.schema import NAMESPACE, SCHEMAS, tags
 
 TWINS = f"{NAMESPACE}_functional"
@@ -66,16 +66,10 @@ def _compute(call: JaxCall) -> tuple[Tensor, ...]:
 def target(device: str) -> tuple[str, str]:
     """Return platform and chip that the kernels are lowered for on an XLA device."""
     import torch_xla
-    from torch_xla import runtime
 
-    client = runtime.device_type()
-    if client == "TPU":
-        return "tpu", chip_of_kind(torch_xla._XLAC._xla_device_kind(device))
-    if client != "CPU":
-        raise NotImplementedError(
-            f"torch_paged: backend 'tpu' does not support PJRT_DEVICE={client} (TPU, or CPU to interpret); set either"
-        )
-    return "cpu", INTERPRETED_CHIP
+    if xla_client() == "CPU":
+        return "cpu", INTERPRETED_CHIP
+    return "tpu", chip_of_kind(torch_xla._XLAC._xla_device_kind(device))
 
 
 @cache

@@ -22,6 +22,11 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
+def heads_of_mask(attn_mask: jax.Array | None) -> int:
+    """Return how many heads a mask tells apart: 0 where there is none."""
+    return 0 if attn_mask is None else attn_mask.shape[0] if attn_mask.ndim == 3 else 1
+
+
 def modify(products: jax.Array, scale: Any, soft_cap: float, slopes: Any = None, distances: Any = None) -> jax.Array:
     """Return logits.
 

@@ -154,15 +154,23 @@ def chip_refusal(op: str, kv_cache: torch.Tensor | None, chip: str) -> str | Non
 def variant(op: str, arguments: Arguments, device_type: str) -> Variant:
     """Return the kernel that a valid call runs."""
     name = _attention(op, arguments) if op in ("paged_attention", "flash_attn_varlen") else op
-    interpreted = device_type == "cpu" or (device_type == "xla" and _client_interprets())
+    on_xla = device_type == "xla" and importlib.util.find_spec("torch_xla") is not None
+    interpreted = device_type == "cpu" or (on_xla and xla_client() == "CPU")
     return Variant(name=name, isa=INTERPRETED_CHIP if interpreted else "tpu", compiled=not interpreted)
 
 
-def _client_interprets() -> bool:
-    """Return whether torch_xla, which chooses it when it is imported, runs on another client than the TPU's."""
-    if importlib.util.find_spec("torch_xla") is None:
-        return False
-    return bool(importlib.import_module("torch_xla.runtime").device_type() != "TPU")
+def xla_client() -> str:
+    """Return what torch_xla, which chooses it when it is imported, runs on: TPU, or CPU, where kernels are interpreted.
+
+    Raises:
+        NotImplementedError: It is something else.
+    """
+    client = str(importlib.import_module("torch_xla.runtime").device_type())
+    if client not in ("TPU", "CPU"):
+        raise NotImplementedError(
+            f"torch_paged: backend 'tpu' does not support PJRT_DEVICE={client} (TPU, or CPU to interpret); set either"
+        )
+    return client
 
 
 def _attention(op: str, arguments: Arguments) -> str:

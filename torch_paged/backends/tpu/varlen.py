@@ -22,8 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from torch_paged.backends.tpu import tiles as t
-from torch_paged.backends.tpu.block_sizes import LANES, SUBLANES, Chip, Page, power_of_two, varlen_blocks
+from torch_paged.backends.tpu.block_sizes import LANES, SUBLANES, Chip, Page, VarlenBlocks, power_of_two, varlen_blocks
 from torch_paged.backends.tpu.decode import paged_attention
+from torch_paged.backends.tpu.logits import heads_of_mask
 from torch_paged.backends.tpu.pages import STATE_WORDS, flat_table
 from torch_paged.backends.tpu.varlen_kernel import LOG2_E, Static, run_tiles
 
@@ -131,6 +132,79 @@ def _attend_tiles(
     skipped: jax.Array | None,  # (B,) bool
     *,
     max_seqlen_q: int,
+    value_dim: int,
+    chip: Chip,
+    **options: Any,
+) -> Any:
+    """Return what ``flash_attn_varlen`` does, but anything in the rows of sequences that are skipped."""
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads = kv_cache.shape[2] if key is None else key.shape[1]
+    width = -(-head_dim // LANES) * LANES
+    columns = 0 if block_tables is None else block_tables.shape[1]
+    pages = []
+    if kv_cache is not None:
+        pages.append(Page(num_kv_heads, kv_cache.shape[3], kv_cache.shape[4], kv_cache.dtype.itemsize))
+    if key is not None:
+        pages.append(Page(num_kv_heads, NEW_PAGE, width, key.dtype.itemsize))
+    blocks = varlen_blocks(
+        chip,
+        pages,
+        kv_heads=num_kv_heads,
+        group=num_heads // num_kv_heads,
+        lanes=max(width, -(-value_dim // LANES) * LANES),
+        itemsize=query.dtype.itemsize,
+        mask_heads=heads_of_mask(attn_mask),
+        max_seqlen_q=max_seqlen_q,
+    )
+    tile_words = t.TILE_FIELDS + len(pages) * t.SOURCE_FIELDS
+    num_tiles = max(num_tokens, blocks.tokens) // blocks.tokens + 1
+    seqs_at_a_time = (SMEM_WORDS - num_tiles * tile_words) // (columns + tile_words)
+    if seqs_at_a_time < 1:
+        raise NotImplementedError(
+            f"flash_attn_varlen: backend 'tpu' does not support {num_tokens} query tokens beside block tables of "
+            f"{columns} columns ({SMEM_WORDS} words of scalar memory); pass fewer tokens at a time"
+        )
+    results: Any = None
+    for first in range(0, begins.shape[0] - 1, seqs_at_a_time):
+        part, bounds = slice(first, first + seqs_at_a_time), slice(first, first + seqs_at_a_time + 1)
+        found = _attend_part(
+            *(query, key, value, begins[bounds], None if key is None else cu_seqlens_k[bounds]),
+            *(
+                kv_cache,
+                None if kv_cache is None else block_tables[part],
+                None if kv_cache is None else context_lens[part],
+            ),
+            *(kv_scales, sinks, alibi_slopes, attn_mask, query_positions, None if skipped is None else skipped[part]),
+            blocks=blocks,
+            value_dim=value_dim,
+            chip=chip,
+            **options,
+        )
+        if results is None:
+            results = found
+        else:
+            before = jnp.arange(num_tokens, dtype=jnp.int32) < begins[first]
+            results = jax.tree.map(partial(_rows, before), results, found)
+    return results
+
+
+def _attend_part(
+    query: jax.Array,
+    key: Any,
+    value: Any,
+    begins: jax.Array,  # (B + 1,)
+    cu_seqlens_k: Any,
+    kv_cache: Any,
+    block_tables: Any,
+    context_lens: Any,
+    kv_scales: Any,
+    sinks: jax.Array | None,
+    alibi_slopes: jax.Array | None,
+    attn_mask: jax.Array | None,
+    query_positions: jax.Array | None,
+    skipped: jax.Array | None,  # (B,) bool
+    *,
+    blocks: VarlenBlocks,
     softmax_scale: float,
     logits_soft_cap: float,
     causal: bool,
@@ -141,75 +215,16 @@ def _attend_tiles(
     chip: Chip,
     interpret: Any,
 ) -> Any:
-    """Return what ``flash_attn_varlen`` does, but anything in the rows of sequences that are skipped."""
+    """Return what ``flash_attn_varlen`` does by one kernel, but anything in rows of sequences that are not its own."""
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = kv_cache.shape[2] if key is None else key.shape[1]
+    num_seqs = begins.shape[0] - 1
     group = num_heads // num_kv_heads
-    width = -(-head_dim // LANES) * LANES
-    value_width = -(-value_dim // LANES) * LANES
-    mask_heads = 0 if attn_mask is None else attn_mask.shape[0] if attn_mask.ndim == 3 else 1
+    width, value_width = -(-head_dim // LANES) * LANES, -(-value_dim // LANES) * LANES
+    mask_heads = heads_of_mask(attn_mask)
     table_columns = 0 if block_tables is None else block_tables.shape[1]
-    pages = []
-    if kv_cache is not None:
-        pages.append(Page(num_kv_heads, kv_cache.shape[3], kv_cache.shape[4], kv_cache.dtype.itemsize))
-    if key is not None:
-        pages.append(Page(num_kv_heads, NEW_PAGE, width, key.dtype.itemsize))
-    blocks = varlen_blocks(
-        chip,
-        pages,
-        kv_heads=num_kv_heads,
-        group=group,
-        lanes=max(width, value_width),
-        itemsize=query.dtype.itemsize,
-        mask_heads=mask_heads,
-        max_seqlen_q=max_seqlen_q,
-    )
     tokens, parts = blocks.tokens, blocks.parts
     padded_tokens = max(num_tokens, tokens)
-
-    num_seqs = begins.shape[0] - 1
-    tile_words = t.TILE_FIELDS + len(pages) * t.SOURCE_FIELDS
-    seqs_at_a_time = (SMEM_WORDS - (padded_tokens // tokens + 1) * tile_words) // (table_columns + tile_words)
-    if seqs_at_a_time < 1:
-        raise NotImplementedError(
-            f"flash_attn_varlen: backend 'tpu' does not support {num_tokens} query tokens beside block tables of "
-            f"{table_columns} columns ({SMEM_WORDS} words of scalar memory); pass fewer tokens at a time"
-        )
-    if num_seqs > seqs_at_a_time:
-        results: Any = None
-        for first in range(0, num_seqs, seqs_at_a_time):
-            part = slice(first, first + seqs_at_a_time)
-            bounds = slice(first, first + seqs_at_a_time + 1)
-            found = _attend_tiles(
-                query,
-                key,
-                value,
-                begins[bounds],
-                None if key is None else cu_seqlens_k[bounds],
-                kv_cache,
-                None if kv_cache is None else block_tables[part],
-                None if kv_cache is None else context_lens[part],
-                kv_scales,
-                sinks,
-                alibi_slopes,
-                attn_mask,
-                query_positions,
-                None if skipped is None else skipped[part],
-                max_seqlen_q=max_seqlen_q,
-                softmax_scale=softmax_scale,
-                logits_soft_cap=logits_soft_cap,
-                causal=causal,
-                sliding_window=sliding_window,
-                attention_chunk=attention_chunk,
-                value_dim=value_dim,
-                stats=stats,
-                chip=chip,
-                interpret=interpret,
-            )
-            before = jnp.arange(num_tokens, dtype=jnp.int32) < begins[first]
-            results = found if results is None else jax.tree.map(partial(_rows, before), results, found)
-        return results
-
     heads, kv_heads = num_heads // parts, num_kv_heads // parts
     padded_heads = -(-heads // SUBLANES) * SUBLANES
     padding = ((0, padded_tokens - num_tokens), (0, 0), (0, padded_heads - heads), (0, width - head_dim))
@@ -226,7 +241,7 @@ def _attend_tiles(
         operands["cache"] = kv_cache
     if key is not None:
         new_begins = t.bounds(cu_seqlens_k, key.shape[0])
-        operands["new"], first_pages = _new_pages(key, value, new_begins, width)
+        operands["new"], first_pages = _lay_out_new(key, value, new_begins, width)
         sources.append(t.KeySource(first_pages, jnp.diff(new_begins), contexts))
         streams.append("new")
     if query_positions is not None:
@@ -357,7 +372,12 @@ def _rows(before: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.where(before.reshape(-1, *[1] * (old.ndim - 1)), old, new)
 
 
-def _new_pages(
+def new_pages(num_tokens: int, num_seqs: int) -> int:
+    """Return how many pages new keys take: each sequence may fill its last one in part."""
+    return num_tokens // NEW_PAGE + num_seqs
+
+
+def _lay_out_new(
     key: jax.Array,  # (Tk, KH, D)
     value: jax.Array,  # (Tk, KH, DV)
     begins: jax.Array,  # (B + 1,)
@@ -365,7 +385,7 @@ def _new_pages(
 ) -> tuple[jax.Array, jax.Array]:
     """Return new keys and values as pages (2, P, KH, NEW_PAGE, width), and the first page of each sequence (B,)."""
     num_tokens, num_seqs = key.shape[0], begins.shape[0] - 1
-    num_pages = num_tokens // NEW_PAGE + num_seqs
+    num_pages = new_pages(num_tokens, num_seqs)
     lens = jnp.diff(begins)
     ends = jnp.cumsum(-(-lens // NEW_PAGE)).astype(jnp.int32)
     first_pages = ends + -lens // NEW_PAGE
