@@ -60,8 +60,9 @@ def _is_of(path: Path, kernel: str) -> bool:
 def _loop(lines: list[str], tiles: int) -> tuple[int, int]:
     """Return the bundles of the steady state's loop, and the spills of the kernel.
 
-    It is the shortest of the deepest loops with at least a third of the matrix products of any: what a kernel
-    does about keys that are not seen is longer, and may multiply twice. With several ``tiles`` that is the loop over tiles: then the bundles are those of the loop around it.
+    It is the shortest of the deepest loops with at least a third of the matrix products of any: what a kernel does
+    about keys that are not seen is longer, and may multiply twice. With several ``tiles`` that is the loop over tiles:
+    then the bundles are those of the loop around it.
     """
     open_loops: list[list[int]] = []  # bundles and products of each loop that is not closed, the outermost first
     closed: list[tuple[int, int, int]] = []  # depth, products, bundles
