@@ -15,8 +15,10 @@ THROUGH_XLA := tests/test_tpu_xla.py tests/test_tpu_xla_transformers.py
 # Nearly all the time goes into compiling interpreted kernels, each of which runs once; level 0 orders sums by place.
 QUICKLY := XLA_FLAGS=--xla_backend_optimization_level=1
 SOME_CASES := plain or sinks or alibi or soft_cap or shuffled or window_7 or chunk_5 or scales_4 or padd or no_keys or inputs
-# torch_tpu warns when torch loads it, which tests take for an error: they load it in processes of their own.
-TPU := TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(WITHOUT_TPU) $(TPU_VENV)/bin/python -m pytest
+# torch_tpu warns when torch loads it, which tests take for an error: they load it in processes of their own. Interpreted
+# programs are kept, since most of the hours go into compiling them: a run that was cut short goes on where it ended.
+KEPT := JAX_COMPILATION_CACHE_DIR=build/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
+TPU := TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(WITHOUT_TPU) $(KEPT) $(TPU_VENV)/bin/python -m pytest
 TORCH29_VENV := .venv-torch29
 TRANSFORMERS ?= 5.23.0 5.6.0 4.57.6
 SMALL_OPS := reshape_and_cache quantize_and_cache copy_blocks gather_cache merge_attention_states

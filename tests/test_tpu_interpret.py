@@ -194,3 +194,11 @@ def test_what_is_refused_raises_its_sentence() -> None:
     for case in (AttentionCase("half", dtype=torch.float16), AttentionCase("blocks", block_size=3)):
         with pytest.raises(Refused, match=r"^paged_attention: backend 'tpu' does not support "):
             interpreted()(case.op, build(case))
+
+
+def test_a_program_of_other_shapes_counts_among_those_that_are_kept() -> None:
+    before = bridge_interpret._jitted.cache_info().misses
+    for head_dim in (64, 64, 96):
+        arguments = build(MergeCase("shapes", head_dim=head_dim))
+        assert_merged(arguments, *interpreted()("merge_attention_states", arguments))
+    assert bridge_interpret._jitted.cache_info().misses == before + 2

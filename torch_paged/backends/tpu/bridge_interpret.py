@@ -6,8 +6,8 @@ between them are looked for. Memory that nothing was written to holds NaN either
 """
 
 import contextlib
-import importlib
 import io
+import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from torch_paged.backends import BackendInfo
 from torch_paged.backends.tpu import calls
-from torch_paged.backends.tpu.block_sizes import CHIPS
 from torch_paged.backends.tpu.calls import JaxCall
+from torch_paged.backends.tpu.export import Program, jax_function, program_of
 from torch_paged.backends.tpu.support import INTERPRETED_CHIP, SIMULATION
 
 _NUMPY = {
@@ -38,7 +38,7 @@ _ATTENTION_OPTIONS = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_e
 _LARGE = 2**19
 """Elements of an array from which on a call's program is worth being compiled well."""
 _KEPT = 64
-"""Functions with options whose programs are kept: one program takes 10 MB and more."""
+"""Programs that are kept: one takes 10 MB and hundreds of memory mappings, of which a process has 65530."""
 
 
 def kernels(info: BackendInfo) -> dict[str, Callable[..., Any]]:
@@ -49,12 +49,8 @@ def kernels(info: BackendInfo) -> dict[str, Callable[..., Any]]:
 
 
 def _run(call: JaxCall) -> tuple[Tensor, ...]:
-    options = dict(call.options)
-    if call.attends:
-        options["chip"] = CHIPS[INTERPRETED_CHIP]
     arrays = [None if tensor is None else _to_jax(tensor) for tensor in call.arrays]
-    large = max(array.size for array in arrays if array is not None) >= _LARGE
-    function = _jitted(call.module, call.function, tuple(sorted(options.items())), large)
+    function = _jitted(program_of(call, "cpu", INTERPRETED_CHIP))
     with no_races(call.function):
         results = jax.block_until_ready(function(*arrays))
     results = results if isinstance(results, tuple) else (results,)
@@ -68,15 +64,12 @@ def _run(call: JaxCall) -> tuple[Tensor, ...]:
 
 
 @lru_cache(maxsize=_KEPT)
-def _jitted(module: str, function: str, options: tuple[tuple[str, Any], ...], large: bool) -> Callable[..., Any]:
-    """Return the function with these options; jax compiles it once for each set of shapes and dtypes."""
-    found = getattr(importlib.import_module(f"torch_paged.backends.tpu.{module}"), function)
-    bound = dict(options)
+def _jitted(program: Program) -> Callable[..., Any]:
+    """Return the function of a program, which jax compiles when it is called first."""
+    large = max(math.prod(array[0]) for array in program.arrays if array is not None) >= _LARGE
     # other ops are soon compiled, and such options change their rounding: to float8, and of a row alone
-    quickly = _ATTENTION_OPTIONS if "chip" in bound else None
-    return jax.jit(
-        lambda *arrays: found(*arrays, **bound, interpret=_interpreter()), compiler_options=None if large else quickly
-    )
+    quickly = _ATTENTION_OPTIONS if program.chip is not None and not large else None
+    return jax.jit(jax_function(program, _interpreter()), compiler_options=quickly)
 
 
 def _interpreter() -> bool | pltpu.InterpretParams:

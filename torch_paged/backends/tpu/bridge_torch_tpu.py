@@ -53,7 +53,7 @@ def _op(program: Any, written: tuple[int, ...]) -> Callable[[list[Any], list[Any
 
     from torch_paged.backends.tpu.export import jax_function
 
-    function = jax_function(program)
+    function = jax_function(program, program.platform == "cpu")
     given = [position for position, array in enumerate(program.arrays) if array is not None]
     read = [position for position in given if position not in written]
 

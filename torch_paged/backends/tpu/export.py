@@ -64,16 +64,16 @@ def program_of(call: JaxCall, platform: str, chip: str, *, donate: bool = False)
     )
 
 
-def jax_function(program: Program) -> Callable[..., Any]:
-    """Return the function of a program with its options bound."""
+def jax_function(program: Program, interpret: Any) -> Callable[..., Any]:
+    """Return the function of a program with its options bound; ``interpret`` as ``pallas_call`` takes it."""
     function = getattr(importlib.import_module(f"torch_paged.backends.tpu.{program.module}"), program.function)
     chip = {} if program.chip is None else {"chip": CHIPS[program.chip]}
-    return partial(function, **dict(program.options), **chip, interpret=program.platform == "cpu")
+    return partial(function, **dict(program.options), **chip, interpret=interpret)
 
 
 @cache
 def exported(program: Program) -> jax.export.Exported:
     """Return the lowered program."""
     arrays = [None if x is None else jax.ShapeDtypeStruct(x[0], jnp.dtype(x[1])) for x in program.arrays]
-    jitted = jax.jit(jax_function(program), keep_unused=True, donate_argnums=program.donated)
+    jitted = jax.jit(jax_function(program, program.platform == "cpu"), keep_unused=True, donate_argnums=program.donated)
     return jax.export.export(jitted, platforms=(program.platform,))(*arrays)
