@@ -386,7 +386,8 @@ _pools: list[ProcessPoolExecutor] = []
 
 def _outcomes(cells: list[Cell], jobs: int) -> list[str | None]:
     if not _pools:
-        _pools.append(ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")))
+        context = multiprocessing.get_context("spawn")
+        _pools.append(ProcessPoolExecutor(jobs, context, max_tasks_per_child=128))  # a cell leaves 10 MB behind
     try:
         return list(_pools[0].map(outcome, cells))
     except BrokenProcessPool:
