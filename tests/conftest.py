@@ -1,7 +1,10 @@
 """What the tests share: the backends that run here, and memory that is never clean by luck."""
 
 import functools
+import importlib.util
+import sys
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,9 @@ import torch
 
 import torch_paged  # noqa: F401  (defines the ops)
 from torch_paged.testing.backends import REFERENCE, Backend, Refused, backends_here
+
+if importlib.util.find_spec("nki") is None:
+    sys.path.append(str(Path(__file__).parent / "nki_sim"))
 
 _refused: set[str] = set()  # tests that a refusal ended
 
