@@ -2,7 +2,7 @@
 
 A kernel is a file of its own, since the simulator reads the source that it runs and names its lines. A test gives the
 lines in the middle; around them, input arrays are copied into tiles and result tiles into outputs. `rejects` runs a
-kernel that is right, then the same kernel with one thing changed, which must be refused in words that say what and where.
+kernel that is right, then the same kernel with one thing changed, which must be refused in words that say why.
 """
 
 import atexit

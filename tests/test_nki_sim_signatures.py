@@ -209,7 +209,7 @@ def test_by_position(body: str, wanted_of: str) -> None:
         ("nisa.dma_copy(dst=dst, src=a, unique_indices=True)", "dma_copy", "unique_indices"),
         ("nisa.activation(dst=dst, op=nl.copy, data=a, engine=nisa.engine.scalar)", "activation", "engine"),
         (
-            "nisa.scalar_tensor_tensor(dst=dst, data=a, op0=nl.add, operand0=1.0, op1=nl.add, operand1=a, reduce_op=nl.add)",
+            "nisa.scalar_tensor_tensor(dst, a, op0=nl.add, operand0=1.0, op1=nl.add, operand1=a, reduce_op=nl.add)",
             "scalar_tensor_tensor",
             "reduce_op",
         ),
