@@ -36,7 +36,7 @@ strict_only = pytest.mark.skipif(not STRICT, reason="the vendor's simulator leav
 HEADER = "import nki\nimport nki.isa as nisa\nimport nki.language as nl\n\n\n"
 MESSAGE = re.compile(
     r"(?P<instruction>[\w.]+): (?P<operand>.+?) must (?P<rule>.+), got (?P<got>.+) "
-    r"\((?P<file>.+):(?P<line>\d+) of the kernel\)",
+    r"\((?P<file>.+):(?P<line>\d+)( of the kernel)?\)",
     re.DOTALL,
 )
 _directory = Path(tempfile.mkdtemp(prefix="nki_sim_kernels_"))
@@ -212,7 +212,7 @@ def refused(action: Callable[[], object]) -> re.Match[str]:
 def refused_with(action: Callable[[], object], instruction: str, operand: str, rule: str, line: int | None) -> None:
     """Check that a refusal names instruction, operand and line, and speaks of what `rule` (a pattern) says."""
     found = refused(action)
-    assert found["instruction"].rpartition(".")[2] == instruction, found[0]
+    assert re.fullmatch(instruction, found["instruction"].rpartition(".")[2]), found[0]
     assert re.search(rf"\b({operand})\b", found["operand"]), found[0]
     assert re.search(rule, found[0], re.IGNORECASE), found[0]
     assert line is None or int(found["line"]) == line, f"{found[0]}: expected line {line}"
