@@ -1,0 +1,99 @@
+"""The running core: its generation, counters, clock, dynamic loops and what it shares with the other core.
+
+Interface for instructions: `machine()` gives the `Core` on which the calling kernel runs; instructions read
+`.generation` (2 trn1, 3 trn2, 4 trn3), `.core`, `.num_cores`, and report work with
+`.count(engine, elements=, bytes=, descriptors=)`, engine one of "tensor", "vector", "scalar", "gpsimd", "dma", "sync".
+`Core.lanes` keeps what an engine remembers between instructions (accumulator registers), by a name of its own.
+"""
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Optional
+
+from nki._errors import NkiValidationError, kernel_line
+from nki._memory import Storage
+
+if TYPE_CHECKING:
+    from nki._launch import Launch
+
+ENGINES = ("tensor", "vector", "scalar", "gpsimd", "dma", "sync")
+
+
+@dataclass
+class Work:
+    """What an engine was asked to do."""
+
+    instructions: int = 0
+    elements: int = 0
+    bytes: int = 0
+    descriptors: int = 0
+
+    def add(self, elements: int, bytes: int, descriptors: int) -> None:
+        """Add one instruction."""
+        self.instructions += 1
+        self.elements += elements
+        self.bytes += bytes
+        self.descriptors += descriptors
+
+
+@dataclass(eq=False)
+class Loop:
+    """A dynamic loop that runs: when it started, the outer storages it uses, and what its turns did."""
+
+    line: str
+    started: int
+    used: set[Storage] = field(default_factory=set)
+    first_turn: Optional[list[Any]] = None
+    turn: list[Any] = field(default_factory=list)
+    turns: int = 0
+
+
+@dataclass(eq=False)
+class Core:
+    """One core while it runs a kernel.
+
+    turns: a token for the present turn of each dynamic loop, outermost first; loops: those loops.
+    """
+
+    generation: int
+    core: int = 0
+    num_cores: int = 1
+    launched_with_grid: bool = False
+    launch: "Optional[Launch]" = None
+    counters: dict[str, Work] = field(default_factory=lambda: {engine: Work() for engine in ENGINES})
+    by_instruction: dict[tuple[str, str], Work] = field(default_factory=dict)
+    lanes: dict[str, Any] = field(default_factory=dict)
+    instruction: str = ""
+    clock: int = 0
+    turns: tuple[Any, ...] = ()
+    loops: tuple[Loop, ...] = ()
+    no_reorder: int = 0
+    names: set[str] = field(default_factory=set)
+    storages: list[Storage] = field(default_factory=list)
+    placed: "list[weakref.ref[Storage]]" = field(default_factory=list)
+    control: list[tuple[Any, ...]] = field(default_factory=list)  # loops, barriers and exchanges, in order
+
+    def count(self, engine: str, elements: int = 0, bytes: int = 0, descriptors: int = 0) -> None:
+        """Count one instruction of an engine."""
+        self.counters[engine].add(elements, bytes, descriptors)
+        self.by_instruction.setdefault((engine, self.instruction), Work()).add(elements, bytes, descriptors)
+
+
+class _Current(threading.local):
+    core: Optional[Core] = None
+
+
+_current = _Current()
+
+
+def machine() -> Core:
+    """Give the core on which the calling kernel runs."""
+    if _current.core is None:
+        raise NkiValidationError(f"nki: kernels must run through nki.jit or nki.simulate ({kernel_line()})")
+    return _current.core
+
+
+def enter(core: Optional[Core]) -> None:
+    """Make a core the calling thread's, or none."""
+    _current.core = core

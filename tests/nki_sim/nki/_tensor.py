@@ -1,0 +1,329 @@
+"""Tensors and views, and how instructions read and write them.
+
+Interface for instructions (`instruction` and `operand` are names for messages):
+    tensor.shape .dtype .buffer .ndim .size .name .strides .offset
+    tensor.partitions        size of dimension 0
+    tensor.free              elements per partition
+    tensor.start_partition   physical first partition
+    tensor.bank              PSUM bank, None elsewhere; fails where the view spans several
+    tensor.values(instruction, operand) -> (P, F) array of its dtype; fails on undefined elements
+    tensor.values_f32(instruction, operand) -> the same as float32; fails on integers beyond 2**24
+    tensor.write(values, instruction, where=None, accumulated=False): (P, F), cast by `nki._dtypes.cast` and marked as
+        written; `where` (P, F) bool leaves the other elements as they are
+    tensor.written() -> (P, F) bool: defined elements
+    tensor.accumulated() -> (P, F) bool: elements that a matrix multiplication wrote last
+    tensor.is_indirect()     address made at run time by a vector (DMA) or by columns (`.indirect`)
+A (P, 1) vector reads as any other tensor. Where `.indirect(...)` made the operand, `values` and `write` follow its
+columns in groups of 16 partitions; the tensor engine passes group=32.
+"""
+
+import math
+from typing import Any, Optional, Union
+
+import numpy as np
+
+from nki._access import check_hazards, forget_neighbours, touch
+from nki._dtypes import Array, DType, cast, check_dtype, check_exact
+from nki._errors import fail, require
+from nki._machine import machine
+from nki._memory import ACCUMULATED, BANK_BYTES, UNWRITTEN, WRITTEN, Storage
+from nki._register import VirtualRegister
+from nki._views import MAX_DIMS, Dynamic, Layout, Views, _scalar_index, _vector_index, as_int, row_major
+
+
+class NkiTensor(Views):
+    """A view of a storage (nki.language.NkiTensor, SDK 2.32 API reference)."""
+
+    def __init__(
+        self, storage: Storage, layout: Layout, dtype: DType, dynamic: Optional[Dynamic] = None, name: str = ""
+    ) -> None:
+        self.storage = storage
+        self.shape, self.strides, self.offset = layout.shape, layout.strides, layout.offset
+        self.dtype = dtype
+        self.dynamic = dynamic
+        self.name = name or storage.name
+        self.buffer = storage.buffer
+        self.on_chip = storage.buffer.on_chip
+        self.columns_of: Optional[Layout] = None  # what `.indirect` selects from
+
+    ndim = property(lambda self: len(self.shape))
+    size = property(lambda self: math.prod(self.shape))
+    partitions = property(lambda self: self.shape[0])
+    free = property(lambda self: math.prod(self.shape[1:]))
+
+    @property
+    def partition_elements(self) -> int:
+        """Elements of the storage per partition, in this dtype."""
+        return max(1, self.storage.free_bytes // self.dtype.itemsize)
+
+    @property
+    def start_partition(self) -> int:
+        """Physical partition of the first element; 0 in HBM."""
+        return self.storage.start_partition + self.offset // self.partition_elements if self.on_chip else 0
+
+    @property
+    def bank(self) -> Optional[int]:
+        """PSUM bank that holds the view, counted from the first of the allocation unless that was placed."""
+        if self.buffer.name != "psum":
+            return None
+        base = self.storage.address[1] if self.storage.address else 0
+        free = Layout(self.shape[1:], self.strides[1:], self.offset % self.partition_elements)
+        first = (base + free.first * self.dtype.itemsize) // BANK_BYTES
+        last = (base + (free.last + 1) * self.dtype.itemsize - 1) // BANK_BYTES
+        running = machine().instruction or "bank"
+        require(first == last, running, "PSUM operand", f"lie in one bank of {BANK_BYTES} bytes", f"{first}..{last}")
+        return first
+
+    def _derive(
+        self, layout: Layout, dtype: Optional[DType] = None, dynamic: Optional[Dynamic] = None, what: str = "view"
+    ) -> "NkiTensor":
+        rule = f"have at most {MAX_DIMS} dimensions"
+        require(not self.on_chip or len(layout.shape) <= MAX_DIMS, what, "tensor", rule, layout.shape)
+        return NkiTensor(self.storage, layout, dtype or self.dtype, dynamic, self.name)
+
+    def view(self, dtype: DType) -> "NkiTensor":
+        """Reinterpret the bytes; the last dimension is contiguous and scales with the size of the dtypes."""
+        dtype = check_dtype("view", dtype, machine().generation)
+        require(self.dynamic is None, "view", "tensor", "have a static address", self)
+        require(self.strides[-1] == 1 or self.shape[-1] == 1, "view", "last dimension", "be contiguous", self.strides)
+        old, new = self.dtype.itemsize, dtype.itemsize
+        outer = (*self.strides[:-1], self.offset, self.shape[-1])
+        require(all(n * old % new == 0 for n in outer), "view", "dtype", "divide rows and offset", dtype)
+        shape = (*self.shape[:-1], self.shape[-1] * old // new)
+        strides = (*(step * old // new for step in self.strides[:-1]), 1)
+        return self._derive(Layout(shape, strides, self.offset * old // new), dtype=dtype, what="view")
+
+    reinterpret_cast = view
+
+    def ap(
+        self,
+        pattern: list[list[int]],
+        offset: Optional[int] = None,
+        scalar_offset: "Union[NkiTensor, VirtualRegister, None]" = None,
+        vector_offset: "Optional[NkiTensor]" = None,
+        indirect_dim: int = 0,
+        dtype: Optional[DType] = None,
+    ) -> "NkiTensor":
+        """Give an access pattern of [[step, count], ...], outermost first.
+
+        The documents disagree about patterns on views, so only whole allocations, reshaped at most, take one.
+        """
+        new = check_dtype("ap", dtype, machine().generation) if dtype is not None else self.dtype
+        whole = self.offset == 0 and self.layout.contiguous and self.dynamic is None
+        whole = whole and self.size * self.dtype.itemsize == self.storage.data.size
+        require(whole, "ap", "tensor", "be a whole allocation, neither sliced nor permuted", self)
+        pairs = [tuple(as_int("ap", "pattern", n) for n in pair) for pair in pattern]
+        good = bool(pairs) and all(len(pair) == 2 and pair[0] >= 0 and pair[1] >= 1 for pair in pairs)
+        require(good, "ap", "pattern", "be [[step >= 0, count >= 1], ...]", pattern)
+        start = 0 if offset is None else as_int("ap", "offset", offset)
+        layout = Layout(tuple(n for _, n in pairs), tuple(step for step, _ in pairs), start)
+        dim = self._dim("ap", indirect_dim)
+        both = scalar_offset is not None and vector_offset is not None
+        require(not both, "ap", "scalar_offset and vector_offset", "not both be given", "both")
+        dynamic = None
+        scale = math.prod(self.shape[dim + 1 :]) * self.dtype.itemsize // new.itemsize
+        if scalar_offset is not None:
+            require(dim > 0 or not self.on_chip, "ap", "indirect_dim", "not be the partition on chip", dim)
+            dynamic = Dynamic("scalar", _scalar_index("ap", "scalar_offset", scalar_offset), scale, None)
+        if vector_offset is not None:
+            require(dim == 0, "ap", "indirect_dim", "be 0 with vector_offset", dim)
+            _vector_index("ap", self, vector_offset)
+            require(pairs[0][0] == scale, "ap", "first step", f"be the {scale} elements of a row", pairs[0][0])
+            require(pairs[0][1] == vector_offset.size, "ap", "first count", "be the number of indices", pairs[0][1])
+            row = Layout(layout.shape[1:], layout.strides[1:], start)
+            require(0 <= row.first <= row.last < scale, "ap", "pattern", f"stay in a row of {scale} elements", row.last)
+            dynamic = Dynamic("vector", vector_offset, scale, self.shape[0])
+        view = self._derive(layout, new, dynamic, "ap")
+        view._check_pattern(new)
+        return view
+
+    def _check_pattern(self, dtype: DType) -> None:
+        layout, total = self.layout, self.storage.data.size // dtype.itemsize
+        if self.on_chip:
+            row = self.partition_elements
+            require(self.ndim >= 2, "ap", "pattern", "have a partition and a free pair on chip", self.get_pattern())
+            require(
+                layout.strides[0] == row, "ap", "first step", f"be the {row} elements of a partition", self.strides[0]
+            )
+            free = Layout(layout.shape[1:], layout.strides[1:], layout.offset % row)
+            require(free.last < row, "ap", "pattern", f"stay below the {row} elements of a partition", free.last)
+        if self.dynamic is None or self.dynamic.kind == "scalar":
+            require(
+                0 <= layout.first and layout.last < total, "ap", "pattern", f"stay in {total} elements", layout.last
+            )
+
+    def _resolve(self, instruction: str, operand: str) -> Layout:
+        """Give the layout with the run-time index of a scalar address."""
+        layout = self.layout
+        if self.dynamic is None:
+            return layout
+        require(self.dynamic.kind == "scalar", instruction, operand, "not be a gather or scatter here", self)
+        index = self.index_value(instruction, operand)
+        moved = Layout(layout.shape, layout.strides, layout.offset + index * self.dynamic.stride)
+        limit = self.dynamic.limit
+        total = self.storage.data.size // self.dtype.itemsize
+        inside = index >= 0 and (limit is None or index < limit) and moved.last < total
+        if inside and self.on_chip:
+            row = self.partition_elements
+            low = layout.offset % row + index * self.dynamic.stride
+            inside = Layout(layout.shape[1:], layout.strides[1:], low).last < row
+        require(inside, instruction, operand, "stay in its tensor with a run-time index", f"index {index}")
+        return moved
+
+    def index_value(self, instruction: str, operand: str) -> int:
+        """Give the run-time index of a scalar address."""
+        assert self.dynamic is not None
+        index = self.dynamic.index
+        if isinstance(index, VirtualRegister):
+            return index.read(instruction, operand)
+        return int(index.values(instruction, f"{operand}'s run-time index").reshape(())[()])
+
+    def window(self, array: Array, layout: Layout) -> Array:
+        """View an array of one entry per byte of the storage as (*shape, itemsize)."""
+        k = self.dtype.itemsize
+        strides = (*(step * k for step in layout.strides), 1)
+        return np.lib.stride_tricks.as_strided(array[layout.offset * k :], (*layout.shape, k), strides)
+
+    def _columns(self, instruction: str, operand: str, group: int) -> Array:
+        """Give the (P, n) elements that `.indirect` selects, counted in the storage."""
+        assert self.dynamic is not None and isinstance(self.dynamic.index, NkiTensor) and self.columns_of is not None
+        index = self.dynamic.index.values(instruction, f"{operand}'s index").astype(np.int64)
+        limit = self.dynamic.limit or 0
+        base = self.columns_of
+        free = np.zeros((1,), np.int64)
+        for count, step in zip(base.shape[1:], base.strides[1:], strict=True):
+            free = (free[:, None] + np.arange(count) * step).reshape(-1)
+        order = np.arange(self.free)
+        result = np.empty((self.partitions, self.free), np.int64)
+        for partition in range(self.partitions):
+            rows = partition // group * group + order % group
+            good = bool((rows < index.shape[0]).all() and (order // group < index.shape[1]).all())
+            require(good, instruction, f"{operand}'s index", "have an entry for each element", index.shape)
+            chosen = index[rows, order // group]
+            require(
+                bool(((chosen >= 0) & (chosen < limit)).all()), instruction, operand, f"lie in {limit}", chosen.max()
+            )
+            result[partition] = base.offset + partition * base.strides[0] + free[chosen]
+        return result
+
+    def read(self, instruction: str, operand: str, layout: Optional[Layout] = None) -> Array:
+        """Give the elements in the view's shape (or another layout of the same storage), all of them defined."""
+        layout = layout or self._resolve(instruction, operand)
+        touch(self.storage, instruction, operand)
+        if not (self.window(self.storage.state, layout) != UNWRITTEN).all():
+            self._fail_undefined(instruction, operand)
+        check_hazards(self, layout, instruction, operand, writes=False)
+        return np.ascontiguousarray(self.window(self.storage.data, layout)).view(self.dtype.numpy)[..., 0]
+
+    def _fail_undefined(self, instruction: str, operand: str) -> None:
+        where = f"{self.name or 'a tensor'} {self.shape} of {self.storage.line}"
+        fail(instruction, operand, "hold defined elements only", f"elements of {where} that nothing wrote")
+
+    def values(self, instruction: str, operand: str, group: int = 16) -> Array:
+        """Give the elements as (P, F) in their own dtype; fails where one is undefined."""
+        if self.dynamic is not None and self.dynamic.kind == "columns":
+            at = self._columns(instruction, operand, group)
+            touch(self.storage, instruction, operand)
+            state = self.storage.state.reshape(-1, self.dtype.itemsize)
+            if not (state[at] != UNWRITTEN).all():
+                self._fail_undefined(instruction, operand)
+            return self.storage.data.view(self.dtype.numpy)[at]
+        return self.read(instruction, operand).reshape(self.partitions, -1)
+
+    def values_f32(self, instruction: str, operand: str, group: int = 16) -> Array:
+        """Give the elements as (P, F) in float32, as arithmetic sees them; integers beyond 2**24 fail."""
+        values = self.values(instruction, operand, group)
+        require(self.dtype.kind != "packed", instruction, operand, "not be a packed dtype", self.dtype)
+        if self.dtype.is_int:
+            check_exact(instruction, operand, values)
+        with np.errstate(all="ignore"):
+            return values.astype(np.float32)
+
+    def write(
+        self,
+        values: Array,
+        instruction: str,
+        where: Optional[Array] = None,
+        accumulated: bool = False,
+        operand: str = "dst",
+        group: int = 16,
+    ) -> None:
+        """Store (P, F) results, cast to the view's dtype; `where` (P, F) tells which."""
+        stored = cast(np.asarray(values), self.dtype, instruction, operand)
+        state = ACCUMULATED if accumulated else WRITTEN
+        if self.dynamic is not None and self.dynamic.kind == "columns":
+            at = self._columns(instruction, operand, group)
+            touch(self.storage, instruction, operand)
+            kept = np.ones(at.shape, bool) if where is None else where.reshape(at.shape)
+            require(np.unique(at[kept]).size == at[kept].size, instruction, operand, "name each element once", self)
+            self.storage.data.view(self.dtype.numpy)[at[kept]] = stored.reshape(at.shape)[kept]
+            self.storage.state.reshape(-1, self.dtype.itemsize)[at[kept]] = state
+            return
+        self.store(stored.reshape(self.shape), instruction, operand, where=where, state=state)
+
+    def store(
+        self,
+        stored: Array,
+        instruction: str,
+        operand: str,
+        layout: Optional[Layout] = None,
+        where: Optional[Array] = None,
+        state: int = WRITTEN,
+    ) -> None:
+        """Put elements that have the view's dtype and shape (or another layout's) in place."""
+        layout = layout or self._resolve(instruction, operand)
+        touch(self.storage, instruction, operand)
+        require(not overlaps(layout), instruction, operand, "write no element twice", self)
+        check_hazards(self, layout, instruction, operand, writes=True)
+        raw = np.ascontiguousarray(stored).view(np.uint8).reshape(*layout.shape, self.dtype.itemsize)
+        data, marks = self.window(self.storage.data, layout), self.window(self.storage.state, layout)
+        if where is None:
+            data[...] = raw
+            marks[...] = state
+        else:
+            chosen = where.reshape(layout.shape)
+            data[chosen] = raw[chosen]
+            marks[chosen] = state
+        forget_neighbours(self, layout)
+
+    def written(self) -> Array:
+        """Tell as (P, F) which elements are defined."""
+        state = self.window(self.storage.state, self._resolve("written", "tensor"))
+        return (state != UNWRITTEN).all(-1).reshape(self.partitions, -1)
+
+    def accumulated(self) -> Array:
+        """Tell as (P, F) which elements a matrix multiplication wrote last."""
+        state = self.window(self.storage.state, self._resolve("accumulated", "tensor"))
+        return (state == ACCUMULATED).all(-1).reshape(self.partitions, -1)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        fail("assignment", "tensor", "be written by an instruction's dst", f"tensor[{key}] = ...")
+
+    def __bool__(self) -> bool:
+        fail("tensor", "use", "be an operand of an instruction", "a Python condition")
+
+    def __repr__(self) -> str:
+        return f"{self.name or 'tensor'}{list(self.shape)} {self.dtype!r} in {self.buffer!r}"
+
+
+def overlaps(layout: Layout) -> bool:
+    """Tell whether a layout visits an element twice."""
+    pairs = sorted((step, count) for step, count in zip(layout.strides, layout.shape, strict=True) if count > 1)
+    reach = 0
+    for step, count in pairs:
+        if step <= reach:
+            return _visits_twice(pairs)
+        reach += step * (count - 1)
+    return False
+
+
+def _visits_twice(pairs: list[tuple[int, int]]) -> bool:
+    elements = np.zeros((1,), np.int64)
+    for step, count in pairs:
+        elements = (elements[:, None] + np.arange(count) * step).reshape(-1)
+    return bool(np.unique(elements).size < elements.size)
+
+
+def whole(storage: Storage) -> NkiTensor:
+    """Give the tensor that a new allocation is."""
+    return NkiTensor(storage, Layout(storage.shape, row_major(storage.shape)), storage.dtype)

@@ -1,0 +1,88 @@
+"""How instructions fail, and how they read and write their operands."""
+
+import math
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+from nki._dtypes import check_exact
+from nki._errors import fail
+from nki._machine import machine
+from nki._memory import psum
+from nki._tensor import NkiTensor
+
+Array = npt.NDArray[Any]
+F32 = npt.NDArray[np.float32]
+
+MAX_PARTITIONS = 128
+
+
+def reject(operand: str, rule: str, got: Any) -> NoReturn:
+    """Fail in the name of the running instruction."""
+    fail(machine().instruction, operand, rule, got)
+
+
+def demand(condition: bool, operand: str, rule: str, got: Any) -> None:
+    """Fail in the name of the running instruction unless the condition holds."""
+    if not condition:
+        reject(operand, rule, got)
+
+
+def listed(values: tuple[Any, ...]) -> str:
+    """The values in words."""
+    return " or ".join(map(str, values))
+
+
+def check_start_partition(operand: str, value: NkiTensor, partitions: int) -> None:
+    """Fail unless so many partitions may start where the tensor does (trn1 architecture guide)."""
+    step = 32 if partitions <= 32 else 64 if partitions <= 64 else MAX_PARTITIONS
+    allowed = tuple(range(0, MAX_PARTITIONS, step))
+    rule = f"start at partition {listed(allowed)} with {partitions} partitions"
+    demand(value.start_partition in allowed, operand, rule, value.start_partition)
+
+
+def values(operand: str, value: NkiTensor) -> Array:
+    """The (P, F) elements as they are stored."""
+    return np.asarray(value.values(machine().instruction, operand))
+
+
+def f32(operand: str, value: NkiTensor) -> F32:
+    """The (P, F) elements as float32."""
+    return np.asarray(value.values_f32(machine().instruction, operand), dtype=np.float32)
+
+
+def write(value: NkiTensor, elements: Array) -> None:
+    """Write (P, F) elements, cast to the tensor's dtype."""
+    value.write(elements, machine().instruction)
+
+
+def scalar_f32(operand: str, value: Any) -> np.float32:
+    """A compile-time number as float32."""
+    if isinstance(value, (bool, NkiTensor)) or not isinstance(value, (int, float)):
+        reject(operand, "be a Python number or a tensor of one element per partition", repr(value))
+    if isinstance(value, int):
+        check_exact(machine().instruction, operand, np.asarray([int32(operand, value)]))
+    with np.errstate(over="ignore"):
+        single = np.float32(value)
+    demand(math.isinf(value) or not np.isinf(single), operand, "be a float32 number", value)
+    return single
+
+
+def broadcast_f32(operand: str, value: Any) -> F32:
+    """A number or a (P, 1) tensor as float32, to be broadcast along the free dimensions."""
+    if isinstance(value, NkiTensor):
+        return f32(operand, value)
+    return np.full((1, 1), scalar_f32(operand, value), dtype=np.float32)
+
+
+def int32(operand: str, value: Any) -> int:
+    """A compile-time integer of 32 bits."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        reject(operand, "be an integer", repr(value))
+    demand(-(2**31) <= value < 2**31, operand, "fit 32 bits", value)
+    return value
+
+
+def in_psum(value: Any) -> bool:
+    """Whether an operand is a tensor in PSUM."""
+    return isinstance(value, NkiTensor) and value.buffer is psum
