@@ -146,7 +146,21 @@ assert u.buffer == nl.hbm
 
 @pytest.mark.parametrize(
     "dtype",
-    [*"uint8 int8 uint16 int16 uint32 int32 float16 bfloat16 float32 float8_e4m3 float8_e5m2".split()],
+    [
+        *[
+            "uint8",
+            "int8",
+            "uint16",
+            "int16",
+            "uint32",
+            "int32",
+            "float16",
+            "bfloat16",
+            "float32",
+            "float8_e4m3",
+            "float8_e5m2",
+        ]
+    ],
 )
 def test_dtypes_keep_their_bits(dtype: str) -> None:
     a = np.arange(4 * 64, dtype=np.uint8).reshape(4, 64).view(dtype_of(dtype))
