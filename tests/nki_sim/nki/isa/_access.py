@@ -5,8 +5,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+
 from nki._dtypes import check_exact
-from nki._errors import fail
+from nki._errors import fail, kernel_line
 from nki._machine import machine
 from nki._memory import psum
 from nki._tensor import NkiTensor
@@ -41,14 +42,19 @@ def check_start_partition(operand: str, value: NkiTensor, partitions: int) -> No
     demand(value.start_partition in allowed, operand, rule, value.start_partition)
 
 
-def values(operand: str, value: NkiTensor) -> Array:
-    """The (P, F) elements as they are stored."""
-    return np.asarray(value.values(machine().instruction, operand))
+def unknown(fact: str) -> NoReturn:
+    """Refuse what cannot be simulated from the documents, naming the missing fact."""
+    raise NotImplementedError(f"{machine().instruction}: the documents do not say {fact} ({kernel_line()})")
 
 
-def f32(operand: str, value: NkiTensor) -> F32:
+def values(operand: str, value: NkiTensor, group: int = 16) -> Array:
+    """The (P, F) elements as they are stored; `group`: partitions that share the indices of an indirect view."""
+    return np.asarray(value.values(machine().instruction, operand, group))
+
+
+def f32(operand: str, value: NkiTensor, group: int = 16) -> F32:
     """The (P, F) elements as float32."""
-    return np.asarray(value.values_f32(machine().instruction, operand), dtype=np.float32)
+    return np.asarray(value.values_f32(machine().instruction, operand, group), dtype=np.float32)
 
 
 def write(value: NkiTensor, elements: Array) -> None:
@@ -56,10 +62,14 @@ def write(value: NkiTensor, elements: Array) -> None:
     value.write(elements, machine().instruction)
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a compile-time number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def scalar_f32(operand: str, value: Any) -> np.float32:
     """A compile-time number as float32."""
-    if isinstance(value, (bool, NkiTensor)) or not isinstance(value, (int, float)):
-        reject(operand, "be a Python number or a tensor of one element per partition", repr(value))
+    demand(is_number(value), operand, "be a Python number", repr(value))
     if isinstance(value, int):
         check_exact(machine().instruction, operand, np.asarray([int32(operand, value)]))
     with np.errstate(over="ignore"):

@@ -1,7 +1,7 @@
 """What the documents say of an instruction's operands, as a table: memories, dtypes, sizes, engines, generations.
 
-Common rules: SDK 2.32 API reference, architecture guides of trn1 / trn2 / trn3; rank limits: SDK 2.33 API reference. Where
-no rank limit is documented: 5 dimensions with one tensor input, 4 with two or with accumulator registers.
+Common rules: SDK 2.32 API reference, architecture guides of trn1 / trn2 / trn3; rank limits: SDK 2.33 API reference.
+Where no rank limit is documented: 5 dimensions with one tensor input, 4 with two or with accumulator registers.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from nki._dtypes import DType
 from nki._machine import machine
 from nki._memory import Buffer, psum, sbuf
 from nki._tensor import NkiTensor
-from nki.isa._access import MAX_PARTITIONS, check_start_partition, demand, in_psum, listed, reject, scalar_f32
+from nki.isa._access import MAX_PARTITIONS, check_start_partition, demand, in_psum, is_number, listed, reject
 from nki.isa._enums import engine
 
 ON_CHIP = (sbuf, psum)
@@ -60,9 +60,10 @@ class Tile:
         if value is None and self.optional:
             return
         if not isinstance(value, NkiTensor):
-            if not self.scalar:
-                reject(operand, "be a tensor" + (" or None" if self.optional else ""), repr(value))
-            scalar_f32(operand, value)
+            kinds = (
+                "be a tensor" + (" or a Python number" if self.scalar else "") + (" or None" if self.optional else "")
+            )
+            demand(self.scalar and is_number(value), operand, kinds, repr(value))
             return
         demand(value.buffer in self.memories, operand, "be in " + listed(self.memories), value.buffer)
         demand(value.dtype in self.dtypes, operand, "have a dtype among " + listed(self.dtypes), value.dtype)
@@ -106,11 +107,11 @@ Choice = Callable[[Mapping[str, Any]], engine]
 class Spec:
     """The table of one instruction.
 
-    operands: rules of each tensor operand. engines: those that can run it, the compiler's choice first (`choose` decides
-    where that depends on the operands). equal: operands with equal partitions and elements per partition. partitions:
-    operands with equal partitions. one_in_psum: inputs of which only one may be in PSUM. same_dtype: operands of one
-    dtype. since: first generation. accumulates: folds into accumulator registers. work: elements per partition that
-    the engine streams, where it is not the largest operand's.
+    operands: rules of each tensor operand. engines: those that can run it, the compiler's choice first (`choose`
+    decides where that depends on the operands). equal: operands with equal partitions and elements per partition.
+    partitions: operands with equal partitions. one_in_psum: inputs of which only one may be in PSUM. same_dtype:
+    operands of one dtype. since: first generation. accumulates: folds into accumulator registers. work: elements per
+    partition that the engine streams, where it is not the largest operand's.
     """
 
     operands: Mapping[str, Tile]
