@@ -165,7 +165,7 @@ STRICT = [
     rejected("sequence_bounds", "segment_ids", "1", {"a": np.zeros((2, 9), np.float32)}, BOUNDS, **SEGMENTS),
     rejected("sequence_bounds", "dst|segment_ids", "dtype", {"a": np.zeros((1, 9), np.int32)}, BOUNDS, **SEGMENTS),
     rejected("tensor_partition_reduce", "op", "", ("nl.add", "nl.multiply"), OVER, **ROW),
-    rejected("tensor_partition_reduce", "op", "", ("nl.add", "nl.bitwise_xor"), OVER, a=A.astype(np.int32), dst=INT_ROW),
+    rejected("tensor_partition_reduce", "op", "", ("nl.add", "nl.bitwise_xor"), OVER, a=A.astype("i4"), dst=INT_ROW),
     rejected("tensor_partition_reduce", "dst", "1", {"dst": Result((2, 12), fill=0.0)}, OVER, **ROW),
 ]  # fmt: skip
 

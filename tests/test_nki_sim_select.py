@@ -74,9 +74,8 @@ LO, HI = np.float32([[0], [3], [5], [-1], [100]]), np.float32([[12], [7], [5], [
 def test_range_select(op0: str, op1: str, start: int) -> None:
     a = random(5, 12)
     columns = np.float32(start + np.arange(12))
-    keep = COMPARISONS[op0](columns, LO + np.float32(start // 2)) & COMPARISONS[op1](
-        columns, HI + np.float32(start // 2)
-    )
+    low, high = LO + np.float32(start), HI + np.float32(start)
+    keep = COMPARISONS[op0](columns, low) & COMPARISONS[op1](columns, high)
     wanted = np.where(keep, a, FP32_MIN)
     body = RANGE.format(op0=op0, op1=op1, start=start)
     got, r = run(body, a=a, lo=low, hi=high, dst=Result((5, 12)), r=Result((5, 1)))
