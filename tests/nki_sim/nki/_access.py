@@ -1,9 +1,10 @@
 """What every access to a storage obeys: the loop that made it, the core that owns it, what the other core does."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
 
+from nki._dtypes import Array
 from nki._errors import fail, require
 from nki._machine import machine
 from nki._memory import UNWRITTEN, Storage
@@ -12,9 +13,11 @@ if TYPE_CHECKING:
     from nki._tensor import NkiTensor
     from nki._views import Layout
 
+Place = Union["Layout", Array]  # a layout, or element numbers of the storage
+
 
 def touch(storage: Storage, instruction: str, operand: str) -> None:
-    """Record a use, and fail where the running code may not use the storage.
+    """Fail where the running code may not use the storage.
 
     Dynamic loops, SDK 2.32: what a body allocates stays inside it; PSUM is allocated in the body that uses it (the
     guide shows nothing else).
@@ -27,16 +30,9 @@ def touch(storage: Storage, instruction: str, operand: str) -> None:
     require(inside, instruction, operand, "be used in the turn of the loop body that allocated it only", where)
     if storage.buffer.name == "psum" and len(core.turns) > len(storage.scope):
         fail(instruction, operand, "be PSUM that the loop body itself allocated", where)
-    core.clock += 1
-    outer = core.loops[len(storage.scope)] if len(core.loops) > len(storage.scope) else None
-    if outer is not None:
-        outer.used.add(storage)
-    if storage.first_use < 0:
-        storage.first_use = core.clock if outer is None else outer.started
-    storage.last_use = core.clock
 
 
-def check_hazards(view: "NkiTensor", layout: "Layout", instruction: str, operand: str, writes: bool) -> None:
+def check_hazards(view: "NkiTensor", place: Place, instruction: str, operand: str, writes: bool) -> None:
     """Fail where both cores reach the same bytes of shared HBM, one of them writing, without a barrier between."""
     storage = view.storage
     if storage.write_epoch is None or storage.read_epoch is None:
@@ -44,23 +40,22 @@ def check_hazards(view: "NkiTensor", layout: "Layout", instruction: str, operand
     core, other = machine().core, 1 - machine().core
     epoch = storage.epochs[core]
     rule = "be separated by nisa.core_barrier on this tensor from what the other core does there"
-    if (view.window(storage.write_epoch[other], layout) == epoch).any():
+    if (view.pick(storage.write_epoch[other], place) == epoch).any():
         fail(instruction, operand, rule, f"{view}, which core {other} wrote")
-    if writes and (view.window(storage.read_epoch[other], layout) == epoch).any():
+    if writes and (view.pick(storage.read_epoch[other], place) == epoch).any():
         fail(instruction, operand, rule, f"{view}, which core {other} read")
     mine = storage.write_epoch if writes else storage.read_epoch
-    view.window(mine[core], layout)[...] = epoch
+    view.put(mine[core], place, epoch)
 
 
-def forget_neighbours(view: "NkiTensor", layout: "Layout") -> None:
+def forget_neighbours(view: "NkiTensor", place: Place) -> None:
     """Undefine what the write covers of other tensors that the kernel placed at the same addresses."""
     storage = view.storage
     if storage.address is None:
         return
     covered = None
-    for reference in machine().placed:
-        other = reference()
-        if other is None or other is storage or other.buffer is not storage.buffer or other.address is None:
+    for other in list(machine().live):
+        if other is storage or other.buffer is not storage.buffer or other.address is None:
             continue
         rows = slice(*_overlap(storage.address[0], storage.partitions, other.address[0], other.partitions))
         columns = slice(*_overlap(storage.address[1], storage.free_bytes, other.address[1], other.free_bytes))
@@ -68,7 +63,7 @@ def forget_neighbours(view: "NkiTensor", layout: "Layout") -> None:
             continue
         if covered is None:
             covered = np.zeros(storage.data.size, bool)
-            view.window(covered, layout)[...] = True
+            view.put(covered, place, True)
             covered = covered.reshape(storage.partitions, storage.free_bytes)
         own = covered[_shift(rows, storage.address[0]), _shift(columns, storage.address[1])]
         state = other.state.reshape(other.partitions, other.free_bytes)

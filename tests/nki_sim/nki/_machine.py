@@ -1,4 +1,4 @@
-"""The running core: its generation, counters, clock, dynamic loops and what it shares with the other core.
+"""The running core: its generation, counters, dynamic loops, allocations and what it shares with the other core.
 
 Interface for instructions: `machine()` gives the `Core` on which the calling kernel runs; instructions read
 `.generation` (2 trn1, 3 trn2, 4 trn3), `.core`, `.num_cores`, and report work with
@@ -9,7 +9,7 @@ Interface for instructions: `machine()` gives the `Core` on which the calling ke
 import threading
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 from nki._errors import NkiValidationError, kernel_line
 from nki._memory import Storage
@@ -39,14 +39,14 @@ class Work:
 
 @dataclass(eq=False)
 class Loop:
-    """A dynamic loop that runs: when it started, the outer storages it uses, and what its turns did."""
+    """A dynamic loop that runs.
 
-    line: str
-    started: int
-    used: set[Storage] = field(default_factory=set)
-    first_turn: Optional[list[Any]] = None
-    turn: list[Any] = field(default_factory=list)
+    first, turn: what the first and the present turn did; a body is traced once, so that all turns do the same.
+    """
+
     turns: int = 0
+    first: list[Any] | None = None
+    turn: list[Any] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -60,19 +60,17 @@ class Core:
     core: int = 0
     num_cores: int = 1
     launched_with_grid: bool = False
-    launch: "Optional[Launch]" = None
+    launch: "Launch | None" = None
     counters: dict[str, Work] = field(default_factory=lambda: {engine: Work() for engine in ENGINES})
     by_instruction: dict[tuple[str, str], Work] = field(default_factory=dict)
     lanes: dict[str, Any] = field(default_factory=dict)
     instruction: str = ""
-    clock: int = 0
     turns: tuple[Any, ...] = ()
     loops: tuple[Loop, ...] = ()
     no_reorder: int = 0
     names: set[str] = field(default_factory=set)
-    storages: list[Storage] = field(default_factory=list)
-    placed: "list[weakref.ref[Storage]]" = field(default_factory=list)
-    control: list[tuple[Any, ...]] = field(default_factory=list)  # loops, barriers and exchanges, in order
+    live: "weakref.WeakSet[Storage]" = field(default_factory=weakref.WeakSet)
+    shared: int = 0  # shared tensors made so far
 
     def count(self, engine: str, elements: int = 0, bytes: int = 0, descriptors: int = 0) -> None:
         """Count one instruction of an engine."""
@@ -81,7 +79,7 @@ class Core:
 
 
 class _Current(threading.local):
-    core: Optional[Core] = None
+    core: Core | None = None
 
 
 _current = _Current()
@@ -94,6 +92,11 @@ def machine() -> Core:
     return _current.core
 
 
-def enter(core: Optional[Core]) -> None:
+def running() -> bool:
+    """Whether the calling thread runs a kernel."""
+    return _current.core is not None
+
+
+def enter(core: Core | None) -> None:
     """Make a core the calling thread's, or none."""
     _current.core = core

@@ -4,8 +4,9 @@ Sizes: NeuronCore architecture guides of trn1 / trn2 / trn3.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +54,7 @@ class Storage:
     state: per byte, UNWRITTEN, WRITTEN or ACCUMULATED.
     scope: the turns of the dynamic loops inside which it was made, outermost first.
     address: (partition, byte within the partition) where the kernel placed it, else None.
+    bank: first PSUM bank.
     epochs: barriers on it that each core has passed.
     write_epoch, read_epoch: (2, bytes) of shared HBM with two cores: the barrier count at each core's last access.
     """
@@ -64,14 +66,14 @@ class Storage:
     state: Array
     name: str
     line: str
-    core: Optional[int] = None
+    core: int | None = None
     scope: tuple[Any, ...] = ()
-    address: Optional[tuple[int, int]] = None
-    first_use: int = -1
-    last_use: int = -1
+    address: tuple[int, int] | None = None
+    bank: int = 0
+    argument: bool = False
     epochs: list[int] = field(default_factory=lambda: [0, 0])
-    write_epoch: Optional[Array] = None
-    read_epoch: Optional[Array] = None
+    write_epoch: Array | None = None
+    read_epoch: Array | None = None
 
     @property
     def partitions(self) -> int:
@@ -88,6 +90,11 @@ class Storage:
         """Bytes per partition on chip."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
+    def share(self) -> None:
+        """Begin to watch what two cores do to it."""
+        self.write_epoch = np.full((2, self.data.size), -1, np.int16)
+        self.read_epoch = np.full((2, self.data.size), -1, np.int16)
+
 
 def make_storage(buffer: Buffer, dtype: DType, shape: tuple[int, ...], name: str, line: str) -> Storage:
     """Make an allocation whose contents are undefined: NaN, or 4 for integers, as nki.simulate fills them."""
@@ -95,3 +102,23 @@ def make_storage(buffer: Buffer, dtype: DType, shape: tuple[int, ...], name: str
     values.fill(np.nan if dtype.is_float else 4 if dtype.is_int else 0)
     data = values.view(np.uint8)
     return Storage(buffer, dtype, shape, data, np.zeros(data.size, np.uint8), name, line)
+
+
+def free_bank(size: int, live: Iterable[Storage]) -> int | None:
+    """Give the first PSUM bank with room for `size` bytes per partition, or None.
+
+    Small tensors share a bank; larger ones take whole banks that follow each other.
+    """
+    used = [0] * PSUM_BANKS
+    for storage in live:
+        if storage.buffer is psum:
+            left, bank = storage.free_bytes, storage.bank
+            start = storage.address[1] % BANK_BYTES if storage.address else 0
+            while left > 0 and bank < PSUM_BANKS:
+                part = min(left, BANK_BYTES - start)
+                used[bank], left, bank, start = used[bank] + part, left - part, bank + 1, 0
+    if size <= BANK_BYTES:
+        return next((bank for bank in range(PSUM_BANKS) if used[bank] + size <= BANK_BYTES), None)
+    wanted = -(-size // BANK_BYTES)
+    firsts = range(PSUM_BANKS - wanted + 1)
+    return next((first for first in firsts if not any(used[first : first + wanted])), None)

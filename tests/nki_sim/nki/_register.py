@@ -1,29 +1,43 @@
 """Registers: 32-bit integers that are known at run time only (nki.isa.VirtualRegister, SDK 2.32 API reference)."""
 
-from typing import Any, NoReturn, Optional
+from typing import Any, NoReturn
 
-from nki._errors import fail
+from nki._errors import fail, require
 
 
 class VirtualRegister:
     """A register; Python cannot compute with it, only instructions and loops can read it."""
 
-    def __init__(self, state: Optional[int] = None, frozen: bool = False) -> None:
+    def __init__(self, state: int | None = None, frozen: bool = False) -> None:
+        from nki._machine import machine
+
         self._state = state
         self._frozen = frozen
+        self._turns = machine().turns
+
+    @property
+    def state(self) -> int | None:
+        """The value, None without one."""
+        return self._state
 
     def read(self, instruction: str, operand: str) -> int:
-        """Give the value; fails where none was loaded."""
+        """Give the value; fails where none was loaded, or after the turn of the loop that made the register."""
+        from nki._machine import machine
+
+        inside = machine().turns[: len(self._turns)] == self._turns
+        require(inside, instruction, operand, "be used in the turn of the loop body that allocated it only", "register")
         if self._state is None:
             fail(instruction, operand, "be a register that holds a value", "an uninitialised register")
         return self._state
 
     def load(self, value: int, instruction: str) -> None:
-        """Set the value; a loop's variable takes none."""
-        if self._frozen:
-            fail(instruction, "dst", "not be a loop's variable, which only the loop changes", "a loop variable")
-        if not -(2**31) <= value < 2**32:
-            fail(instruction, "src", "fit 32 bits", value)
+        """Set the value; what a loop carries from turn to turn lies in tensors, not in registers."""
+        from nki._machine import machine
+
+        require(not self._frozen, instruction, "dst", "not be the variable of a loop", "a loop variable")
+        own = machine().turns == self._turns
+        require(own, instruction, "dst", "be a register allocated in the same body of a dynamic loop", "an outer one")
+        require(-(2**31) <= value < 2**32, instruction, "src", "fit 32 bits", value)
         self._state = value
 
     def _refuse(self, what: str) -> NoReturn:
@@ -48,7 +62,7 @@ class VirtualRegister:
     __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = __mod__ = __rmod__ = __pow__ = __neg__ = _compute
     __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __and__ = __rand__ = __or__ = __ror__ = _compute
     __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _compute  # type: ignore[assignment]
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"VirtualRegister({self._state})"
+        return "register"

@@ -18,11 +18,11 @@ columns in groups of 16 partitions; the tensor engine passes group=32.
 """
 
 import math
-from typing import Any, Optional, Union
+from typing import Any
 
 import numpy as np
 
-from nki._access import check_hazards, forget_neighbours, touch
+from nki._access import Place, check_hazards, forget_neighbours, touch
 from nki._dtypes import Array, DType, cast, check_dtype, check_exact
 from nki._errors import fail, require
 from nki._machine import machine
@@ -35,7 +35,7 @@ class NkiTensor(Views):
     """A view of a storage (nki.language.NkiTensor, SDK 2.32 API reference)."""
 
     def __init__(
-        self, storage: Storage, layout: Layout, dtype: DType, dynamic: Optional[Dynamic] = None, name: str = ""
+        self, storage: Storage, layout: Layout, dtype: DType, dynamic: Dynamic | None = None, name: str = ""
     ) -> None:
         self.storage = storage
         self.shape, self.strides, self.offset = layout.shape, layout.strides, layout.offset
@@ -44,7 +44,7 @@ class NkiTensor(Views):
         self.name = name or storage.name
         self.buffer = storage.buffer
         self.on_chip = storage.buffer.on_chip
-        self.columns_of: Optional[Layout] = None  # what `.indirect` selects from
+        self.columns_of: Layout | None = None  # what `.indirect` selects from
 
     ndim = property(lambda self: len(self.shape))
     size = property(lambda self: math.prod(self.shape))
@@ -62,11 +62,11 @@ class NkiTensor(Views):
         return self.storage.start_partition + self.offset // self.partition_elements if self.on_chip else 0
 
     @property
-    def bank(self) -> Optional[int]:
-        """PSUM bank that holds the view, counted from the first of the allocation unless that was placed."""
+    def bank(self) -> int | None:
+        """PSUM bank that holds the view."""
         if self.buffer.name != "psum":
             return None
-        base = self.storage.address[1] if self.storage.address else 0
+        base = self.storage.address[1] if self.storage.address else self.storage.bank * BANK_BYTES
         free = Layout(self.shape[1:], self.strides[1:], self.offset % self.partition_elements)
         first = (base + free.first * self.dtype.itemsize) // BANK_BYTES
         last = (base + (free.last + 1) * self.dtype.itemsize - 1) // BANK_BYTES
@@ -75,7 +75,7 @@ class NkiTensor(Views):
         return first
 
     def _derive(
-        self, layout: Layout, dtype: Optional[DType] = None, dynamic: Optional[Dynamic] = None, what: str = "view"
+        self, layout: Layout, dtype: DType | None = None, dynamic: Dynamic | None = None, what: str = "view"
     ) -> "NkiTensor":
         rule = f"have at most {MAX_DIMS} dimensions"
         require(not self.on_chip or len(layout.shape) <= MAX_DIMS, what, "tensor", rule, layout.shape)
@@ -98,11 +98,11 @@ class NkiTensor(Views):
     def ap(
         self,
         pattern: list[list[int]],
-        offset: Optional[int] = None,
-        scalar_offset: "Union[NkiTensor, VirtualRegister, None]" = None,
-        vector_offset: "Optional[NkiTensor]" = None,
+        offset: int | None = None,
+        scalar_offset: "NkiTensor | VirtualRegister | None" = None,
+        vector_offset: "NkiTensor | None" = None,
         indirect_dim: int = 0,
-        dtype: Optional[DType] = None,
+        dtype: DType | None = None,
     ) -> "NkiTensor":
         """Give an access pattern of [[step, count], ...], outermost first.
 
@@ -127,9 +127,9 @@ class NkiTensor(Views):
             dynamic = Dynamic("scalar", _scalar_index("ap", "scalar_offset", scalar_offset), scale, None)
         if vector_offset is not None:
             require(dim == 0, "ap", "indirect_dim", "be 0 with vector_offset", dim)
-            _vector_index("ap", self, vector_offset)
+            rows = math.prod(vector_offset.shape) if _vector_index("ap", self, vector_offset) else 0
             require(pairs[0][0] == scale, "ap", "first step", f"be the {scale} elements of a row", pairs[0][0])
-            require(pairs[0][1] == vector_offset.size, "ap", "first count", "be the number of indices", pairs[0][1])
+            require(pairs[0][1] <= rows, "ap", "first count", f"be at most the {rows} indices", pairs[0][1])
             row = Layout(layout.shape[1:], layout.strides[1:], start)
             require(0 <= row.first <= row.last < scale, "ap", "pattern", f"stay in a row of {scale} elements", row.last)
             dynamic = Dynamic("vector", vector_offset, scale, self.shape[0])
@@ -149,14 +149,14 @@ class NkiTensor(Views):
             require(free.last < row, "ap", "pattern", f"stay below the {row} elements of a partition", free.last)
         if self.dynamic is None or self.dynamic.kind == "scalar":
             require(
-                0 <= layout.first and layout.last < total, "ap", "pattern", f"stay in {total} elements", layout.last
+                layout.first >= 0 and layout.last < total, "ap", "pattern", f"stay in {total} elements", layout.last
             )
 
-    def _resolve(self, instruction: str, operand: str) -> Layout:
-        """Give the layout with the run-time index of a scalar address."""
+    def moved(self, instruction: str, operand: str) -> tuple[Layout, bool]:
+        """Give the layout with the run-time index of a scalar address, and whether that stays in the tensor."""
         layout = self.layout
         if self.dynamic is None:
-            return layout
+            return layout, True
         require(self.dynamic.kind == "scalar", instruction, operand, "not be a gather or scatter here", self)
         index = self.index_value(instruction, operand)
         moved = Layout(layout.shape, layout.strides, layout.offset + index * self.dynamic.stride)
@@ -167,8 +167,15 @@ class NkiTensor(Views):
             row = self.partition_elements
             low = layout.offset % row + index * self.dynamic.stride
             inside = Layout(layout.shape[1:], layout.strides[1:], low).last < row
-        require(inside, instruction, operand, "stay in its tensor with a run-time index", f"index {index}")
-        return moved
+        return moved, inside
+
+    def resolve(self, instruction: str, operand: str) -> Layout:
+        """Give the layout with the run-time index of a scalar address, which must stay in the tensor."""
+        layout, inside = self.moved(instruction, operand)
+        require(
+            inside, instruction, operand, "stay inside its tensor with its run-time index", f"out of bounds in {self}"
+        )
+        return layout
 
     def index_value(self, instruction: str, operand: str) -> int:
         """Give the run-time index of a scalar address."""
@@ -178,15 +185,30 @@ class NkiTensor(Views):
             return index.read(instruction, operand)
         return int(index.values(instruction, f"{operand}'s run-time index").reshape(())[()])
 
-    def window(self, array: Array, layout: Layout) -> Array:
-        """View an array of one entry per byte of the storage as (*shape, itemsize)."""
+    def pick(self, array: Array, place: Place) -> Array:
+        """Give (*shape, itemsize) of an array with one entry per byte of the storage; a view where place is a layout."""
         k = self.dtype.itemsize
-        strides = (*(step * k for step in layout.strides), 1)
-        return np.lib.stride_tricks.as_strided(array[layout.offset * k :], (*layout.shape, k), strides)
+        if not isinstance(place, Layout):
+            return array.reshape(-1, k)[place]
+        strides = (*(step * k for step in place.strides), 1)
+        byte = array.itemsize
+        strides = tuple(step * byte for step in strides)
+        return np.lib.stride_tricks.as_strided(array[place.offset * k :], (*place.shape, k), strides)
+
+    def put(self, array: Array, place: Place, values: Any, where: Array | None = None) -> None:
+        """Set what `pick` gives, or the part of it that `where` tells."""
+        if not isinstance(place, Layout):
+            array.reshape(-1, self.dtype.itemsize)[place] = values
+        elif where is None:
+            self.pick(array, place)[...] = values
+        else:
+            self.pick(array, place)[where] = values[where] if isinstance(values, np.ndarray) else values
 
     def _columns(self, instruction: str, operand: str, group: int) -> Array:
         """Give the (P, n) elements that `.indirect` selects, counted in the storage."""
-        assert self.dynamic is not None and isinstance(self.dynamic.index, NkiTensor) and self.columns_of is not None
+        assert self.dynamic is not None
+        assert self.columns_of is not None
+        assert isinstance(self.dynamic.index, NkiTensor)
         index = self.dynamic.index.values(instruction, f"{operand}'s index").astype(np.int64)
         limit = self.dynamic.limit or 0
         base = self.columns_of
@@ -206,28 +228,23 @@ class NkiTensor(Views):
             result[partition] = base.offset + partition * base.strides[0] + free[chosen]
         return result
 
-    def read(self, instruction: str, operand: str, layout: Optional[Layout] = None) -> Array:
-        """Give the elements in the view's shape (or another layout of the same storage), all of them defined."""
-        layout = layout or self._resolve(instruction, operand)
+    def read(self, instruction: str, operand: str, place: Place | None = None) -> Array:
+        """Give the elements in the view's shape, or at a place of the same storage, all of them defined."""
+        place = self.resolve(instruction, operand) if place is None else place
         touch(self.storage, instruction, operand)
-        if not (self.window(self.storage.state, layout) != UNWRITTEN).all():
+        if not (self.pick(self.storage.state, place) != UNWRITTEN).all():
             self._fail_undefined(instruction, operand)
-        check_hazards(self, layout, instruction, operand, writes=False)
-        return np.ascontiguousarray(self.window(self.storage.data, layout)).view(self.dtype.numpy)[..., 0]
+        check_hazards(self, place, instruction, operand, writes=False)
+        return np.array(self.pick(self.storage.data, place), order="C").view(self.dtype.numpy)[..., 0]
 
     def _fail_undefined(self, instruction: str, operand: str) -> None:
         where = f"{self.name or 'a tensor'} {self.shape} of {self.storage.line}"
-        fail(instruction, operand, "hold defined elements only", f"elements of {where} that nothing wrote")
+        fail(instruction, operand, "hold initialised elements only", f"elements of {where} that were not written")
 
     def values(self, instruction: str, operand: str, group: int = 16) -> Array:
         """Give the elements as (P, F) in their own dtype; fails where one is undefined."""
         if self.dynamic is not None and self.dynamic.kind == "columns":
-            at = self._columns(instruction, operand, group)
-            touch(self.storage, instruction, operand)
-            state = self.storage.state.reshape(-1, self.dtype.itemsize)
-            if not (state[at] != UNWRITTEN).all():
-                self._fail_undefined(instruction, operand)
-            return self.storage.data.view(self.dtype.numpy)[at]
+            return self.read(instruction, operand, self._columns(instruction, operand, group))
         return self.read(instruction, operand).reshape(self.partitions, -1)
 
     def values_f32(self, instruction: str, operand: str, group: int = 16) -> Array:
@@ -243,7 +260,7 @@ class NkiTensor(Views):
         self,
         values: Array,
         instruction: str,
-        where: Optional[Array] = None,
+        where: Array | None = None,
         accumulated: bool = False,
         operand: str = "dst",
         group: int = 16,
@@ -253,11 +270,9 @@ class NkiTensor(Views):
         state = ACCUMULATED if accumulated else WRITTEN
         if self.dynamic is not None and self.dynamic.kind == "columns":
             at = self._columns(instruction, operand, group)
-            touch(self.storage, instruction, operand)
             kept = np.ones(at.shape, bool) if where is None else where.reshape(at.shape)
             require(np.unique(at[kept]).size == at[kept].size, instruction, operand, "name each element once", self)
-            self.storage.data.view(self.dtype.numpy)[at[kept]] = stored.reshape(at.shape)[kept]
-            self.storage.state.reshape(-1, self.dtype.itemsize)[at[kept]] = state
+            self.store(stored.reshape(at.shape)[kept], instruction, operand, at[kept], state=state)
             return
         self.store(stored.reshape(self.shape), instruction, operand, where=where, state=state)
 
@@ -266,34 +281,31 @@ class NkiTensor(Views):
         stored: Array,
         instruction: str,
         operand: str,
-        layout: Optional[Layout] = None,
-        where: Optional[Array] = None,
+        place: Place | None = None,
+        where: Array | None = None,
         state: int = WRITTEN,
     ) -> None:
-        """Put elements that have the view's dtype and shape (or another layout's) in place."""
-        layout = layout or self._resolve(instruction, operand)
+        """Put elements that have the view's dtype where the view is, or at a place of the same storage."""
+        place = self.resolve(instruction, operand) if place is None else place
         touch(self.storage, instruction, operand)
-        require(not overlaps(layout), instruction, operand, "write no element twice", self)
-        check_hazards(self, layout, instruction, operand, writes=True)
-        raw = np.ascontiguousarray(stored).view(np.uint8).reshape(*layout.shape, self.dtype.itemsize)
-        data, marks = self.window(self.storage.data, layout), self.window(self.storage.state, layout)
-        if where is None:
-            data[...] = raw
-            marks[...] = state
-        else:
-            chosen = where.reshape(layout.shape)
-            data[chosen] = raw[chosen]
-            marks[chosen] = state
-        forget_neighbours(self, layout)
+        shape = place.shape
+        if isinstance(place, Layout):
+            require(not overlaps(place), instruction, operand, "write no element twice", self)
+        check_hazards(self, place, instruction, operand, writes=True)
+        raw = np.ascontiguousarray(stored).view(np.uint8).reshape(*shape, self.dtype.itemsize)
+        chosen = None if where is None else where.reshape(shape)
+        self.put(self.storage.data, place, raw, chosen)
+        self.put(self.storage.state, place, state, chosen)
+        forget_neighbours(self, place)
 
     def written(self) -> Array:
         """Tell as (P, F) which elements are defined."""
-        state = self.window(self.storage.state, self._resolve("written", "tensor"))
+        state = self.pick(self.storage.state, self.resolve("written", "tensor"))
         return (state != UNWRITTEN).all(-1).reshape(self.partitions, -1)
 
     def accumulated(self) -> Array:
         """Tell as (P, F) which elements a matrix multiplication wrote last."""
-        state = self.window(self.storage.state, self._resolve("accumulated", "tensor"))
+        state = self.pick(self.storage.state, self.resolve("accumulated", "tensor"))
         return (state == ACCUMULATED).all(-1).reshape(self.partitions, -1)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -306,22 +318,24 @@ class NkiTensor(Views):
         return f"{self.name or 'tensor'}{list(self.shape)} {self.dtype!r} in {self.buffer!r}"
 
 
+def elements_of(layout: Layout) -> Array:
+    """Give the element numbers that a layout visits, in its shape."""
+    elements = np.full((), layout.offset, np.int64)
+    for count, step in zip(layout.shape, layout.strides, strict=True):
+        elements = elements[..., None] + np.arange(count) * step
+    return elements
+
+
 def overlaps(layout: Layout) -> bool:
     """Tell whether a layout visits an element twice."""
     pairs = sorted((step, count) for step, count in zip(layout.strides, layout.shape, strict=True) if count > 1)
     reach = 0
     for step, count in pairs:
         if step <= reach:
-            return _visits_twice(pairs)
+            elements = elements_of(layout)
+            return bool(np.unique(elements).size < elements.size)
         reach += step * (count - 1)
     return False
-
-
-def _visits_twice(pairs: list[tuple[int, int]]) -> bool:
-    elements = np.zeros((1,), np.int64)
-    for step, count in pairs:
-        elements = (elements[:, None] + np.arange(count) * step).reshape(-1)
-    return bool(np.unique(elements).size < elements.size)
 
 
 def whole(storage: Storage) -> NkiTensor:

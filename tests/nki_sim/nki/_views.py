@@ -1,9 +1,10 @@
-"""Views of tensors: slices, selections, reshapes and access patterns (NkiTensor, nki.language, SDK 2.32 API reference)."""
+"""Views of tensors: slices, selections, reshapes, access patterns (nki.language.NkiTensor, SDK 2.32 API reference)."""
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -53,9 +54,9 @@ class Dynamic:
     """
 
     kind: str
-    index: "Union[NkiTensor, VirtualRegister]"
+    index: "NkiTensor | VirtualRegister"
     stride: int
-    limit: Optional[int]
+    limit: int | None
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
@@ -79,11 +80,11 @@ class Views:
     strides: tuple[int, ...]
     offset: int
     dtype: DType
-    dynamic: Optional[Dynamic]
+    dynamic: Dynamic | None
     on_chip: bool
 
     def _derive(
-        self, layout: Layout, dtype: Optional[DType] = None, dynamic: Optional[Dynamic] = None, what: str = "view"
+        self, layout: Layout, dtype: DType | None = None, dynamic: Dynamic | None = None, what: str = "view"
     ) -> "NkiTensor":
         raise NotImplementedError
 
@@ -110,6 +111,7 @@ class Views:
             keys[dots[0] : dots[0] + 1] = [slice(None)] * missing
         require(len(keys) <= len(self.shape), "slicing", "index", f"have at most {len(self.shape)} parts", len(keys))
         keys += [slice(None)] * (len(self.shape) - len(keys))
+        self._keep_rows("slicing", keys[0])
         shape, strides, offset = [], [], self.offset
         for dim, part in enumerate(keys):
             size, step = self.shape[dim], self.strides[dim]
@@ -129,6 +131,11 @@ class Views:
             strides.append(1)
         return self._derive(Layout(tuple(shape or [1]), tuple(strides or [1]), offset), dynamic=self.dynamic)
 
+    def _keep_rows(self, what: str, rows: Any) -> None:
+        """Fail where a part of the rows of a gather is asked for."""
+        gather = self.dynamic is not None and self.dynamic.kind != "scalar"
+        require(not gather or rows == slice(None), what, "dimension 0", "stay whole after indices for its rows", rows)
+
     def _range(self, what: str, dim: int, start: Any, stop: Any, step: Any) -> tuple[int, int, int]:
         size = self.shape[dim]
         low = 0 if start is None else as_int(what, f"start of dimension {dim}", start)
@@ -144,6 +151,7 @@ class Views:
     def slice(self, dim: int, start: int, end: int, step: int = 1) -> "NkiTensor":
         """Give elements start, start + step, ... below end of one dimension."""
         dim = self._dim("slice", dim)
+        self._keep_rows("slice", slice(None) if dim else slice(start, end, step))
         low, count, jump = self._range("slice", dim, start, end, step)
         shape, strides = list(self.shape), list(self.strides)
         offset = self.offset + low * strides[dim]
@@ -153,6 +161,7 @@ class Views:
     def select(self, dim: int, index: Any) -> "NkiTensor":
         """Give one index of a dimension, which goes away; the index may be a register or a (1, 1) tensor."""
         dim = self._free_dim("select", dim)
+        self._keep_rows("select", slice(None) if dim else index)
         size, step = self.shape[dim], self.strides[dim]
         kept = [at for at in range(len(self.shape)) if at != dim]
         layout = Layout(tuple(self.shape[at] for at in kept), tuple(self.strides[at] for at in kept), self.offset)
@@ -174,7 +183,7 @@ class Views:
         dynamic = Dynamic("vector", vector_offset, self.strides[0], self.shape[0])
         return self._derive(Layout((rows, *self.shape[1:]), self.strides, self.offset), dynamic=dynamic)
 
-    def indirect(self, index: "NkiTensor", num_elem: Optional[int] = None) -> "NkiTensor":
+    def indirect(self, index: "NkiTensor", num_elem: int | None = None) -> "NkiTensor":
         """Give the columns that an index tensor names, per group of partitions (generation 4 and later)."""
         from nki._machine import machine
 
@@ -237,6 +246,32 @@ class Views:
         require(not pinned or order[0] == 0, "permute", "dims", "keep dimension 0 first", order)
         layout = Layout(tuple(self.shape[d] for d in order), tuple(self.strides[d] for d in order), self.offset)
         return self._derive(layout, dynamic=self.dynamic, what="permute")
+
+    def rearrange(
+        self,
+        src_pattern: Sequence[Any],
+        dst_pattern: Sequence[Any],
+        fixed_sizes: dict[str, int] | None = None,
+    ) -> "NkiTensor":
+        """Name the dimensions, split those named by a tuple, and give them in another order, merged likewise."""
+        sizes = dict(fixed_sizes or {})
+        view: Any = self
+        require(len(src_pattern) == len(self.shape), "rearrange", "src_pattern", "name each dimension", src_pattern)
+        names: list[str] = []
+        for part in src_pattern:
+            group = [part] if isinstance(part, str) else list(part)
+            dim = len(names)
+            if len(group) > 1:
+                view = view.reshape_dim(dim, tuple(sizes.get(name, -1) for name in group))
+            names += group
+        order = [name for part in dst_pattern for name in ([part] if isinstance(part, str) else part)]
+        same = len(set(names)) == len(names) and sorted(order) == sorted(names)
+        require(same, "rearrange", "dst_pattern", f"name {names} once each", dst_pattern)
+        view = view.permute(tuple(names.index(name) for name in order))
+        for dim, part in enumerate(dst_pattern):
+            if not isinstance(part, str) and len(part) > 1:
+                view = view.flatten_dims(dim, dim + len(part) - 1)
+        return view  # type: ignore[no-any-return]
 
     def broadcast(self, dim: int, size: int) -> "NkiTensor":
         """Repeat a dimension of size 1 without a copy (stride 0)."""

@@ -1,0 +1,5 @@
+"""Names for annotations in kernels (nki.typing)."""
+
+from nki._tensor import NkiTensor as tensor
+
+__all__ = ["tensor"]
