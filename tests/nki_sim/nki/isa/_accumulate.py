@@ -6,7 +6,7 @@ import numpy as np
 
 import nki._dtypes as dt
 from nki._tensor import NkiTensor
-from nki.isa._access import broadcast_f32, demand, f32, int32, values, write
+from nki.isa._access import broadcast_f32, demand, f32, int32, is_number, values, write
 from nki.isa._accumulators import accumulate, check_command, registers, start
 from nki.isa._alu import OPERATORS, Kind
 from nki.isa._arithmetic import arithmetic, check_integers, combine, find, find_reduction
@@ -177,7 +177,8 @@ def range_select(
     nki.isa.range_select, SDK 2.32 API reference. The index, range_start + i, and the bounds compare in fp32.
     """
     check_command(reduce_cmd, (Command.idle, Command.reset_reduce, Command.reduce))
-    demand(on_false_value == FP32_MIN, "on_false_value", f"be {FP32_MIN}, the least float32", on_false_value)
+    least = is_number(on_false_value) and np.float32(on_false_value) == np.float32(FP32_MIN)
+    demand(least, "on_false_value", f"be {FP32_MIN}, the least float32", on_false_value)
     fold = find_reduction("reduce_op", reduce_op, ("maximum",))
     first = int32("range_start", range_start)
     last = first + on_true_tile.free - 1

@@ -56,7 +56,7 @@ def start(file: Accumulators, lanes: slice, command: reduce_cmd, op: Operator | 
         file.values[lanes] = np.broadcast_to(broadcast_f32("reduce_init", init)[:, 0], file.values[lanes].shape)
         file.known[lanes] = True
     elif command is reduce_cmd.reduce and not file.known[lanes].all():
-        reject("reduce_cmd", "follow a command that defines the accumulators of these lanes", command)
+        reject("reduce_cmd", "follow reset_reduce or load_reduce: these lanes' accumulators are undefined", command)
 
 
 def accumulate(

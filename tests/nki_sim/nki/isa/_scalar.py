@@ -48,8 +48,9 @@ def _apply(function: str, x: F32, relu_param: F32) -> F32:
         valid = ACTIVATIONS[function]
         outside = valid.invalid(x)
         if outside.any():
-            measured = "magnitudes" if valid.of_magnitude else "values"
-            reject("data", f"give nl.{function} {measured} in [{valid.low:g}, {valid.high:g}]", float(x[outside][0]))
+            measured = "a magnitude" if valid.of_magnitude else "a value"
+            rule = f"give nl.{function} {measured} within its range [{valid.low:g}, {valid.high:g}]"
+            reject("data", rule, float(x[outside][0]))
     return activate(function, x, relu_param)
 
 
@@ -60,7 +61,7 @@ def _finish(
     demand(not scattered, "dst", "not be scattered in PSUM by the Scalar engine", dst)
     check_command(command, _COMMANDS)
     if command in (Command.reduce, Command.reset_reduce):
-        demand(op is not None, "reduce_op", f"be given with {command}", None)
+        demand(op is not None, "reduce_op", f"be a reduction, such as nl.add, with {command}", None)
     write(dst, outcome)
     accumulate("scalar", command, data, outcome, op, res)
 

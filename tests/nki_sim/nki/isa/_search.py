@@ -42,19 +42,18 @@ def max8(dst: NkiTensor, src: NkiTensor, name: str | None = None) -> None:
 def nc_find_index8(dst: NkiTensor, data: NkiTensor, vals: NkiTensor, name: str | None = None) -> None:
     """dst (P, 8) = position in data of each of vals (nki.isa.nc_find_index8, SDK 2.32 API reference).
 
-    Equal vals take successive positions, in ascending order of columns; all ones where data lacks the value. More equal
-    vals than positions are an error, since no document says what becomes of them.
+    Equal vals take successive positions, in ascending order of columns. A value that data lacks gives all ones since
+    release 0.6.0, and was undefined before: an error, as are more equal vals than positions.
     """
     x, wanted = _ordered("data", data), _ordered("vals", vals)
-    positions = np.full(wanted.shape, np.iinfo(dst.dtype.numpy).max, dst.dtype.numpy)
+    positions = np.empty(wanted.shape, dst.dtype.numpy)
     for p in range(wanted.shape[0]):
         for i in range(8):
             found = np.flatnonzero(x[p] == wanted[p, i])
             earlier = int((wanted[p, :i] == wanted[p, i]).sum())
-            if found.size:
-                rule = f"repeat {wanted[p, i]:g} at most as often as data"
-                demand(earlier < found.size, "vals", rule, f"{earlier + 1} times in partition {p}")
-                positions[p, i] = found[earlier]
+            rule = f"be found in data: {wanted[p, i]:g} at least {earlier + 1} times"
+            demand(earlier < found.size, "vals", rule, f"{found.size} times in partition {p}")
+            positions[p, i] = found[earlier]
     write(dst, positions)
 
 
@@ -135,6 +134,7 @@ _IDS = (dt.float32, dt.int32)
         {"dst": result(dtypes=_IDS, memories=SBUF_ONLY), "segment_ids": tile(dtypes=_IDS, memories=SBUF_ONLY)},
         engines=(Engine.gpsimd,),
         partitions=("dst", "segment_ids"),
+        same_dtype=("segment_ids", "dst"),
     )
 )
 def sequence_bounds(dst: NkiTensor, segment_ids: NkiTensor, name: str | None = None) -> None:

@@ -43,7 +43,8 @@ def check_row_tile(position: Any, size: Any, operands: Mapping[str, NkiTensor]) 
     demand(column == 0 and row % size[0] == 0 and 0 <= row < 128, "tile_position", f"be (n * {size[0]}, 0)", position)
     for name, value in operands.items():
         demand(value.partitions <= size[0], name, f"have at most the {size[0]} partitions of the tile", value.shape)
-        demand(value.start_partition == row, name, f"start at partition {row}, the tile's", value.start_partition)
+        rule = f"be ({value.start_partition}, 0), where {name} starts"
+        demand(value.start_partition == row, "tile_position", rule, position)
         demand(not value.is_indirect() or row == 0, "tile_position", "be (0, 0) with indirect views", position)
 
 
@@ -95,7 +96,7 @@ def _check_types(stationary: NkiTensor, moving: NkiTensor, double_row: bool) -> 
         if dtype is dt.float8_e4m3fn:
             demand(machine().generation >= 4, name, "not be nl.float8_e4m3fn before generation 4", dtype)
         if double_row:
-            demand(dtype in FLOAT8, name, "be of an 8-bit float with double_row", dtype)
+            demand(dtype in FLOAT8, f"{name} with perf_mode double_row", "be of an 8-bit float dtype", dtype)
     mixed = set(types.values()) == {dt.float8_e4m3, dt.float8_e4m3fn}
     demand(not mixed, "stationary and moving", "not mix nl.float8_e4m3 and nl.float8_e4m3fn", types)
 
