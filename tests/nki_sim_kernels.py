@@ -218,11 +218,13 @@ def refused_with(action: Callable[[], object], instruction: str, operand: str, r
     assert line is None or int(found["line"]) == line, f"{found[0]}: expected line {line}"
 
 
-def line_of(source: str, instruction: str) -> int:
-    """Return the line marked with `# !`, or else the last that calls the instruction."""
+def line_of(source: str, body: str, instruction: str) -> int:
+    """Return the line marked with `# !`, or else the last of the body that calls the instruction."""
     lines = (HEADER + source).splitlines()
-    marked = [number for number, line in enumerate(lines, 1) if line.endswith("# !")]
-    calls = [number for number, line in enumerate(lines, 1) if f".{instruction}(" in line]
+    first = lines.index(f"    {body.strip(chr(10)).splitlines()[0]}") if body != source else 0
+    inside = range(first, first + len(body.strip("\n").splitlines()) if body != source else len(lines))
+    marked = [number + 1 for number in inside if lines[number].endswith("# !")]
+    calls = [number + 1 for number in inside if re.search(rf"\.({instruction})\(", lines[number])]
     return (marked or calls)[-1]
 
 
@@ -254,7 +256,7 @@ def rejects(
         changes = dict(cast(Mapping[str, Any], but))
         settings = {name: changes.pop(name) for name in ("psum", "hbm", "generation", "lnc") if name in changes}
         setup = replace(setup, tiles={**setup.tiles, **changes}, **settings)
-    refused_with(lambda: setup.run(body), instruction, operand, rule, line_of(setup.source(body), instruction))
+    refused_with(lambda: setup.run(body), instruction, operand, rule, line_of(setup.source(body), body, instruction))
 
 
 def rejects_kernel(
@@ -266,7 +268,9 @@ def rejects_kernel(
     if not STRICT:
         pytest.skip("the vendor's simulator leaves this to its compiler")
     broken = source.replace(*but)
-    refused_with(lambda: call(broken, *arguments, **where), instruction, operand, rule, line_of(broken, instruction))
+    refused_with(
+        lambda: call(broken, *arguments, **where), instruction, operand, rule, line_of(broken, broken, instruction)
+    )
 
 
 def rejected(instruction: str, operand: str, rule: str, but: Any, body: str, **setup: Any) -> Any:

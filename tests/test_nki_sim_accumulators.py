@@ -164,10 +164,10 @@ nisa.select_reduce(dst=dst, predicate=u, on_true=a, on_false=0.0, reduce_res=r, 
 """
 STRICT = [
     rejected("tensor_scalar_reduce", "reduce_cmd", "", ("cmd.reset_reduce", "cmd.reduce"), RESET),
-    rejected("select_reduce", "reduce_cmd", "idle|undefined|reset", ("cmd.reset_reduce", "cmd.idle"), IDLE, u=ONES),
+    rejected("select_reduce", "reduce_cmd", "idle|define", ("cmd.reset_reduce", "cmd.idle"), IDLE, u=ONES),
     rejected("activation", "reduce_cmd", "reduce", ("reset_reduce", "load_reduce"), ACTIVATION),
     rejected("activation", "reduce_op", "add", ("nl.add", "nl.maximum"), ACTIVATION),
-    rejected("activation", "reduce_op", "add", ("reduce_op=nl.add, ", ""), ACTIVATION),
+    rejected("activation", "reduce_op", "", ("reduce_op=nl.add, ", ""), ACTIVATION),
     rejected("activation", "reduce_res", "", {"r": Result((6, 2), fill=0.0)}, ACTIVATION),
     rejected("activation_reduce", "reduce_op", "add", ("nl.add", "nl.maximum"), EXP),
     rejected("tensor_scalar_reduce", "reduce_op", "", ("nl.add, ", "nl.less, "), SUM),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from nki_sim_kernels import Array, call, random, rejects_kernel, same, strict_only
+from nki_sim_kernels import Array, call, random, refused_with, rejects_kernel, same, strict_only
 
 LOOP = """
 @nki.jit
@@ -123,7 +123,6 @@ def kernel(x):
     out = nl.ndarray((8, 4), nl.float32, buffer=nl.shared_hbm)
     kept = nl.ndarray((8, 4), nl.float32, buffer=nl.sbuf)
     nisa.memset(dst=kept, value=0.0)
-    seen = []
     tile = nl.ndarray((8, 8), nl.float32, buffer=nl.psum)
     nisa.memset(dst=tile, value=0.0)
 
@@ -131,33 +130,33 @@ def kernel(x):
         inside = nl.ndarray((8, 4), nl.float32, buffer=nl.sbuf)
         nisa.memset(dst=inside, value=1.0)
         sums = nl.ndarray((8, 4), nl.float32, buffer=nl.psum)
-        nisa.tensor_copy(dst=sums, src=inside)
+        nisa.tensor_copy(dst=sums, src=inside, engine=nisa.engine.vector)
         nisa.tensor_tensor(dst=kept, data1=kept, data2=sums, op=nl.add)
-        seen.append(inside)
         {line}  # !
 
     nl.fori_loop(0, 3, body)
     nisa.dma_copy(dst=out, src=kept)
     return out
 """
+ONE = np.int32([[1]])
 FINE = "nisa.tensor_copy(dst=sums, src=inside)"
 
 
 def test_control() -> None:
-    same(call(BODY.format(line=FINE), random(1, 1)), np.full((8, 4), 3, np.float32))
+    same(call(BODY.format(line=FINE), ONE), np.full((8, 4), 3, np.float32))
 
 
 @pytest.mark.parametrize(
     ("line", "instruction", "operand"),
     [
-        ("nisa.register_move(i, 3)", "register_move", "dst"),
+        ("nisa.register_move(i, nisa.register_alloc(3))", "register_move", "dst"),
         ("nisa.register_load(i, x)", "register_load", "dst"),
         ("nisa.tensor_copy(dst=tile[:, 0:4], src=inside)", "tensor_copy", "dst"),
         ("nisa.tensor_copy(dst=inside, src=tile[:, 0:4])", "tensor_copy", "src"),
     ],
 )
 def test_strict_bodies(line: str, instruction: str, operand: str) -> None:
-    rejects_kernel(BODY.format(line=FINE), instruction, operand, "", (FINE, line), random(1, 1))
+    rejects_kernel(BODY.format(line=FINE), instruction, operand, "", (FINE, line), ONE)
 
 
 @pytest.mark.parametrize(
@@ -166,21 +165,22 @@ def test_strict_bodies(line: str, instruction: str, operand: str) -> None:
 )
 @strict_only
 def test_the_loop_variable_is_no_number(line: str) -> None:
-    call(BODY.format(line=FINE), random(1, 1))
+    call(BODY.format(line=FINE), ONE)
     with pytest.raises(Exception, match=r"(?i)register|VirtualRegister"):
-        call(BODY.format(line=line), random(1, 1))
+        call(BODY.format(line=line), ONE)
 
 
+@strict_only
 def test_tensors_of_a_body_end_with_it() -> None:
-    source = BODY.format(line=FINE).replace("dma_copy(dst=out, src=kept)", "dma_copy(dst=out, src=kept)  # !")
-    source = source.replace("inside)  # !", "inside)")
-    rejects_kernel(source, "dma_copy", "src", "loop", ("src=kept)", "src=seen[0])"), random(1, 1))
+    source = BODY.format(line="seen.append(inside)").replace("    def body", "    seen = []\n\n    def body")
+    source = source.replace("src=kept)", "src=seen[0])")
+    refused_with(lambda: call(source, ONE), "dma_copy|kernel", ".*", "loop", None)
 
 
 def test_a_body_writes_before_it_reads() -> None:
     fills = "nisa.memset(dst=inside, value=1.0)"
-    source = BODY.format(line=FINE).replace("  # !", "")
-    rejects_kernel(source, "tensor_copy", "src", "written|initiali", (fills, "j = 1"), random(1, 1))
+    source = BODY.format(line=FINE).replace("  # !", "").replace("engine.vector)", "engine.vector)  # !")
+    rejects_kernel(source, "tensor_copy", "src", "written|initiali", (fills, "j = 1"), ONE)
 
 
 @pytest.mark.parametrize(
@@ -196,13 +196,13 @@ def test_strict_bounds(call_line: str, operand: str) -> None:
     source = (
         BODY.format(line=FINE).replace("  # !", "").replace("nl.fori_loop(0, 3, body)", "nl.fori_loop(0, 3, body)  # !")
     )
-    rejects_kernel(source, "fori_loop", operand, "", ("nl.fori_loop(0, 3, body)", call_line), random(1, 1))
+    rejects_kernel(source, "fori_loop", operand, "", ("nl.fori_loop(0, 3, body)", call_line), ONE)
 
 
 @pytest.mark.parametrize("returned", ["return i", "return 1"])
 def test_a_body_returns_nothing(returned: str) -> None:
     source = BODY.format(line="return").replace("  # !", "").replace("0, 3, body)", "0, 3, body)  # !")
-    rejects_kernel(source, "fori_loop", "body_fun", "", ("        return\n", f"        {returned}\n"), random(1, 1))
+    rejects_kernel(source, "fori_loop", "body_fun", "", ("        return\n", f"        {returned}\n"), ONE)
 
 
 def test_a_bound_that_nobody_set() -> None:

@@ -10,8 +10,8 @@ KIB = 1024
 ALLOCATE = """
 @nki.jit
 def kernel(x):
-    out = nl.ndarray((128, 1), nl.uint8, buffer=nl.shared_hbm)
-    first = nl.ndarray((128, {size}), nl.uint8, buffer=nl.{memory})
+    out = nl.ndarray((128, 1), nl.int32, buffer=nl.shared_hbm)
+    first = nl.ndarray((128, {size}), nl.int32, buffer=nl.{memory})
     nisa.memset(dst=first, value=3)
     nisa.{store}
     return out
@@ -22,8 +22,8 @@ def kernel(x):
     ("generation", "fits", "too_much"), [("trn2", 200 * KIB, 224 * KIB + 4), ("trn3", 232 * KIB, 256 * KIB + 4)]
 )
 def test_capacity(generation: str, fits: int, too_much: int) -> None:
-    source = ALLOCATE.format(size=fits, memory="sbuf", store="dma_copy(dst=out, src=first[:, 0:1])")
-    but = (f"128, {fits}", f"128, {too_much}")
+    source = ALLOCATE.format(size=fits // 4, memory="sbuf", store="dma_copy(dst=out, src=first[:, 0:1])")
+    but = (f"128, {fits // 4}", f"128, {too_much // 4}")
     rejects_kernel(
         source, "ndarray", ".*", "SBUF|capacity|bytes", but, np.zeros((1, 1), np.uint8), generation=generation
     )
@@ -47,11 +47,11 @@ def test_generations_differ_in_capacity() -> None:
 LIVE = """
 @nki.jit
 def kernel(x):
-    out = nl.ndarray((128, 1), nl.uint8, buffer=nl.shared_hbm)
-    first = nl.ndarray((128, 120000), nl.uint8, buffer=nl.sbuf)
+    out = nl.ndarray((128, 1), nl.int32, buffer=nl.shared_hbm)
+    first = nl.ndarray((128, 30000), nl.int32, buffer=nl.sbuf)
     nisa.memset(dst=first, value=1)
     first = None
-    second = nl.ndarray((128, 120000), nl.uint8, buffer=nl.sbuf)  # !
+    second = nl.ndarray((128, 30000), nl.int32, buffer=nl.sbuf)  # !
     nisa.memset(dst=second, value=2)
     nisa.dma_copy(dst=out, src=second[:, 7:8])
     return out

@@ -72,7 +72,7 @@ def test_functions_within_their_range(op: str) -> None:
         edges = np.nextafter(edges, np.float32(0))
     assert np.isfinite(run(ACTIVATION.format(op=op), a=edges, dst=Result((1, 2)))).all()
     beyond = {"a": np.float32([[1.0, high * 1.01 if op != "sqrt" else 2.0**119]])}
-    rejects(ACTIVATION.format(op=op), "activation", "data", "range|between|within", beyond, a=edges, dst=Result((1, 2)))
+    rejects(ACTIVATION.format(op=op), "activation", "data", r"nl\.|range", beyond, a=edges, dst=Result((1, 2)))
 
 
 @pytest.mark.parametrize("op", ["log", "sqrt", "rsqrt", "reciprocal"])

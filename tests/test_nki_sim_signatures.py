@@ -217,21 +217,14 @@ def test_by_position(body: str, wanted_of: str) -> None:
 )
 def test_unknown_argument(call: str, instruction: str, argument: str) -> None:
     extra = call[call.rindex(", ") : -1]
-    rejects(
-        call.replace(extra, ""),
-        instruction,
-        argument,
-        "argument",
-        (")", f"{extra})"),
-        a=random(2, 3),
-        dst=Result((2, 3)),
-    )
+    fine, change = call.replace(extra, ""), (")", f"{extra})")
+    rejects(fine, instruction, f"arguments|{argument}", argument, change, a=random(2, 3), dst=Result((2, 3)))
 
 
 @pytest.mark.skipif(not STRICT, reason="the vendor's messages are its own")
 def test_missing_argument() -> None:
     body = "nisa.tensor_tensor(dst=dst, data1=a, data2=a)"
-    refused_with(lambda: run(body, a=random(2, 3), dst=Result((2, 3))), "tensor_tensor", "op", "given|missing", None)
+    refused_with(lambda: run(body, a=random(2, 3), dst=Result((2, 3))), "tensor_tensor", "arguments|op", "op", None)
 
 
 @pytest.mark.parametrize(

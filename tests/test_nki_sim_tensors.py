@@ -8,7 +8,7 @@ import pytest
 from nki_sim_kernels import Result, call, dtype_of, random, rejected, rejects, rejects_kernel, run, same
 
 X = random(4, 6, 5)
-SPLIT = X.reshape(4, 2, 3, 5).transpose(0, 2, 1, 3).reshape(4, 3, 10)
+SPLIT = X.reshape(4, 2, 3, 5).transpose(0, 2, 1, 3)
 COPY = "nisa.tensor_copy(dst=dst, src={view})"
 
 
@@ -38,7 +38,7 @@ COPY = "nisa.tensor_copy(dst=dst, src={view})"
         ("a[:, 2:3].squeeze_dim(1)", X[:, 2]),
         ("a[:, 2:3].broadcast(1, 4)", np.broadcast_to(X[:, 2:3], (4, 4, 5))),
         ("a.rearrange(('p', 'x', 'y'), ('p', 'y', 'x'))", X.transpose(0, 2, 1)),
-        ("a.rearrange(('p', ('x', 'z'), 'y'), ('p', 'z', ('x', 'y')), {'x': 2})", SPLIT),
+        ("a.rearrange(('p', ('x', 'z'), 'y'), ('p', 'z', 'x', 'y'), {'x': 2})", SPLIT),
         ("a.permute((0, 2, 1))[:, 1:4, 3]", X.transpose(0, 2, 1)[:, 1:4, 3]),
         ("a[:, :, 1:4].permute((0, 2, 1))[:, :, ::5]", X[:, :, 1:4].transpose(0, 2, 1)[:, :, ::5]),
     ],
@@ -169,29 +169,29 @@ def test_dtypes_keep_their_bits(dtype: str) -> None:
 
 
 STRICT_VIEWS = [
-    rejected("slice", ".*", "partition|step", ("a[0:4:1]", "a[0:4:2]"), "v = a[0:4:1]  # !"),
+    rejected("slice|slicing", ".*", "partition|step", ("a[0:4:1]", "a[0:4:2]"), "v = a[0:4:1]  # !"),
     rejected(".*", ".*", "", ("a[:, 0:5]", "a[:, -5:6]"), "nisa.tensor_copy(dst=dst[:, 0:5], src=a[:, 0:5])  # !"),
     rejected(".*", ".*", "", ("a[:, 5]", "a[:, -1]"), "nisa.tensor_copy(dst=dst[:, 0], src=a[:, 5])  # !"),
     rejected(".*", ".*", "", ("a[:, 5]", "a[:, 6]"), "nisa.tensor_copy(dst=dst[:, 0], src=a[:, 5])  # !"),
     rejected(".*", ".*", "", ("a[:, 0:6]", "a[:, 0:7]"), "nisa.tensor_copy(dst=dst, src=a[:, 0:6])  # !"),
     rejected(".*", ".*", "", ("4:5", "5:5"), "nisa.tensor_copy(dst=dst[:, 0], src=a[:, 4:5])  # !"),
     rejected(".*", ".*", "", ("0, 4]", "0, 4, 0]"), "nisa.tensor_copy(dst=dst[:, 0, 0], src=a[:, 0, 4])  # !"),
-    rejected("slice", "end", "", ("1, 0, 6", "1, 0, 7"), "nisa.tensor_copy(dst=dst, src=a.slice(1, 0, 6))  # !"),
+    rejected("slice", "end|slice", "6", ("1, 0, 6", "1, 0, 7"), "nisa.tensor_copy(dst=dst, src=a.slice(1, 0, 6))  # !"),
     rejected("slice", "step", "", ("6, 1)", "6, 0)"), "nisa.tensor_copy(dst=dst, src=a.slice(1, 0, 6, 1))  # !"),
     rejected("permute", "dims", "", ("(0, 1, 2)", "(1, 0, 2)"), "v = a.permute((0, 1, 2))"),
     rejected("permute", "dims", "", ("(0, 1, 2)", "(0, 1, 1)"), "v = a.permute((0, 1, 2))"),
     rejected("broadcast", ".*", "1", ("0:1", "0:2"), "v = a[:, 0:1].broadcast(1, 3)"),
     rejected("broadcast", "dim", "", ("(1, 3)", "(0, 3)"), "v = a[0:1, 0:1].broadcast(1, 3)"),
     rejected("expand_dim", "dim", "", ("m(1", "m(0"), "v = a.expand_dim(1)"),
-    rejected("squeeze_dim", "dim", "1", ("0:1", "0:2"), "v = a[:, 0:1].squeeze_dim(1)"),
+    rejected("squeeze_dim", ".*", "1", ("0:1", "0:2"), "v = a[:, 0:1].squeeze_dim(1)"),
     rejected("reshape", "shape", "", ("(4, 30)", "(4, 31)"), "v = a.reshape((4, 30))"),
     rejected("reshape", "shape", "", ("(4, 30)", "(2, 60)"), "v = a.reshape((4, 30))"),
     rejected(
-        "reshape", ".*", "copy", ("(0, 1, 2)", "(0, 2, 1)"), "v = a.permute((0, 1, 2)).reshape((4, 30))  # !"
+        "reshape", ".*", "contiguous", ("(0, 1, 2)", "(0, 2, 1)"), "v = a.permute((0, 1, 2)).reshape((4, 30))  # !"
     ),
     rejected("view", ".*", "", ("(4, 8)", "(4, 6)"), "t = nl.ndarray((4, 8), nl.int8)\nv = t.view(nl.int32)"),
     rejected("view", ".*", "contiguous|last", ("::1]", "::2]"), "v = a[:, :, ::1].view(nl.int32)  # !"),
-    rejected("tensor_copy", "dst", "broadcast|stride", ("b[:, 0:4]", "b[:, 0:1].broadcast(1, 4)"), """
+    rejected("tensor_copy", "dst", "twice|stride", ("b[:, 0:4]", "b[:, 0:1].broadcast(1, 4)"), """
 b = nl.ndarray((4, 6, 5), nl.float32)
 nisa.tensor_copy(dst=b, src=a)
 nisa.tensor_copy(dst=b[:, 0:4], src=a[:, 0:4])  # !
