@@ -96,3 +96,9 @@ def int32(operand: str, value: Any) -> int:
 def in_psum(value: Any) -> bool:
     """Whether an operand is a tensor in PSUM."""
     return isinstance(value, NkiTensor) and value.buffer is psum
+
+
+def index_of(value: Any) -> NkiTensor | None:
+    """The index of an indirect view, None of other operands."""
+    indirect = isinstance(value, NkiTensor) and value.is_indirect() and value.dynamic is not None
+    return value.dynamic.index if indirect and isinstance(value.dynamic.index, NkiTensor) else None

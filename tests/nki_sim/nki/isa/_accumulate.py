@@ -13,7 +13,7 @@ from nki.isa._arithmetic import arithmetic, check_integers, combine, find, find_
 from nki.isa._enums import reduce_cmd as Command
 from nki.isa._instruction import instruction
 from nki.isa._operands import FLOATS, Spec, result, scalar_or_vector, tile, vector
-from nki.language import maximum
+from nki.language import maximum  # type: ignore[attr-defined]
 
 FP32_MIN = float(np.finfo(np.float32).min)
 _VECTOR_FLOATS = (dt.float8_e4m3, dt.float8_e5m2, dt.float16, dt.bfloat16, dt.float32)

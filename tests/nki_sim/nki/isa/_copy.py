@@ -14,7 +14,7 @@ from nki.isa._arithmetic import find
 from nki.isa._enums import engine as Engine
 from nki.isa._instruction import instruction
 from nki.isa._operands import ANY, FLOATS, MX_PACKED, NUMBERS, SBUF_ONLY, Spec, result, tile
-from nki.language import equal
+from nki.language import equal  # type: ignore[attr-defined]
 
 _SELECTABLE = (*FLOATS, dt.uint8, dt.int8, dt.uint16, dt.int16, dt.bool_)
 

@@ -13,7 +13,7 @@ from nki._dtypes import DType
 from nki._machine import machine
 from nki._memory import Buffer, psum, sbuf
 from nki._tensor import NkiTensor
-from nki.isa._access import MAX_PARTITIONS, check_start_partition, demand, in_psum, is_number, listed, reject
+from nki.isa._access import MAX_PARTITIONS, check_start_partition, demand, in_psum, index_of, is_number, listed, reject
 from nki.isa._enums import engine
 
 ON_CHIP = (sbuf, psum)
@@ -138,6 +138,7 @@ class Spec:
         for operand, rules in self.operands.items():
             rules.check(operand, arguments[operand], rules.rank or self.most_dimensions)
         self._check_counts(arguments)
+        self._check_indices(arguments)
         if len([name for name in self.one_in_psum if in_psum(arguments[name])]) > 1:
             reject(" and ".join(self.one_in_psum), "not both be in PSUM", "both")
         for name in self.same_dtype[1:]:
@@ -156,6 +157,24 @@ class Spec:
             value, first = arguments[name], arguments[self.equal[0]]
             if isinstance(value, NkiTensor) and value.free != first.free:
                 reject(name, f"have the {first.free} elements per partition of {self.equal[0]}", value.shape)
+
+    def _check_indices(self, arguments: Mapping[str, Any]) -> None:
+        """Where indices of indirect views start: in a quadrant, with their operand or with the input of the result."""
+        names = [name for name, rules in self.operands.items() if rules.indirect]
+        inputs = [arguments[name] for name in names if not self.operands[name].written]
+        for name in names:
+            value = arguments[name]
+            index = index_of(value)
+            if index is None:
+                continue
+            start = index.start_partition
+            demand(start % 32 == 0, f"index of {name}", "start at a multiple of 32 partitions", start)
+            if not self.operands[name].written:
+                expected = value.start_partition
+            else:
+                first = index_of(inputs[0]) if in_psum(inputs[0]) else inputs[0]
+                expected = start if first is None else first.start_partition
+            demand(start == expected, f"index of {name}", f"start at partition {expected}", start)
 
     def pick_engine(self, arguments: Mapping[str, Any]) -> engine:
         """The engine that runs the instruction: the one asked for, or the compiler's choice."""

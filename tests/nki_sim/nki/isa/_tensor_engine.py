@@ -7,9 +7,9 @@ import numpy as np
 
 import nki._dtypes as dt
 from nki._machine import machine
-from nki._memory import PARTITIONS
+from nki._memory import ACCUMULATED, PARTITIONS, UNWRITTEN
 from nki._tensor import NkiTensor
-from nki.isa._access import F32, demand, f32, in_psum, listed, reject, values, write
+from nki.isa._access import F32, Array, demand, f32, in_psum, listed, reject, values, write
 from nki.isa._enums import engine as Engine
 from nki.isa._enums import matmul_perf_mode
 from nki.isa._instruction import instruction
@@ -60,6 +60,15 @@ def check_output(dst: NkiTensor, rows: int, columns: int) -> None:
     _ = dst.bank
 
 
+def _states(dst: NkiTensor) -> tuple[Array, Array]:
+    """Which elements (P, F) a multiplication wrote last, and which are defined."""
+    if not dst.is_indirect():
+        return dst.accumulated(), dst.written()
+    at = dst._columns(machine().instruction, "dst", ROWS_OF_INDIRECT)
+    states = dst.storage.state.reshape(-1, dst.dtype.itemsize)[at]
+    return (states == ACCUMULATED).all(-1), (states != UNWRITTEN).all(-1)
+
+
 def accumulate_psum(dst: NkiTensor, product: F32, accumulate: Any) -> None:
     """Write a product to PSUM, or add it to what a multiplication left there.
 
@@ -68,22 +77,21 @@ def accumulate_psum(dst: NkiTensor, product: F32, accumulate: Any) -> None:
     """
     good = accumulate is None or isinstance(accumulate, (bool, np.bool_))
     demand(good, "accumulate", "be True, False or None", repr(accumulate))
-    started = np.asarray(dst.accumulated()).reshape(product.shape)
-    defined = np.asarray(dst.written()).reshape(product.shape)
-    if accumulate:
+    total = product
+    if accumulate is None or accumulate:
+        started, defined = _states(dst)
         rule = "hold what a multiplication with accumulate=False wrote, where accumulate is True"
-        demand(bool(started.all()), "dst", rule, "other or undefined elements")
-    added = product
-    if accumulate or (accumulate is None and defined.any()):
-        blank = np.zeros(product.shape, np.float32)
-        dst.write(blank, machine().instruction, where=~defined, group=ROWS_OF_INDIRECT)
-        old = f32("dst", dst, ROWS_OF_INDIRECT)
-        foreign = defined & ~started & (old != 0)
-        rule = "be given where another instruction wrote dst"
-        demand(not foreign.any(), "accumulate", rule, f"None over {old[foreign][:1]}")
-        with np.errstate(all="ignore"):
-            added = np.where(started, old + product, product)
-    dst.write(added, machine().instruction, accumulated=True, group=ROWS_OF_INDIRECT)
+        demand(accumulate is None or bool(started.all()), "dst", rule, "other or undefined elements")
+        if defined.any():
+            blank = np.zeros(product.shape, np.float32)
+            dst.write(blank, machine().instruction, where=~defined, group=ROWS_OF_INDIRECT)
+            old = f32("dst", dst, ROWS_OF_INDIRECT)
+            foreign = old[defined & ~started & (old != 0)]
+            rule = "be given where another instruction wrote dst"
+            demand(not foreign.size, "accumulate", rule, f"None over {foreign[:1]}")
+            with np.errstate(all="ignore"):
+                total = np.where(started, old + product, product)
+    dst.write(total, machine().instruction, accumulated=True, group=ROWS_OF_INDIRECT)
 
 
 def _check_types(stationary: NkiTensor, moving: NkiTensor, double_row: bool) -> None:
