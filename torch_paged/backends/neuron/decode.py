@@ -2,8 +2,8 @@
 
 A turn of a loop computes tiles of 128 units of keys (``plan``), 4 chunks of any sequences, gathered whole. Per kv head,
 each column of tokens is transposed by the tensor engine and multiplied by the queries of the tile's four sequences; a
-token keeps the product of its own. Maximum and sum of a chunk go over the tokens of a unit on the vector engine, over its
-32 partitions by way of the tensor engine. Then weights and values are multiplied, contracted over the tokens. Maximum,
+token keeps the product of its own. Maximum and sum of a chunk go over the tokens of a unit on the vector engine, over
+its 32 partitions by way of the tensor engine. Then weights and values are multiplied, contracted over the tokens. Maximum,
 sum and weighted values of a chunk go to HBM, and a second kernel merges them, rows on partitions, in the order of keys.
 
 Values of keys that are not seen are ANDed with zeros: a weight of 0 does not hide a NaN.
@@ -126,6 +126,8 @@ class _Call(nl.NKIObject):
         nisa.tensor_copy(dst=self.row_slots, src=turned)
         self.tokens = nl.ndarray((P, self.unit), dtype=nl.float32)
         nisa.iota(dst=self.tokens, pattern=[[1, self.unit]], offset=0, channel_multiplier=0)
+        self.head_rows = nl.ndarray((P, 2, self.num_kv_heads), dtype=nl.int32)
+        nisa.iota(dst=self.head_rows, pattern=[[0, 2], [self.parts, self.num_kv_heads]], offset=0, channel_multiplier=0)
         self.slopes = None
         if slopes != None:  # noqa: E711
             self.slopes = nl.ndarray((P, self.num_heads), dtype=nl.float32)
@@ -139,8 +141,7 @@ class _Call(nl.NKIObject):
 
     def attend(self, first, tile, buffer):
         """Attend to a tile, the one that is so many behind the turn's first."""
-        rows = nl.ndarray((P, 2), dtype=nl.int32)
-        nisa.dma_copy(dst=rows, src=self._of_tile(self.units, [[2, P], [1, 2]], 0, first, tile))
+        rows = self._rows(first, tile)
         seen = self._seen(first, tile)
         logits = nl.ndarray((P, self.num_kv_heads, self.unit, self.group), dtype=nl.float32)
         queries = self._queries(first, tile)
@@ -167,6 +168,15 @@ class _Call(nl.NKIObject):
         """Return a part of a tile's row of a tensor in HBM."""
         start = tile * base.shape[1] + offset
         return base.ap(pattern=pattern, offset=start, scalar_offset=first, indirect_dim=0)
+
+    def _rows(self, first, tile):
+        """Return the rows of the cache of a tile's units (P, 2, KH), negative where nothing is read."""
+        of_first_head = nl.ndarray((P, 2), dtype=nl.int32)
+        nisa.dma_copy(dst=of_first_head, src=self._of_tile(self.units, [[2, P], [1, 2]], 0, first, tile))
+        rows = nl.ndarray((P, 2, self.num_kv_heads), dtype=nl.int32)
+        wide = of_first_head.reshape((P, 2, 1)).broadcast(2, self.num_kv_heads)
+        nisa.tensor_tensor(dst=rows, data1=wide, data2=self.head_rows, op=nl.add)  # of int32: exact
+        return rows
 
     def _seen(self, first, tile):
         """Return (P, unit) float32: 1 for the tokens that the query sees."""
@@ -210,8 +220,8 @@ class _Call(nl.NKIObject):
         nisa.memset(dst=found, value=0.0, engine=nisa.engine.gpsimd)
         source = self.cache.ap(
             pattern=[[width, P], [1, width]],
-            offset=head * self.parts * width,
-            vector_offset=rows[:, side : side + 1],
+            offset=0,
+            vector_offset=rows[:, side, head : head + 1],
             indirect_dim=0,
         )
         nisa.dma_copy(dst=found, src=source, oob_mode=nisa.oob_mode.skip)

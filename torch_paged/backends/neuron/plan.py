@@ -18,13 +18,17 @@ DESCRIPTOR_BYTES = 4096
 """Bytes of a unit where blocks are large enough: DMA engines lose little with that much in a descriptor."""
 
 
+NOTHING = -(2**30)
+"""A row that is none, whatever small number a kernel adds to it."""
+
+
 @dataclass(frozen=True)
 class DecodePlan:
     """The tiles of a decode step; ``X`` slots for chunks, ``TILE_CHUNKS`` of which are a tile.
 
     Attributes:
         units: (X * CHUNK_UNITS, 2) int32: row of a unit's keys and values in the cache, seen as rows of a unit of a
-            head, of head 0; -1: nothing is read.
+            head, of head 0; ``NOTHING``: nothing is read.
         bounds: (X * CHUNK_UNITS, 2) float32: the tokens of a unit that the query sees, from and to (exclusive).
         positions: (X * CHUNK_UNITS, 1) int32: position of a unit's first token.
         sequences: (X, 1) int32: whose chunk it is; -1: no one's.
@@ -107,7 +111,7 @@ def decode_plan(
     parts = block_size // unit
     row = block * (num_kv_heads * parts) + position % block_size // unit
     side = num_blocks * num_kv_heads * parts
-    units = torch.where(used[..., None], torch.stack((row, row + side), -1), -1)
+    units = torch.where(used[..., None], torch.stack((row, row + side), -1), NOTHING)
     bounds = torch.stack((seen_from.clamp(0, unit), seen_to.clamp(0, unit)), -1)
     bounds = torch.where(used[..., None], bounds, 0)
 
