@@ -90,6 +90,9 @@ def instruction(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
+        for key in kwargs:
+            rule = f"be an argument of {title}({', '.join(signature.parameters)})"
+            require(key in signature.parameters, title, key, rule, "an unknown one")
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:

@@ -6,13 +6,16 @@ parses the source, from 0.7 on it traces the running function: what either refus
 
 import ast
 import inspect
+import sys
 import textwrap
 import types
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from nki._errors import PACKAGE, NkiValidationError
+from nki._objects import NKIObject
 
 FORBIDDEN: dict[type[ast.AST], str] = {
     ast.Lambda: "a lambda",
@@ -43,7 +46,6 @@ FORBIDDEN: dict[type[ast.AST], str] = {
 }
 OUTSIDE = ("numpy", "torch", "jax", "ml_dtypes", "random", "time", "os")
 LOOPS = ("fori_loop", "while_loop")
-MUTATORS = ("append", "extend", "insert", "remove", "pop", "clear", "reverse", "sort", "update", "setdefault")
 
 
 def lint(kernel: Callable[..., Any]) -> None:
@@ -77,10 +79,8 @@ class _Linter:
             self._fail(tree, "be a function made by def")
             return []
         if self.function.__closure__:
-            self._fail(
-                tree,
-                f"use globals and arguments only, not {', '.join(self.function.__code__.co_freevars)} of an enclosing function",
-            )
+            names = ", ".join(self.function.__code__.co_freevars)
+            self._fail(tree, "use globals and arguments only", f"{names} of an enclosing function")
         self._signature(tree)
         bodies = self._loop_bodies(tree)
         for node in _inside(tree):
@@ -126,6 +126,8 @@ class _Linter:
             owner = self.globals.get(node.value.id)
             if isinstance(owner, types.ModuleType) and owner.__name__.partition(".")[0] in OUTSIDE:
                 self._fail(node, "use nki.language instead of other libraries", ast.unparse(node))
+        if isinstance(node, ast.keyword) and node.arg is None:
+            self._fail(node.value, "name the keywords of a call", ast.unparse(node.value))
         if isinstance(node, (ast.For, ast.While)) and node.orelse:
             self._fail(node, "stay within the compiler's subset of Python", "else of a loop")
 
@@ -151,15 +153,12 @@ class _Linter:
                 self._fail(node, "capture variables in bodies of dynamic loops only", f"{node.name} with {captured[0]}")
             return
         for part in _inside(node):
-            target: Any = None
-            if isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute) and part.func.attr in MUTATORS:
-                target = part.func.value
-            elif isinstance(part, (ast.Attribute, ast.Subscript)) and isinstance(part.ctx, ast.Store):
-                target = part.value
-            while isinstance(target, (ast.Attribute, ast.Subscript)):
-                target = target.value
-            if isinstance(target, ast.Name) and target.id not in own:
-                self._fail(part, "leave outer Python values as they are in the body of a dynamic loop", target.id)
+            if isinstance(part, (ast.Attribute, ast.Subscript)) and isinstance(part.ctx, ast.Store):
+                target: ast.AST = part.value
+                while isinstance(target, (ast.Attribute, ast.Subscript)):
+                    target = target.value
+                if isinstance(target, ast.Name) and target.id not in own:
+                    self._fail(part, "leave outer Python values as they are in the body of a dynamic loop", target.id)
 
     def _signature_of_nested(self, node: ast.FunctionDef) -> None:
         if node.args.kwonlyargs or node.args.vararg or node.args.kwarg:
@@ -174,8 +173,22 @@ class _Linter:
                 owner = self.globals.get(node.value.id)
                 found = getattr(owner, node.attr, None) if isinstance(owner, types.ModuleType) else None
             found = getattr(found, "function", found)
-            if isinstance(found, types.FunctionType):
+            if isinstance(found, type):
+                yield from self._class(node, found)
+            elif isinstance(found, types.FunctionType):
                 yield found
+
+    def _class(self, node: ast.AST, found: type) -> Iterator[Any]:
+        """Check a class of the kernel's own and give its methods."""
+        source = getattr(sys.modules.get(found.__module__), "__file__", None)
+        if source is None or source.startswith(PACKAGE) or issubclass(found, Enum):
+            return
+        if found.__bases__ != (NKIObject,):
+            bases = ", ".join(base.__name__ for base in found.__bases__)
+            self._fail(node, "use classes that inherit nl.NKIObject alone", f"{found.__name__}({bases})")
+        for method in vars(found).values():
+            if isinstance(method, types.FunctionType) and method.__code__.co_filename == source:
+                yield method
 
 
 def _inside(tree: ast.FunctionDef) -> Iterator[ast.AST]:

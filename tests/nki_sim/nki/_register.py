@@ -30,13 +30,16 @@ class VirtualRegister:
             fail(instruction, operand, "be a register that holds a value", "an uninitialised register")
         return self._state
 
-    def load(self, value: int, instruction: str) -> None:
-        """Set the value; what a loop carries from turn to turn lies in tensors, not in registers."""
+    def check_writable(self, instruction: str) -> None:
+        """Fail where the register may not change: a loop carries its state in tensors, not in registers."""
         from nki._machine import machine
 
         require(not self._frozen, instruction, "dst", "not be the variable of a loop", "a loop variable")
         own = machine().turns == self._turns
         require(own, instruction, "dst", "be a register allocated in the same body of a dynamic loop", "an outer one")
+
+    def load(self, value: int, instruction: str) -> None:
+        """Set the value."""
         require(-(2**31) <= value < 2**32, instruction, "src", "fit 32 bits", value)
         self._state = value
 

@@ -71,7 +71,7 @@ class NkiTensor(Views):
         first = (base + free.first * self.dtype.itemsize) // BANK_BYTES
         last = (base + (free.last + 1) * self.dtype.itemsize - 1) // BANK_BYTES
         running = machine().instruction or "bank"
-        require(first == last, running, "PSUM operand", f"lie in one bank of {BANK_BYTES} bytes", f"{first}..{last}")
+        require(first == last, running, "dst", f"lie in one bank of {BANK_BYTES} bytes", f"{first}..{last}")
         return first
 
     def _derive(
@@ -115,9 +115,10 @@ class NkiTensor(Views):
         pairs = [tuple(as_int("ap", "pattern", n) for n in pair) for pair in pattern]
         good = bool(pairs) and all(len(pair) == 2 and pair[0] >= 0 and pair[1] >= 1 for pair in pairs)
         require(good, "ap", "pattern", "be [[step >= 0, count >= 1], ...]", pattern)
+        require(len(pairs) <= MAX_DIMS or not self.on_chip, "ap", "pattern", f"have at most {MAX_DIMS} pairs", pattern)
         start = 0 if offset is None else as_int("ap", "offset", offset)
         layout = Layout(tuple(n for _, n in pairs), tuple(step for step, _ in pairs), start)
-        dim = self._dim("ap", indirect_dim)
+        dim = self._dim("ap", indirect_dim, operand="indirect_dim")
         both = scalar_offset is not None and vector_offset is not None
         require(not both, "ap", "scalar_offset and vector_offset", "not both be given", "both")
         dynamic = None
@@ -128,8 +129,10 @@ class NkiTensor(Views):
         if vector_offset is not None:
             require(dim == 0, "ap", "indirect_dim", "be 0 with vector_offset", dim)
             rows = math.prod(vector_offset.shape) if _vector_index("ap", self, vector_offset) else 0
-            require(pairs[0][0] == scale, "ap", "first step", f"be the {scale} elements of a row", pairs[0][0])
-            require(pairs[0][1] <= rows, "ap", "first count", f"be at most the {rows} indices", pairs[0][1])
+            require(
+                pairs[0][0] == scale, "ap", "pattern's first step", f"be the {scale} elements of a row", pairs[0][0]
+            )
+            require(pairs[0][1] <= rows, "ap", "pattern's first count", f"be at most the {rows} indices", pairs[0][1])
             row = Layout(layout.shape[1:], layout.strides[1:], start)
             require(0 <= row.first <= row.last < scale, "ap", "pattern", f"stay in a row of {scale} elements", row.last)
             dynamic = Dynamic("vector", vector_offset, scale, self.shape[0])
@@ -143,7 +146,11 @@ class NkiTensor(Views):
             row = self.partition_elements
             require(self.ndim >= 2, "ap", "pattern", "have a partition and a free pair on chip", self.get_pattern())
             require(
-                layout.strides[0] == row, "ap", "first step", f"be the {row} elements of a partition", self.strides[0]
+                layout.strides[0] == row,
+                "ap",
+                "pattern's first step",
+                f"be the {row} elements of a partition",
+                self.strides[0],
             )
             free = Layout(layout.shape[1:], layout.strides[1:], layout.offset % row)
             require(free.last < row, "ap", "pattern", f"stay below the {row} elements of a partition", free.last)
@@ -290,7 +297,7 @@ class NkiTensor(Views):
         touch(self.storage, instruction, operand)
         shape = place.shape
         if isinstance(place, Layout):
-            require(not overlaps(place), instruction, operand, "write no element twice", self)
+            require(not overlaps(place), instruction, operand, "write no element twice, as a stride of 0 does", self)
         check_hazards(self, place, instruction, operand, writes=True)
         raw = np.ascontiguousarray(stored).view(np.uint8).reshape(*shape, self.dtype.itemsize)
         chosen = None if where is None else where.reshape(shape)

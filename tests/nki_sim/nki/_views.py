@@ -93,9 +93,9 @@ class Views:
         """Shape, strides and offset in one."""
         return Layout(self.shape, self.strides, self.offset)
 
-    def _dim(self, what: str, dim: Any, first: int = 0) -> int:
-        number = as_int(what, "dim", dim)
-        require(first <= number < len(self.shape), what, "dim", f"lie in [{first}, {len(self.shape)})", number)
+    def _dim(self, what: str, dim: Any, first: int = 0, operand: str = "dim") -> int:
+        number = as_int(what, operand, dim)
+        require(first <= number < len(self.shape), what, operand, f"lie in [{first}, {len(self.shape)})", number)
         return number
 
     def _free_dim(self, what: str, dim: Any) -> int:
@@ -105,23 +105,23 @@ class Views:
         """Slice: ints, slices with a step, nl.ds and "..."."""
         keys = list(key) if isinstance(key, tuple) else [key]
         dots = [at for at, part in enumerate(keys) if part is Ellipsis]
-        require(len(dots) <= 1, "slicing", "index", "have at most one '...'", len(dots))
+        require(len(dots) <= 1, "slice", "index", "have at most one '...'", len(dots))
         if dots:
             missing = len(self.shape) - len(keys) + 1
             keys[dots[0] : dots[0] + 1] = [slice(None)] * missing
-        require(len(keys) <= len(self.shape), "slicing", "index", f"have at most {len(self.shape)} parts", len(keys))
+        require(len(keys) <= len(self.shape), "slice", "index", f"have at most {len(self.shape)} parts", len(keys))
         keys += [slice(None)] * (len(self.shape) - len(keys))
-        self._keep_rows("slicing", keys[0])
+        self._keep_rows("slice", keys[0])
         shape, strides, offset = [], [], self.offset
         for dim, part in enumerate(keys):
             size, step = self.shape[dim], self.strides[dim]
             if isinstance(part, slice):
-                start, count, jump = self._range("slicing", dim, part.start, part.stop, part.step)
+                start, count, jump = self._range("slice", dim, part.start, part.stop, part.step)
                 shape.append(count)
                 strides.append(step * jump)
             else:
-                start = as_int("slicing", f"index of dimension {dim}", part)
-                require(0 <= start < size, "slicing", f"index of dimension {dim}", f"lie in [0, {size})", start)
+                start = as_int("slice", f"index of dimension {dim}", part)
+                require(0 <= start < size, "slice", f"index of dimension {dim}", f"lie in [0, {size})", start)
                 if self.on_chip and dim == 0:
                     shape.append(1)
                     strides.append(step)
@@ -141,8 +141,9 @@ class Views:
         low = 0 if start is None else as_int(what, f"start of dimension {dim}", start)
         high = size if stop is None else as_int(what, f"end of dimension {dim}", stop)
         jump = 1 if step is None else as_int(what, f"step of dimension {dim}", step)
-        rule = f"satisfy 0 <= start < end <= {size}"
-        require(0 <= low < high <= size, what, f"slice of dimension {dim}", rule, f"{low}:{high}")
+        require(low >= 0, what, f"start of dimension {dim}", "be at least 0", low)
+        rule = f"be above the start, {low}, and at most {size}"
+        require(low < high <= size, what, f"end of dimension {dim}", rule, high)
         require(jump >= 1, what, f"step of dimension {dim}", "be at least 1", jump)
         contiguous = jump == 1 or not (self.on_chip and dim == 0)
         require(contiguous, what, "step of the partition dimension", "be 1", jump)
@@ -208,7 +209,7 @@ class Views:
         try:
             strides = np.reshape(dummy, sizes, copy=False).strides
         except ValueError:
-            fail("reshape", "tensor", "be contiguous in the dimensions that are merged or split", self)
+            fail("reshape", "tensor", "be contiguous where dimensions are merged or split (make a copy)", self)
         require(self.dynamic is None, "reshape", "tensor", "have a static address", self)
         return self._derive(Layout(sizes, tuple(strides), self.offset), what="reshape")
 
@@ -277,7 +278,7 @@ class Views:
         """Repeat a dimension of size 1 without a copy (stride 0)."""
         dim = self._free_dim("broadcast", dim)
         size = as_int("broadcast", "size", size)
-        require(self.shape[dim] == 1, "broadcast", f"dimension {dim}", "have size 1", self.shape[dim])
+        require(self.shape[dim] == 1, "broadcast", "dim", "name a dimension of size 1", self.shape[dim])
         require(size >= 1, "broadcast", "size", "be at least 1", size)
         shape = (*self.shape[:dim], size, *self.shape[dim + 1 :])
         strides = (*self.strides[:dim], 0, *self.strides[dim + 1 :])
@@ -296,7 +297,7 @@ class Views:
     def squeeze_dim(self, dim: int) -> "NkiTensor":
         """Drop a dimension of size 1."""
         dim = self._free_dim("squeeze_dim", dim)
-        require(self.shape[dim] == 1, "squeeze_dim", f"dimension {dim}", "have size 1", self.shape[dim])
+        require(self.shape[dim] == 1, "squeeze_dim", "dim", "name a dimension of size 1", self.shape[dim])
         rest = len(self.shape) > (2 if self.on_chip else 1)
         require(rest, "squeeze_dim", "tensor", "keep two dimensions on chip, one in HBM", self.shape)
         shape = (*self.shape[:dim], *self.shape[dim + 1 :])

@@ -44,7 +44,7 @@ def _check_mode(title: str, dge_mode: Any, tensors: Sequence[NkiTensor]) -> None
             require(not static, title, "dge_mode", "not be none with an address known at run time", tensor)
         if _by_vector(tensor):
             require(not hardware, title, "dge_mode", "not be hwdge with a vector of indices", tensor)
-            require(generation >= 3, title, "vector_offset", "not be used before trn2", tensor)
+            require(generation >= 3, title, "src's vector_offset", "not be used before trn2", tensor)
 
 
 def _check_priority(title: str, priority: Any, dge_mode: Any) -> None:
@@ -59,7 +59,8 @@ def _rows(title: str, operand: str, tensor: NkiTensor) -> tuple[Array, Array]:
 
     Indices are counted column by column; a negative one is a large unsigned number.
     """
-    assert tensor.dynamic is not None and isinstance(tensor.dynamic.index, NkiTensor)
+    assert tensor.dynamic is not None
+    assert isinstance(tensor.dynamic.index, NkiTensor)
     index = tensor.dynamic.index.values(title, f"{operand}'s vector_offset").T.reshape(-1).astype(np.int64)
     require(index.size >= tensor.shape[0], title, operand, f"have an index for {tensor.shape[0]} rows", index.size)
     index = index[: tensor.shape[0]]
@@ -205,7 +206,8 @@ def dma_copy(
 
 
 def _check_vector(title: str, operand: str, tensor: NkiTensor, other: NkiTensor) -> None:
-    assert tensor.dynamic is not None and isinstance(tensor.dynamic.index, NkiTensor)
+    assert tensor.dynamic is not None
+    assert isinstance(tensor.dynamic.index, NkiTensor)
     index = tensor.dynamic.index
     require(index.size == tensor.shape[0], title, operand, f"have one index for each of {tensor.shape[0]} rows", index)
     if index.shape[1] > 1:
@@ -266,7 +268,8 @@ def dma_transpose(
 
 
 def _check_gather(title: str, src: NkiTensor, dge_mode: Any) -> None:
-    assert src.dynamic is not None and isinstance(src.dynamic.index, NkiTensor)
+    assert src.dynamic is not None
+    assert isinstance(src.dynamic.index, NkiTensor)
     index = src.dynamic.index
     modes = (_enums.dge_mode.unknown, _enums.dge_mode.swdge)
     require(dge_mode in modes, title, "dge_mode", "be unknown or swdge with a vector of indices", dge_mode)
@@ -274,10 +277,12 @@ def _check_gather(title: str, src: NkiTensor, dge_mode: Any) -> None:
     require(src.shape[0] % 16 == 0, title, "src", "have a multiple of 16 rows", src.shape)
     flat = src.ndim < 4 or 1 in src.shape[1:3]
     require(flat, title, "src", "have size 1 in dimension 1 or 2 where there are four", src.shape)
-    require(index.dtype.name == "uint32", title, "vector_offset", "be uint32", index.dtype)
+    require(index.dtype.name == "uint32", title, "src's vector_offset", "be uint32", index.dtype)
     rows = index.shape[0]
-    require(16 <= rows <= 128 and rows % 16 == 0, title, "vector_offset", "have 16, 32, ... 128 rows", index.shape)
-    require(index.shape[1] == 1 or rows == 128, title, "vector_offset", "have 128 rows with columns", index.shape)
+    require(
+        16 <= rows <= 128 and rows % 16 == 0, title, "src's vector_offset", "have 16, 32, ... 128 rows", index.shape
+    )
+    require(index.shape[1] == 1 or rows == 128, title, "src's vector_offset", "have 128 rows with columns", index.shape)
 
 
 @instruction

@@ -29,14 +29,15 @@ def _check_element(title: str, operand: str, tensor: NkiTensor) -> None:
     require(isinstance(tensor, NkiTensor), title, operand, "be a tensor", type(tensor).__name__)
     require(math.prod(tensor.shape) == 1, title, operand, "have one element", tensor.shape)
     require(tensor.buffer.name != "psum", title, operand, "be in HBM or SBUF", tensor)
-    rule = "be int32 or uint32: no document says how a register holds other dtypes"
-    require(tensor.dtype.name in ("int32", "uint32"), title, operand, rule, tensor.dtype)
+    rule = "be int32, uint32 or a smaller integer: no document says how a register holds others"
+    require(tensor.dtype.is_int and tensor.dtype.itemsize <= 4, title, operand, rule, tensor.dtype)
 
 
 @instruction
 def register_load(dst: VirtualRegister, src: NkiTensor) -> None:
     """Load a one-element tensor. nki.isa.register_load, SDK 2.32 API reference."""
     _check("register_load", "dst", dst)
+    dst.check_writable("register_load")
     _check_element("register_load", "src", src)
     dst.load(int(src.values("register_load", "src").reshape(())[()]), "register_load")
     machine().count("sync", elements=1, bytes=4)
@@ -47,8 +48,9 @@ def register_store(dst: NkiTensor, src: VirtualRegister) -> None:
     """Store a register in a one-element tensor. nki.isa.register_store, SDK 2.32 API reference."""
     _check("register_store", "src", src)
     _check_element("register_store", "dst", dst)
-    bits = np.array([[src.read("register_store", "src") & 0xFFFFFFFF]], np.uint32)
-    dst.write(bits.view(dst.dtype.numpy), "register_store")
+    value = src.read("register_store", "src")
+    require(dst.dtype.itemsize == 4, "register_store", "dst", "be int32 or uint32", dst.dtype)
+    dst.write(np.array([[value & 0xFFFFFFFF]], np.uint32).view(dst.dtype.numpy), "register_store")
     machine().count("sync", elements=1, bytes=4)
 
 
@@ -59,6 +61,7 @@ def register_move(dst: VirtualRegister, src: VirtualRegister) -> None:
     nki.isa.register_move, SDK 2.32 API reference, which takes an integer too; another guide does not: allocate one.
     """
     _check("register_move", "dst", dst)
+    dst.check_writable("register_move")
     _check("register_move", "src", src)
     dst.load(src.read("register_move", "src"), "register_move")
     machine().count("sync", elements=1)

@@ -22,6 +22,7 @@ from nki._dtypes import (
     uint32,
 )
 from nki._memory import hbm, private_hbm, psum, sbuf, shared_hbm
+from nki._objects import NKIObject
 from nki._tensor import NkiTensor
 from nki.language._allocation import (
     empty_like,
@@ -51,7 +52,6 @@ from nki.language._control import (
     static_range,
     while_loop,
 )
-from nki.language._objects import NKIObject
 from nki.language._operators import *  # noqa: F403
 from nki.language._operators import __all__ as _operators
 from nki.language._wrappers import *  # noqa: F403

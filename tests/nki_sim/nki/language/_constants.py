@@ -51,7 +51,7 @@ fp32 = _Float32()
 
 
 def ds(start: Any, size: Any) -> slice:
-    """Give the slice start:start + size, both known at compile time (a report on 0.4 says that ds takes nothing else)."""
+    """Give the slice start:start + size, both known at compile time (guides disagree about registers)."""
     for operand, value in (("start", start), ("size", size)):
         good = hasattr(value, "__index__") and type(value).__module__ != "nki._register"
         require(good, "ds", operand, "be an integer known at compile time", type(value).__name__)

@@ -1,6 +1,7 @@
 """Classes inside kernels (nki.language.NKIObject, language guide)."""
 
 import copy
+import inspect
 from typing import Any
 
 
@@ -8,7 +9,7 @@ class NKIObject:
     """Base of classes that kernels use: an __init__ from annotated names, __post_init__, attributes set at any time."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        names = [name for base in reversed(type(self).__mro__) for name in base.__dict__.get("__annotations__", {})]
+        names = [name for base in reversed(type(self).__mro__) for name in inspect.get_annotations(base)]
         names = list(dict.fromkeys(names))
         if len(args) > len(names):
             raise TypeError(f"{type(self).__name__} takes {len(names)} values, got {len(args)}")
