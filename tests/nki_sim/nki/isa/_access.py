@@ -16,6 +16,8 @@ Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 
 MAX_PARTITIONS = 128
+MAX_COUNT = 2**16
+MAX_STEP = 2**15 - 1
 
 
 def reject(operand: str, rule: str, got: Any) -> NoReturn:
@@ -45,6 +47,21 @@ def check_start_partition(operand: str, value: NkiTensor, partitions: int) -> No
 def unknown(fact: str) -> NoReturn:
     """Refuse what cannot be simulated from the documents, naming the missing fact."""
     raise NotImplementedError(f"{machine().instruction}: the documents do not say {fact} ({kernel_line()})")
+
+
+def check_pattern(operand: str, value: NkiTensor) -> None:
+    """Fail where sizes or steps of free dimensions, contiguous ones merged, exceed 16 bits (trn1 architecture guide)."""
+    merged: list[tuple[int, int]] = []
+    for count, step in zip(value.shape[1:], value.strides[1:], strict=True):
+        if count == 1:
+            continue
+        if merged and merged[-1][1] == count * step:
+            merged[-1] = (merged[-1][0] * count, step)
+        else:
+            merged.append((count, step))
+    for count, step in merged:
+        demand(count <= MAX_COUNT, operand, f"have at most {MAX_COUNT} elements along a dimension", count)
+        demand(step <= MAX_STEP, operand, f"have steps of at most {MAX_STEP} elements", step)
 
 
 def values(operand: str, value: NkiTensor, group: int = 16) -> Array:

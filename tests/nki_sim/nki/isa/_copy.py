@@ -39,8 +39,6 @@ def tensor_copy(dst: NkiTensor, src: NkiTensor, engine: Engine = Engine.unknown,
     """dst = src (nki.isa.tensor_copy, SDK 2.32 API reference): bit exact with equal dtypes, else through fp32."""
     if engine is Engine.scalar:
         demand(machine().generation >= 3, "engine", "not be engine.scalar before generation 3", engine)
-        scattered = dst.is_indirect() and dst.buffer.name == "psum"
-        demand(not scattered, "dst", "not be scattered in PSUM by the Scalar engine", dst)
     if engine is Engine.gpsimd:
         demand(
             not (dst.is_indirect() or src.is_indirect()), "engine", "be vector or scalar with indirect views", engine

@@ -12,7 +12,8 @@ from nki._instruction import NkiInstruction
 from nki._instruction import instruction as named_instruction
 from nki._machine import machine
 from nki._tensor import NkiTensor
-from nki.isa._access import demand
+from nki.isa._access import demand, in_psum
+from nki.isa._enums import engine as Engine
 from nki.isa._operands import Spec
 
 P = ParamSpec("P")
@@ -36,6 +37,9 @@ def instruction(spec: Spec) -> Callable[[Callable[P, None]], Callable[P, NkiInst
             _check_constants(signature, arguments)
             spec.check(arguments)
             chosen = spec.pick_engine(arguments)
+            if chosen is Engine.scalar:
+                scattered = in_psum(arguments["dst"]) and arguments["dst"].is_indirect()
+                demand(not scattered, "dst", "not be scattered in PSUM by the Scalar engine", arguments["dst"])
             function(*args, **kwargs)
             tensors = [arguments[operand] for operand in spec.operands if isinstance(arguments[operand], NkiTensor)]
             elements = spec.work(arguments) if spec.work else max(t.free for t in tensors)

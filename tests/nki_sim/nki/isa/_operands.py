@@ -13,7 +13,17 @@ from nki._dtypes import DType
 from nki._machine import machine
 from nki._memory import Buffer, psum, sbuf
 from nki._tensor import NkiTensor
-from nki.isa._access import MAX_PARTITIONS, check_start_partition, demand, in_psum, index_of, is_number, listed, reject
+from nki.isa._access import (
+    MAX_PARTITIONS,
+    check_pattern,
+    check_start_partition,
+    demand,
+    in_psum,
+    index_of,
+    is_number,
+    listed,
+    reject,
+)
 from nki.isa._enums import engine
 
 ON_CHIP = (sbuf, psum)
@@ -73,6 +83,7 @@ class Tile:
         least, most = (1, 1) if self.vector else self.free
         span = f"{least}" if least == most else f"{least} to {most}"
         demand(least <= value.free <= most, operand, f"have {span} element(s) per partition", value.free)
+        check_pattern(operand, value)
         if not self.any_start:
             check_start_partition(operand, value, value.partitions)
         if value.is_indirect():

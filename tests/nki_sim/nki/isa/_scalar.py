@@ -57,8 +57,6 @@ def _apply(function: str, x: F32, relu_param: F32) -> F32:
 def _finish(
     dst: NkiTensor, data: NkiTensor, outcome: F32, op: Operator | None, res: NkiTensor | None, command: Command
 ) -> None:
-    scattered = dst.is_indirect() and dst.buffer.name == "psum"
-    demand(not scattered, "dst", "not be scattered in PSUM by the Scalar engine", dst)
     check_command(command, _COMMANDS)
     if command in (Command.reduce, Command.reset_reduce):
         demand(op is not None, "reduce_op", f"be a reduction, such as nl.add, with {command}", None)

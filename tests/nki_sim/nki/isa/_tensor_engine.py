@@ -54,6 +54,7 @@ def check_output(dst: NkiTensor, rows: int, columns: int) -> None:
     SDK 2.32 lets generation 4 write all banks at once; its architecture guide says one bank, which holds here.
     """
     demand(dst.dtype is dt.float32 or machine().generation >= 4, "dst", "be nl.float32 before generation 4", dst.dtype)
+    demand(dst.dtype in MOVING_MAX, "dst", "be " + listed(tuple(MOVING_MAX)), dst.dtype)
     demand(dst.partitions == rows, "dst", f"have {rows} partitions, the free size of stationary", dst.shape)
     demand(dst.free == columns, "dst", f"have {columns} elements per partition, the free size of moving", dst.shape)
     demand(columns <= MOVING_MAX[dst.dtype], "moving", f"have a free size of at most {MOVING_MAX[dst.dtype]}", columns)
