@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import ml_dtypes
 import nki
@@ -57,6 +57,14 @@ class Result:
 def dtype_of(name: str) -> np.dtype[Any]:
     """Return numpy's dtype for a name in nki.language."""
     return np.dtype(getattr(ml_dtypes, name, None) or {"bool_": "uint8", "tfloat32": "float32"}.get(name, name))
+
+
+def f32(values: npt.ArrayLike) -> Array:
+    return np.array(values, np.float32)
+
+
+def i32(values: npt.ArrayLike) -> Array:
+    return np.array(values, np.int32)
 
 
 def cast_to(values: npt.ArrayLike, dtype: str) -> Array:
@@ -253,7 +261,7 @@ def rejects(
         assert body.count(but[0]) == 1, f"{but[0]!r} is {body.count(but[0])} times in the kernel"
         body = body.replace(*but)
     else:
-        changes = dict(cast(Mapping[str, Any], but))
+        changes = dict(but)
         settings = {name: changes.pop(name) for name in ("psum", "hbm", "generation", "lnc") if name in changes}
         setup = replace(setup, tiles={**setup.tiles, **changes}, **settings)
     refused_with(lambda: setup.run(body), instruction, operand, rule, line_of(setup.source(body), body, instruction))

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nki_sim_kernels import Result, dtype_of, random, rejected, rejects, run, same
+from nki_sim_kernels import Result, dtype_of, i32, random, rejected, rejects, run, same
 
 A = random(4, 24)
 H = random(10, 3, 4)
@@ -125,7 +125,7 @@ def test_select_at_run_time() -> None:
     same(run(body, b=H, dst=Result((10, 4))), H[:, 2])
 
 
-IDX = np.int32([[7], [0], [3], [7]])
+IDX = i32([[7], [0], [3], [7]])
 GATHER = "nisa.dma_copy(dst=dst, src=x.ap(pattern=[[12, 4], [1, 12]], offset=0, vector_offset=idx, indirect_dim=0))"
 
 

@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nki_sim_kernels import Array, Result, cast_to, dtype_of, random, rejected, rejects, run, same, whole
+from nki_sim_kernels import Array, Result, cast_to, dtype_of, i32, random, rejected, rejects, run, same, whole
 
 COPY = "nisa.dma_copy(dst=dst, src=a)"
 DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3", "float8_e5m2", "int32", "uint32", "int8", "uint8", "int16"]
 TABLE = random(10, 12, seed=4)
-IDX = np.int32([[7], [0], [3], [5], [9]])
-DEAD = np.int32([[7], [-1], [3], [10], [9]])
+IDX = i32([[7], [0], [3], [5], [9]])
+DEAD = i32([[7], [-1], [3], [10], [9]])
 GATHER = "nisa.dma_copy(dst=dst, src=x.ap(pattern=[[12, 5], [1, 12]], offset=0, vector_offset=idx))"
 SCATTER = "nisa.dma_copy(dst=x.ap(pattern=[[12, 5], [1, 12]], offset=0, vector_offset=idx), src=a)"
 
@@ -31,7 +31,7 @@ def test_cast(of: str, to: str) -> None:
 
 
 def test_integers_beyond_2_24_in_a_cast() -> None:
-    a = np.int32([[2**24 + 1, -(2**24) - 3, 2**31 - 1]])
+    a = i32([[2**24 + 1, -(2**24) - 3, 2**31 - 1]])
     same(run(COPY, a=a, dst=Result((1, 3), "int32")), a)
     change = {"dst": Result((1, 3), "uint32")}
     rejects(COPY + "  # !", "dma_copy", "src", r"2\*\*24", change, a=a, dst=Result((1, 3), "int32"))

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nki_sim_kernels import Result, cast_to, random, rejected, rejects, run, same, strict_only, whole
+from nki_sim_kernels import Result, cast_to, i32, random, rejected, rejects, run, same, strict_only, whole
 
 
 @pytest.mark.parametrize("dtype", ["int32", "uint32", "float32", "int16", "bfloat16"])
@@ -28,7 +28,7 @@ def test_iota(pattern: list[list[int]], offset: int, multiplier: int, dtype: str
 
 def test_iota_is_exact_beyond_2_24() -> None:
     body = "nisa.iota(dst=dst, pattern=[[1, 5]], offset=16777215, channel_multiplier=1000000007)"
-    same(run(body, dst=Result((2, 5), "int32")), np.int32([16777215 + np.arange(5), 1016777222 + np.arange(5)]))
+    same(run(body, dst=Result((2, 5), "int32")), i32([16777215 + np.arange(5), 1016777222 + np.arange(5)]))
 
 
 def test_iota_counts_partitions_from_the_tile() -> None:

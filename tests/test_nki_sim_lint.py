@@ -139,7 +139,7 @@ kernel = make(2.0)
 """
     x = random(4, 3)
     same(call(text.format("3.0"), x), x * 3)
-    refused_with(lambda: call(text.format("factor"), x), ".*", ".*", "factor of an enclosing", None)
+    refused_with(lambda: call(text.format("factor"), x), ".*", ".*", "factor.*enclosing", None)
 
 
 @strict_only

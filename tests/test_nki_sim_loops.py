@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from nki_sim_kernels import Array, call, random, refused_with, rejects_kernel, same, strict_only
+from nki_sim_kernels import Array, call, f32, i32, random, refused_with, rejects_kernel, same, strict_only
 
 LOOP = """
 @nki.jit
@@ -42,12 +42,12 @@ def summed(x: Array, trips: range) -> Array:
 def test_trips(start: int, step: int, end: int) -> None:
     x = random(10, 4).round(1)
     source = LOOP.format(start=start, end="end", step=f", step={step}" if step != 1 else "")
-    same(call(source, x, np.int32([[end]])), summed(x, range(start, end, step)))
+    same(call(source, x, i32([[end]])), summed(x, range(start, end, step)))
 
 
 def test_trips_known_beforehand() -> None:
     x = random(10, 4).round(1)
-    same(call(LOOP.format(start=2, end=9, step=""), x, np.int32([[0]])), summed(x, range(2, 9)))
+    same(call(LOOP.format(start=2, end=9, step=""), x, i32([[0]])), summed(x, range(2, 9)))
 
 
 WHILE = """
@@ -75,7 +75,7 @@ def kernel(n):
 
 @pytest.mark.parametrize("trips", [0, 1, 6])
 def test_while(trips: int) -> None:
-    same(call(WHILE, np.int32([[trips]])), np.int32([[trips * (trips + 1) // 2]]))
+    same(call(WHILE, i32([[trips]])), i32([[trips * (trips + 1) // 2]]))
 
 
 NESTED = """
@@ -106,15 +106,15 @@ def kernel(n):
 
 
 def test_loops_within_loops() -> None:
-    wanted = np.float32([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
-    same(call(NESTED, np.int32([[2], [0], [4]])), wanted)
+    wanted = f32([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    same(call(NESTED, i32([[2], [0], [4]])), wanted)
 
 
 def test_an_if_at_run_time() -> None:
     """A loop of at most one trip stands for a branch on a register."""
     x = random(10, 4).round(1)
     for flag in (0, 1):
-        same(call(LOOP.format(start=0, end="end", step=""), x, np.int32([[flag]])), summed(x, range(flag)))
+        same(call(LOOP.format(start=0, end="end", step=""), x, i32([[flag]])), summed(x, range(flag)))
 
 
 BODY = """
@@ -138,7 +138,7 @@ def kernel(x):
     nisa.dma_copy(dst=out, src=kept)
     return out
 """
-ONE = np.int32([[1]])
+ONE = i32([[1]])
 FINE = "nisa.tensor_copy(dst=sums, src=inside)"
 
 
@@ -208,4 +208,4 @@ def test_a_body_returns_nothing(returned: str) -> None:
 def test_a_bound_that_nobody_set() -> None:
     source = LOOP.format(start=0, end="end", step="").replace(", end, body)", ", end, body)  # !")
     change = ("register_load(end, bound)", "register_store(bound, nisa.register_alloc(1))")
-    rejects_kernel(source, "fori_loop", "upper", "", change, random(10, 4), np.int32([[2]]))
+    rejects_kernel(source, "fori_loop", "upper", "", change, random(10, 4), i32([[2]]))

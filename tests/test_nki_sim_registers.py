@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nki_sim_kernels import Result, random, rejected, rejects, run, same, strict_only
+from nki_sim_kernels import Result, i32, random, rejected, rejects, run, same, strict_only
 
 STORE = "nisa.register_store(dst, r)"
 FOUR = "r = nisa.register_alloc(4)\n"
@@ -13,22 +13,22 @@ FOUR = "r = nisa.register_alloc(4)\n"
 @pytest.mark.parametrize("value", [0, 7, -3, 2**31 - 1, -(2**31)])
 def test_constants(value: int) -> None:
     result = Result((1, 1), "int32")
-    same(run(f"r = nisa.register_alloc({value})\n{STORE}", dst=result), np.int32([[value]]))
+    same(run(f"r = nisa.register_alloc({value})\n{STORE}", dst=result), i32([[value]]))
     moved = f"r = nisa.register_alloc()\nnisa.register_move(r, nisa.register_alloc({value}))\n{STORE}"
-    same(run(moved, dst=result), np.int32([[value]]))
+    same(run(moved, dst=result), i32([[value]]))
 
 
 @pytest.mark.parametrize("dtype", ["int32", "uint32"])
 def test_load(dtype: str) -> None:
     x = np.array([[5, 113]], dtype)
     body = f"r = nisa.register_alloc()\nnisa.register_load(r, a[:, 1:2])\n{STORE}"
-    same(run(body, a=x, dst=Result((1, 1), "int32")), np.int32([[113]]))
-    same(run(body.replace("a[", "x["), hbm={"x": x}, dst=Result((1, 1), "int32")), np.int32([[113]]))
+    same(run(body, a=x, dst=Result((1, 1), "int32")), i32([[113]]))
+    same(run(body.replace("a[", "x["), hbm={"x": x}, dst=Result((1, 1), "int32")), i32([[113]]))
 
 
 def test_moves_take_values() -> None:
     body = f"{FOUR}s = nisa.register_alloc(9)\nnisa.register_move(s, r)\nnisa.register_move(r, s)\n{STORE}"
-    same(run(body, dst=Result((1, 1), "int32")), np.int32([[4]]))
+    same(run(body, dst=Result((1, 1), "int32")), i32([[4]]))
 
 
 def test_arithmetic_goes_through_a_tile() -> None:
@@ -40,7 +40,7 @@ nisa.tensor_scalar(dst=tile, data=tile, op0=nl.add, operand0=22.0)
 nisa.register_load(r, tile)
 nisa.register_store(dst, r)
 """
-    same(run(body, dst=Result((1, 1), "int32")), np.int32([[42]]))
+    same(run(body, dst=Result((1, 1), "int32")), i32([[42]]))
 
 
 ALLOC = FOUR + STORE
@@ -56,7 +56,7 @@ STRICT = [
     rejected("register_load", "src", "element|one", ("a[0:1, 0:1]", "a[0:1, 0:2]"), LOAD),
     rejected("register_load", "src", "element|one", ("a[0:1, 0:1]", "a[0:2, 0:1]"), LOAD),
     rejected("register_load", "src", "SBUF|HBM|PSUM", {"psum": ("a",)}, LOAD),
-    rejected("register_load", "src", "int32", {"a": np.zeros((2, 3), np.float32)}, LOAD),
+    rejected("register_load", "src", "int", {"a": np.zeros((2, 3), np.float32)}, LOAD),
     rejected("register_load", "dst", "register", ("load(r", "load(dst"), LOAD),
     rejected("register_move", "src", "", ("move(r, s)", "move(r, a)"), MOVE),
     rejected("register_move", "src", "initiali|value|written|set", ("alloc(3)", "alloc()"), MOVE),

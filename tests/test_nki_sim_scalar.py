@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nki_sim_kernels import Array, Result, cast_to, close, dtype_of, random, rejected, rejects, run, same
+from nki_sim_kernels import Array, Result, cast_to, close, dtype_of, f32, random, rejected, rejects, run, same
 
 
 def elementwise(function: Callable[[float], float]) -> Callable[[Array], Array]:
@@ -67,25 +67,25 @@ def test_functions_within_their_range(op: str) -> None:
     function, low, high = LIMITED[op]
     a = np.linspace(0.3, 1.5, 30, dtype=np.float32).reshape(3, 10)
     close(run(ACTIVATION.format(op=op), a=a, dst=Result(a.shape)), function(a.astype(np.float64)))
-    edges = np.float32([[low, high]])
+    edges = f32([[low, high]])
     if low < 0:
         edges = np.nextafter(edges, np.float32(0))
     assert np.isfinite(run(ACTIVATION.format(op=op), a=edges, dst=Result((1, 2)))).all()
-    beyond = {"a": np.float32([[1.0, high * 1.01 if op != "sqrt" else 2.0**119]])}
+    beyond = {"a": f32([[1.0, high * 1.01 if op != "sqrt" else 2.0**119]])}
     rejects(ACTIVATION.format(op=op), "activation", "data", r"nl\.|range", beyond, a=edges, dst=Result((1, 2)))
 
 
 @pytest.mark.parametrize("op", ["log", "sqrt", "rsqrt", "reciprocal"])
 def test_zero_is_out_of_range(op: str) -> None:
-    ones, zero = np.ones((1, 2), np.float32), np.float32([[1, 0]])
+    ones, zero = np.ones((1, 2), np.float32), f32([[1, 0]])
     rejects(ACTIVATION.format(op=op), "activation", "data", "", {"a": zero}, a=ones, dst=Result((1, 2)))
 
 
 def test_the_range_is_that_of_the_scaled_input() -> None:
     body = "nisa.activation(dst=dst, op=nl.log, data=a, bias=b, scale=2.0)"
-    a, b = np.float32([[0.0, 1.0]]), np.float32([[1.0]])
+    a, b = f32([[0.0, 1.0]]), f32([[1.0]])
     close(run(body, a=a, b=b, dst=Result((1, 2))), np.log(2 * a + b))
-    rejects(body, "activation", "data", "", {"b": np.float32([[-3.0]])}, a=a, b=b, dst=Result((1, 2)))
+    rejects(body, "activation", "data", "", {"b": f32([[-3.0]])}, a=a, b=b, dst=Result((1, 2)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -103,15 +103,15 @@ def test_scale_and_bias(dtype: str, memory: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "uint8", "float8_e5m2", "int32"])
 def test_cast_at_the_write(dtype: str) -> None:
-    a = np.float32([[0.5, 1.5, -2.5, 300.7, -300.2, 1e7]])
+    a = f32([[0.5, 1.5, -2.5, 300.7, -300.2, 1e7]])
     same(run(ACTIVATION.format(op="copy"), a=a, dst=Result(a.shape, dtype)), cast_to(a, dtype))
     b = np.arange(-3, 3, dtype=np.int8).reshape(1, 6)
     close(run(ACTIVATION.format(op="exp"), a=b, dst=Result(b.shape)), np.exp(b.astype(np.float64)))
 
 
 def test_exp_of_minus_infinity() -> None:
-    a = np.float32([[-np.inf, -3.4028235e38, 0.0]])
-    same(run(ACTIVATION.format(op="exp"), a=a, dst=Result(a.shape)), np.float32([[0, 0, 1]]))
+    a = f32([[-np.inf, -3.4028235e38, 0.0]])
+    same(run(ACTIVATION.format(op="exp"), a=a, dst=Result(a.shape)), f32([[0, 0, 1]]))
 
 
 @pytest.mark.parametrize(

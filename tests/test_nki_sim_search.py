@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nki_sim_kernels import Array, Result, cast_to, random, rejected, rejects, run, same, whole
+from nki_sim_kernels import Array, Result, cast_to, f32, i32, random, rejected, rejects, run, same, whole
 
 COPY = "nisa.tensor_copy(dst=dst, src=a)"
 
@@ -23,7 +23,7 @@ def test_copy_casts(engine: str, dtypes: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("engine", ["vector", "gpsimd", "scalar"])
 def test_copy_keeps_bits(engine: str) -> None:
-    a = np.int32([[2**31 - 1, -(2**31), 2**24 + 1]])
+    a = i32([[2**31 - 1, -(2**31), 2**24 + 1]])
     body = COPY[:-1] + f", engine=nisa.engine.{engine})"
     same(run(body, a=a, dst=Result(a.shape, "int32")), a)
 
@@ -98,18 +98,18 @@ def test_find(dtype: str) -> None:
 
 def test_replace() -> None:
     """Equal values are consumed from the last column of `vals` on, so the first place goes to the last column."""
-    a = np.float32([[1, 2, 3, 4, 8, 8, 8, 8, 8, 8, 8]])
-    vals = np.float32([[3, 8, 8, 8, 8, 8, 8, 8]])
+    a = f32([[1, 2, 3, 4, 8, 8, 8, 8, 8, 8, 8]])
+    vals = f32([[3, 8, 8, 8, 8, 8, 8, 8]])
     body = "nisa.nc_match_replace8(dst=dst, data=a, vals=v, imm=-1.0, dst_idx=idx)"
     got, idx = run(body, a=a, v=vals, dst=Result(a.shape), idx=Result((1, 8), "uint32"))
     same(idx, np.array([[2, 10, 9, 8, 7, 6, 5, 4]], np.uint32))
-    same(got, np.float32([[1, 2, -1, 4, *[-1] * 7]]))
+    same(got, f32([[1, 2, -1, 4, *[-1] * 7]]))
 
 
 def test_replace_some_of_equal_values() -> None:
-    a, vals = np.float32([[5, 1, 5, 2, 5, 3, 4, 6, 0]]), np.float32([[6, 5, 5, 4, 3, 2, 1, 0]])
+    a, vals = f32([[5, 1, 5, 2, 5, 3, 4, 6, 0]]), f32([[6, 5, 5, 4, 3, 2, 1, 0]])
     body = "nisa.nc_match_replace8(dst=dst, data=a, vals=v, imm=-9.0)"
-    same(run(body, a=a, v=vals, dst=Result(a.shape)), np.float32([[-9, -9, -9, -9, 5, -9, -9, -9, -9]]))
+    same(run(body, a=a, v=vals, dst=Result(a.shape)), f32([[-9, -9, -9, -9, 5, -9, -9, -9, -9]]))
 
 
 A = whole(4, 16, limit=30)

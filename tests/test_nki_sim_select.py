@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nki_sim_kernels import Result, cast_to, dtype_of, random, rejected, rejects, run, same, whole
+from nki_sim_kernels import Result, cast_to, dtype_of, f32, random, rejected, rejects, run, same, whole
 
 FP32_MIN = np.float32(-3.4028235e38)
 COMPARISONS = {
@@ -65,7 +65,7 @@ RANGE = (
     "nisa.range_select(dst=dst, on_true_tile=a, comp_op0=nl.{op0}, comp_op1=nl.{op1}, bound0=lo, bound1=hi, "
     "reduce_cmd=nisa.reduce_cmd.reset_reduce, reduce_res=r, reduce_op=nl.maximum, range_start={start})"
 )
-LO, HI = np.float32([[0], [3], [5], [-1], [100]]), np.float32([[12], [7], [5], [1], [200]])
+LO, HI = f32([[0], [3], [5], [-1], [100]]), f32([[12], [7], [5], [1], [200]])
 
 
 @pytest.mark.parametrize("op0", ["greater", "greater_equal", "equal"])

@@ -102,7 +102,7 @@ squeeze_dim(self, dim)
 vector_select(self, dim, vector_offset)
 view(self, dtype)
 """
-ENUMS = {
+ENUMS: dict[str, dict[str, Any]] = {
     "engine": {"unknown": 0, "tensor": 1, "scalar": 2, "gpsimd": 3, "dma": 4, "vector": 5, "sync": 6},
     "reduce_cmd": {"idle": 0, "reset": 1, "reduce": 2, "reset_reduce": 3, "load_reduce": 4},
     "dge_mode": {"unknown": 0, "swdge": 1, "hwdge": 2, "none": 3},

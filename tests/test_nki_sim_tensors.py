@@ -5,7 +5,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from nki_sim_kernels import Result, call, dtype_of, random, rejected, rejects, rejects_kernel, run, same
+from nki_sim_kernels import Result, call, dtype_of, f32, random, rejected, rejects, rejects_kernel, run, same
 
 X = random(4, 6, 5)
 SPLIT = X.reshape(4, 2, 3, 5).transpose(0, 2, 1, 3)
@@ -232,5 +232,5 @@ def kernel(x):
 def test_e4m3_has_infinities() -> None:
     assert np.isinf(np.float32(ml_dtypes.float8_e4m3(1000.0)))
     body = "nisa.tensor_copy(dst=dst, src=a, engine=nisa.engine.vector)"
-    got = run(body, a=np.float32([[239, 241, 1000]]), dst=Result((1, 3), "float8_e4m3"))
+    got = run(body, a=f32([[239, 241, 1000]]), dst=Result((1, 3), "float8_e4m3"))
     np.testing.assert_array_equal(got.astype(np.float32), [[240, 240, np.inf]])

@@ -5,7 +5,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nki_sim_kernels import Array, Result, cast_to, close, dtype_of, random, rejected, rejects, run, same, whole
+from nki_sim_kernels import (
+    Array,
+    Result,
+    cast_to,
+    close,
+    dtype_of,
+    f32,
+    i32,
+    random,
+    rejected,
+    rejects,
+    run,
+    same,
+    whole,
+)
 
 ARITHMETIC: dict[str, Callable[[Array, Array], Array]] = {
     "add": np.add,
@@ -56,14 +70,14 @@ def test_tensor_tensor(op: str, dtypes: tuple[str, str, str]) -> None:
 
 
 def test_rounding_at_the_write_only() -> None:
-    a = np.float32([[0.5, 1.5, 2.5, -0.5, 126.5, 127.5, 1e9, -129.0, 2.4999999]])
+    a = f32([[0.5, 1.5, 2.5, -0.5, 126.5, 127.5, 1e9, -129.0, 2.4999999]])
     b = np.zeros_like(a)
     for dtype in ("int8", "uint8", "int32", "bfloat16", "float16", "float8_e5m2"):
         same(run(TENSOR.format(op="add"), a=a, b=b, dst=Result(a.shape, dtype)), cast_to(a, dtype))
 
 
 def test_overflow_is_infinite() -> None:
-    a = np.float32([[70000.0, -3.4028235e38, 3.0]])
+    a = f32([[70000.0, -3.4028235e38, 3.0]])
     for dtype in ("float16", "bfloat16", "float8_e5m2"):
         got = run(TENSOR.format(op="maximum"), a=a, b=a, dst=Result(a.shape, dtype)).astype(np.float32)
         assert got[0, 1] == -np.inf
@@ -94,7 +108,7 @@ def test_shifts(dtype: str) -> None:
 
 def test_whole_numbers_beyond_2_24() -> None:
     """Exact on GpSimd, where int32 goes by itself; refused or rounded through fp32 on the vector engine."""
-    a, b = np.int32([[2**24 + 1, 2**30 + 1]]), np.int32([[2**24 + 2, 7]])
+    a, b = i32([[2**24 + 1, 2**30 + 1]]), i32([[2**24 + 2, 7]])
     body = "nisa.tensor_tensor(dst=dst, data1=a, data2=b, op=nl.add)"
     same(run(body, a=a, b=b, dst=Result((1, 2), "int32")), a + b)
     change = ("op=nl.add", "op=nl.add, engine=nisa.engine.vector")
@@ -221,7 +235,7 @@ nisa.bn_aggr(dst=dst, data=stats)
 A, B, C = random(4, 8), random(4, 8, seed=1), random(4, 1)
 ADD = "nisa.tensor_tensor(dst=dst, data1=a, data2=b, op=nl.add)"
 TWO = "nisa.tensor_scalar(dst=dst, data=a, op0=nl.add, operand0=1.0, op1=nl.multiply, operand1=c)"
-INT = {"a": A.astype(np.int32), "b": B.astype(np.int32), "dst": Result((4, 8), "int32")}
+INT: dict[str, Any] = {"a": A.astype(np.int32), "b": B.astype(np.int32), "dst": Result((4, 8), "int32")}
 REDUCE = "nisa.tensor_reduce(dst=dst[:, 0:1], op=nl.add, data=a, axis=1)"
 OR = ADD.replace("add", "bitwise_or")
 THREE = "nisa.scalar_tensor_tensor(dst, a, nl.add, 1.0, op1=nl.add, operand1=b)"
