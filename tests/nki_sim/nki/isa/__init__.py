@@ -29,9 +29,9 @@ from nki.isa._enums import (
 )
 from nki.isa._gather import local_gather, nc_n_gather, nc_stream_shuffle
 from nki.isa._mx import nc_matmul_mx, quantize_mx
-from nki.isa._random import dropout, rand2, rand_get_state, rand_set_state, rng, set_rng_seed
 from nki.isa._reduce import bn_aggr, bn_stats, tensor_partition_reduce, tensor_reduce, tensor_tensor_scan
 from nki.isa._registers import register_alloc, register_load, register_move, register_store
+from nki.isa._rng import dropout, rand2, rand_get_state, rand_set_state, rng, set_rng_seed
 from nki.isa._scalar import activate2, activation, activation_reduce
 from nki.isa._search import (
     max8,

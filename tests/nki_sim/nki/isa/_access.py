@@ -39,9 +39,9 @@ def listed(values: tuple[Any, ...]) -> str:
 def check_start_partition(operand: str, value: NkiTensor, partitions: int) -> None:
     """Fail unless so many partitions may start where the tensor does (trn1 architecture guide)."""
     step = 32 if partitions <= 32 else 64 if partitions <= 64 else MAX_PARTITIONS
-    allowed = tuple(range(0, MAX_PARTITIONS, step))
-    rule = f"start at partition {listed(allowed)} with {partitions} partitions"
-    demand(value.start_partition in allowed, operand, rule, value.start_partition)
+    if value.start_partition % step:
+        allowed = listed(tuple(range(0, MAX_PARTITIONS, step)))
+        reject(operand, f"start at partition {allowed} with {partitions} partitions", value.start_partition)
 
 
 def unknown(fact: str) -> NoReturn:
@@ -50,7 +50,7 @@ def unknown(fact: str) -> NoReturn:
 
 
 def check_pattern(operand: str, value: NkiTensor) -> None:
-    """Fail where sizes or steps of free dimensions, contiguous ones merged, exceed 16 bits (trn1 architecture guide)."""
+    """Fail where sizes or steps of free dimensions, contiguous ones merged, exceed 16 bits (trn1 guide)."""
     merged: list[tuple[int, int]] = []
     for count, step in zip(value.shape[1:], value.strides[1:], strict=True):
         if count == 1:

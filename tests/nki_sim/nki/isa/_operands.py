@@ -75,8 +75,10 @@ class Tile:
             )
             demand(self.scalar and is_number(value), operand, kinds, repr(value))
             return
-        demand(value.buffer in self.memories, operand, "be in " + listed(self.memories), value.buffer)
-        demand(value.dtype in self.dtypes, operand, "have a dtype among " + listed(self.dtypes), value.dtype)
+        if value.buffer not in self.memories:
+            reject(operand, "be in " + listed(self.memories), value.buffer)
+        if value.dtype not in self.dtypes:
+            reject(operand, "have a dtype among " + listed(self.dtypes), value.dtype)
         demand(value.ndim >= 2, operand, "have a partition and a free dimension", value.shape)
         demand(value.ndim <= most_dimensions, operand, f"have at most {most_dimensions} dimensions", value.shape)
         demand(value.partitions <= MAX_PARTITIONS, operand, f"have at most {MAX_PARTITIONS} partitions", value.shape)
