@@ -3,8 +3,8 @@
 A turn of a loop computes tiles of 128 units of keys (``plan``), 4 chunks of any sequences, gathered whole. Per kv head,
 each column of tokens is transposed by the tensor engine and multiplied by the queries of the tile's four sequences; a
 token keeps the product of its own. Maximum and sum of a chunk go over the tokens of a unit on the vector engine, over
-its 32 partitions by way of the tensor engine. Then weights and values are multiplied, contracted over the tokens. Maximum,
-sum and weighted values of a chunk go to HBM, and a second kernel merges them, rows on partitions, in the order of keys.
+its 32 partitions by way of the tensor engine. Then weights and values are multiplied, contracted over the tokens.
+Maximum, sum and weighted values of a chunk go to HBM, and a second kernel merges them in the order of keys (``merge``).
 
 Values of keys that are not seen are ANDed with zeros: a weight of 0 does not hide a NaN.
 """
@@ -32,6 +32,9 @@ def attend_chunks(
     query_rows,  # (X * H, 1) int32
     turns,  # (1, 2) int32: of TILES tiles, of one tile more
     slopes,  # (1, H) float32, or None
+    head_scales,  # (1, 2 * KH) float32, or None
+    token_scales,  # (2 * N * KH * parts, unit) float32, or None
+    table,  # (1, 256) of the queries' dtype: what a byte of the cache means; None: it is cast
     num_kv_heads,
     parts,
     unit,
@@ -48,6 +51,7 @@ def attend_chunks(
     call = _Call(
         query,
         cache,
+        token_scales,
         units.reshape((num_tiles, P * 2)),
         bounds.reshape((num_tiles, P * 2)),
         distances.reshape((num_tiles, P)),
@@ -62,7 +66,7 @@ def attend_chunks(
         softmax_scale,
         soft_cap,
     )
-    call.lay_out_constants(slopes)
+    call.lay_out_constants(slopes, head_scales, table)
     cores, core = nl.num_programs(0), nl.program_id(0)
     counts = nl.ndarray((1, 2), dtype=nl.int32)
     nisa.dma_copy(dst=counts, src=turns)
@@ -86,6 +90,15 @@ def attend_chunks(
     return sums, stats
 
 
+def _spread(row):
+    """Return a row of HBM on every partition."""
+    if row == None:  # noqa: E711
+        return None
+    found = nl.ndarray((P, row.shape[1]), dtype=row.dtype)
+    nisa.dma_copy(dst=found, src=row.ap(pattern=[[0, P], [1, row.shape[1]]], offset=0))
+    return found
+
+
 class _Call(nl.NKIObject):
     """The arrays and sizes of a call, and what every tile reads."""
 
@@ -93,6 +106,7 @@ class _Call(nl.NKIObject):
         self,
         query,
         cache,
+        token_scales,
         units,
         bounds,
         distances,
@@ -108,14 +122,14 @@ class _Call(nl.NKIObject):
         soft_cap,
     ):
         self.query, self.cache, self.units, self.bounds, self.distances = query, cache, units, bounds, distances
-        self.query_rows, self.sums, self.stats = query_rows, sums, stats
+        self.token_scales, self.query_rows, self.sums, self.stats = token_scales, query_rows, sums, stats
         self.num_heads, self.num_kv_heads, self.parts, self.unit = num_heads, num_kv_heads, parts, unit
         self.group = num_heads // num_kv_heads
         self.head_dim, self.stored_dim, self.value_dim = query.shape[1], cache.shape[1] // unit, value_dim
         self.softmax_scale, self.soft_cap = softmax_scale, soft_cap
         self.dtype = query.dtype
 
-    def lay_out_constants(self, slopes):
+    def lay_out_constants(self, slopes, head_scales, table):
         self.column_slots = nl.ndarray((P, SLOTS), dtype=nl.float32)  # [p, slot]: p is of the slot
         nisa.memset(dst=self.column_slots, value=0.0)
         for slot in range(SLOTS):
@@ -128,10 +142,7 @@ class _Call(nl.NKIObject):
         nisa.iota(dst=self.tokens, pattern=[[1, self.unit]], offset=0, channel_multiplier=0)
         self.head_rows = nl.ndarray((P, 2, self.num_kv_heads), dtype=nl.int32)
         nisa.iota(dst=self.head_rows, pattern=[[0, 2], [self.parts, self.num_kv_heads]], offset=0, channel_multiplier=0)
-        self.slopes = None
-        if slopes != None:  # noqa: E711
-            self.slopes = nl.ndarray((P, self.num_heads), dtype=nl.float32)
-            nisa.dma_copy(dst=self.slopes, src=slopes.ap(pattern=[[0, P], [1, self.num_heads]], offset=0))
+        self.slopes, self.head_scales, self.table = _spread(slopes), _spread(head_scales), _spread(table)
         self.weights = []  # zero but in a token's own slot; of two tiles that follow each other
         for _ in range(2):
             shape = (P, self.num_kv_heads, self.unit, SLOTS, self.group)
@@ -160,7 +171,7 @@ class _Call(nl.NKIObject):
         heads_at_a_time = max(1, P // self.group)
         for head in range(0, self.num_kv_heads, heads_at_a_time):
             stop = min(self.num_kv_heads, head + heads_at_a_time)
-            self._softmax(selected, head, stop, self.weights[buffer], first, tile)
+            self._softmax(selected, head, stop, self.weights[buffer], visible, rows, first, tile)
         for head in range(self.num_kv_heads):
             self._weigh_values(self.weights[buffer], seen, rows, head, first, tile)
 
@@ -215,17 +226,27 @@ class _Call(nl.NKIObject):
 
     def _gathered(self, rows, side, head):
         """Return the units of a side and head (P, unit, DS) in the dtype of the queries."""
-        width = self.unit * self.stored_dim
-        found = nl.ndarray((P, width), dtype=self.cache.dtype)
-        nisa.memset(dst=found, value=0.0, engine=nisa.engine.gpsimd)
-        source = self.cache.ap(
-            pattern=[[width, P], [1, width]],
-            offset=0,
-            vector_offset=rows[:, side, head : head + 1],
-            indirect_dim=0,
-        )
-        nisa.dma_copy(dst=found, src=source, oob_mode=nisa.oob_mode.skip)
+        stored = self._fetched(self.cache, rows[:, side, head : head + 1])
+        found = stored
+        if self.table != None:  # noqa: E711
+            places = nl.ndarray(stored.shape, dtype=nl.uint32)
+            nisa.tensor_copy(dst=places, src=stored)
+            found = nl.ndarray(stored.shape, dtype=self.dtype)
+            nisa.nc_n_gather(dst=found, data=self.table, indices=places)
+        elif stored.dtype != self.dtype:
+            found = nl.ndarray(stored.shape, dtype=self.dtype)
+            nisa.tensor_copy(dst=found, src=stored)
         return found.reshape((P, self.unit, self.stored_dim))
+
+    def _fetched(self, base, rows):
+        """Return rows (P, W) of a tensor in HBM, zeros where there is none."""
+        width = base.shape[1]
+        found = nl.ndarray((P, width), dtype=base.dtype)
+        zero = 0 if base.dtype == nl.int8 or base.dtype == nl.uint8 else 0.0
+        nisa.memset(dst=found, value=zero, engine=nisa.engine.gpsimd)
+        source = base.ap(pattern=[[width, P], [1, width]], offset=0, vector_offset=rows, indirect_dim=0)
+        nisa.dma_copy(dst=found, src=source, oob_mode=nisa.oob_mode.skip)
+        return found
 
     def _logits(self, logits, queries, rows, head):
         """Multiply the keys of a kv head by the queries, and keep the products with a token's own sequence."""
@@ -249,12 +270,23 @@ class _Call(nl.NKIObject):
                     )
             for slot in range(SLOTS):
                 own = slice(slot * UNITS, (slot + 1) * UNITS)
-                nisa.tensor_scalar(
-                    dst=logits[own, head, start : start + count, :],
-                    data=products[own, :, slot, :],
-                    op0=nl.multiply,
-                    operand0=self.softmax_scale,
-                )
+                mine, data = logits[own, head, start : start + count, :], products[own, :, slot, :]
+                if self.head_scales == None:  # noqa: E711
+                    nisa.tensor_scalar(dst=mine, data=data, op0=nl.multiply, operand0=self.softmax_scale)
+                else:
+                    nisa.tensor_scalar(
+                        dst=mine,
+                        data=data,
+                        op0=nl.multiply,
+                        operand0=self.softmax_scale,
+                        op1=nl.multiply,
+                        operand1=self.head_scales[own, head : head + 1],
+                    )
+        if self.token_scales != None:  # noqa: E711
+            scales = self._fetched(self.token_scales, rows[:, 0, head : head + 1])
+            wide = scales.reshape((P, self.unit, 1)).broadcast(2, self.group)
+            mine = logits[:, head, :, :]
+            nisa.tensor_tensor(dst=mine, data1=mine, data2=wide, op=nl.multiply)
 
     def _turned(self, keys, lane, lanes):
         """Return some lanes of keys (P, unit, DS) as (lanes, unit, P)."""
@@ -281,7 +313,7 @@ class _Call(nl.NKIObject):
         nisa.tensor_tensor(dst=biases, data1=slopes, data2=wide, op=nl.multiply)
         nisa.tensor_tensor(dst=logits, data1=logits, data2=biases, op=nl.subtract)
 
-    def _softmax(self, logits, head, stop, weights, first, tile):
+    def _softmax(self, logits, head, stop, weights, visible, rows, first, tile):
         """Write the weights of some kv heads to their slots, and their maximum and sum to HBM."""
         heads = (stop - head) * self.group
         mine = logits[:, head:stop, :, :]
@@ -311,6 +343,14 @@ class _Call(nl.NKIObject):
         nisa.tensor_copy(dst=stats[:, :, 1], src=total)
         pattern = [[2, heads], [self.num_heads * 2, SLOTS], [1, 2]]
         nisa.dma_copy(dst=self._of_tile(self.stats, pattern, head * self.group * 2, first, tile), src=stats)
+        if self.token_scales != None:  # noqa: E711
+            for i in range(stop - head):
+                scales = self._fetched(self.token_scales, rows[:, 1, head + i : head + i + 1])
+                kept = nl.ndarray((P, self.unit), dtype=nl.float32)
+                nisa.select_reduce(dst=kept, predicate=visible, on_true=scales, on_false=0.0)
+                wide = kept.reshape((P, self.unit, 1)).broadcast(2, self.group)
+                scaled = exponents[:, i, :, :]
+                nisa.tensor_tensor(dst=scaled, data1=scaled, data2=wide, op=nl.multiply)
         for slot in range(SLOTS):
             own = slice(slot * UNITS, (slot + 1) * UNITS)
             nisa.tensor_copy(dst=weights[own, head:stop, :, slot, :], src=exponents[own, :, :, :])
@@ -324,7 +364,9 @@ class _Call(nl.NKIObject):
         kept = values.view(words)
         mask = bits.reshape((P, self.unit, 1)).broadcast(2, self.stored_dim)
         nisa.tensor_tensor(dst=kept, data1=kept, data2=mask, op=nl.bitwise_and)
-        slots = max(1, min(SLOTS, P // self.group))
+        slots = SLOTS
+        while slots * self.group > P:
+            slots //= 2
         for slot in range(0, SLOTS, slots):
             size = slots * self.group
             product = nl.ndarray((size, self.value_dim), dtype=nl.float32, buffer=nl.psum)
@@ -336,7 +378,12 @@ class _Call(nl.NKIObject):
                     accumulate=j > 0,
                 )
             sums = nl.ndarray((size, self.value_dim), dtype=nl.float32)
-            nisa.tensor_copy(dst=sums, src=product)
+            if self.head_scales == None:  # noqa: E711
+                nisa.tensor_copy(dst=sums, src=product)
+            else:
+                place = self.num_kv_heads + head
+                scale = self.head_scales[0:size, place : place + 1]
+                nisa.tensor_scalar(dst=sums, data=product, op0=nl.multiply, operand0=scale)
             pattern = [[self.num_heads * self.value_dim, slots], [self.value_dim, self.group], [1, self.value_dim]]
             offset = (slot * self.num_heads + head * self.group) * self.value_dim
             nisa.dma_copy(dst=self._of_tile(self.sums, pattern, offset, first, tile), src=sums)
