@@ -1,7 +1,7 @@
 """Microscaling formats: groups of 8 partitions x 4 elements that share a power of two (generation 4).
 
-Four elements are packed into one, the first in the lowest bits. Layout of scales, guide "MXFP matmul": with at most 32
-partitions one row per 8 partitions, else the first four rows of each quadrant of 32 partitions.
+Four elements are packed into one, the first, it is taken, in the lowest bits. Scales, guide "MXFP matmul": one
+row per 8 partitions, in the first four rows of each quadrant; with 32 partitions those four rows suffice.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ import nki._dtypes as dt
 from nki._dtypes import DType
 from nki._machine import machine
 from nki._tensor import NkiTensor
-from nki.isa._access import F32, Array, demand, f32, reject, values, write
+from nki.isa._access import F32, Array, demand, f32, listed, reject, values, write
 from nki.isa._enums import engine as Engine
 from nki.isa._instruction import instruction
 from nki.isa._operands import MX_PACKED, MX_SCALES, PSUM_ONLY, SBUF_ONLY, Spec, result, tile
@@ -44,8 +44,8 @@ def _unpack(packed: Array, dtype: DType) -> F64:
 
 
 def _check_scale(operand: str, scale: NkiTensor, partitions: int, columns: int) -> None:
-    rows = partitions // GROUP_PARTITIONS if partitions <= QUADRANT else partitions
-    demand(scale.partitions == rows, operand, f"have {rows} partitions for {partitions} of data", scale.shape)
+    rows = (partitions, partitions // GROUP_PARTITIONS) if partitions <= QUADRANT else (partitions,)
+    demand(scale.partitions in rows, operand, f"have {listed(rows)} partitions for {partitions} of data", scale.shape)
     demand(scale.free == columns, operand, f"have {columns} elements per partition", scale.shape)
 
 
