@@ -46,13 +46,17 @@ def find_reduction(operand: str, op: Any, allowed: tuple[str, ...] = ()) -> Oper
     return found
 
 
+def _check_unused(op: Operator, operand: str, other: Any, reverse: bool) -> None:
+    unused = other is None or (not isinstance(other, NkiTensor) and other == 0)
+    demand(unused, operand, f"be None or 0 with nl.{op.name}", other)
+    demand(not reverse, operand.replace("operand", "reverse"), f"be False with nl.{op.name}", reverse)
+
+
 def arithmetic(op: Operator, x: F32, operand: str, other: Any, reverse: bool) -> F32:
     """x op other in fp32, where other is a number or a (P, 1) tensor; None or 0 with an operator of one input."""
     with np.errstate(all="ignore"):
         if op.unary:
-            unused = other is None or (not isinstance(other, NkiTensor) and other == 0)
-            demand(unused, operand, f"be None or 0 with nl.{op.name}", other)
-            demand(not reverse, f"reverse of nl.{op.name}", "be False", reverse)
+            _check_unused(op, operand, other, reverse)
             return op.value(x).astype(np.float32)
         demand(other is not None, operand, f"be given with nl.{op.name}", None)
         y = broadcast_f32(operand, other)
@@ -68,7 +72,7 @@ def combine(op: Operator, x: F32, y: F32, reverse: bool = False) -> F32:
 def bits(op: Operator, x: Array, dtype: DType, operand: str, other: Any, reverse: bool) -> Array:
     """x op other on bit patterns of the dtype."""
     if op.unary:
-        demand(other is None or (not isinstance(other, NkiTensor) and other == 0), operand, "be None or 0", other)
+        _check_unused(op, operand, other, reverse)
         return op.value(x)
     y = pattern(operand, other, dtype)
     shifted, count = (y, x) if reverse else (x, y)

@@ -7,7 +7,7 @@ import numpy as np
 import nki._dtypes as dt
 from nki._machine import machine
 from nki._tensor import NkiTensor
-from nki.isa._access import check_start_partition, demand, int32, reject, values, write
+from nki.isa._access import Array, check_start_partition, demand, int32, reject, values, write
 from nki.isa._enums import engine as Engine
 from nki.isa._instruction import instruction
 from nki.isa._operands import ANY, SBUF_ONLY, Spec, result, tile
@@ -36,13 +36,16 @@ def nc_stream_shuffle(dst: NkiTensor, src: NkiTensor, shuffle_mask: Any, name: s
     demand(good, "shuffle_mask", "be 32 integers of 0 to 31, or 255", shuffle_mask)
     moved = np.zeros((dst.partitions, dst.free), dst.dtype.numpy)
     chosen = np.zeros(moved.shape, np.bool_)
+    rows: dict[int, Array] = {}
     for partition in range(dst.partitions):
         lane = shuffle_mask[partition % QUADRANT]
         if lane == UNMODIFIED:
             continue
         source = partition // QUADRANT * QUADRANT + lane
         demand(source < src.partitions, "shuffle_mask", f"name one of the {src.partitions} partitions of src", source)
-        moved[partition] = values("src", src.slice(0, source, source + 1))[0]
+        if source not in rows:
+            rows[source] = values("src", src.slice(0, source, source + 1))[0]
+        moved[partition] = rows[source]
         chosen[partition] = True
     dst.write(moved, machine().instruction, where=chosen)
 
