@@ -10,8 +10,8 @@ from nki._machine import machine
 from nki._memory import UNWRITTEN, Storage
 
 if TYPE_CHECKING:
+    from nki._layout import Layout
     from nki._tensor import NkiTensor
-    from nki._views import Layout
 
 Place = Union["Layout", Array]  # a layout, or element numbers of the storage
 
@@ -53,7 +53,7 @@ def forget_neighbours(view: "NkiTensor", place: Place) -> None:
     storage = view.storage
     if storage.address is None:
         return
-    covered = None
+    covered: Array | None = None
     for other in list(machine().live):
         if other is storage or other.buffer is not storage.buffer or other.address is None:
             continue
@@ -62,9 +62,9 @@ def forget_neighbours(view: "NkiTensor", place: Place) -> None:
         if rows.start >= rows.stop or columns.start >= columns.stop:
             continue
         if covered is None:
-            covered = np.zeros(storage.data.size, bool)
-            view.put(covered, place, True)
-            covered = covered.reshape(storage.partitions, storage.free_bytes)
+            flat = np.zeros(storage.data.size, bool)
+            view.put(flat, place, True)
+            covered = flat.reshape(storage.partitions, storage.free_bytes)
         own = covered[_shift(rows, storage.address[0]), _shift(columns, storage.address[1])]
         state = other.state.reshape(other.partitions, other.free_bytes)
         state[_shift(rows, other.address[0]), _shift(columns, other.address[1])][own] = UNWRITTEN

@@ -86,7 +86,7 @@ def check_dtype(instruction: str, dtype: Any, generation: int) -> DType:
     require(isinstance(dtype, DType), instruction, "dtype", "be a dtype of nki.language", repr(dtype))
     rule = f"exist on generation {generation} (from {dtype.oldest} on)"
     require(generation >= dtype.oldest, instruction, "dtype", rule, dtype)
-    return dtype  # type: ignore[no-any-return]
+    return dtype
 
 
 def check_exact(instruction: str, operand: str, values: Array) -> None:

@@ -1,5 +1,6 @@
 """The one error of the simulator, which names the instruction, the operand, the rule and the kernel's line."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +17,7 @@ def kernel_line() -> str:
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
 def fail(instruction: str, operand: str, rule: str, got: Any) -> NoReturn:

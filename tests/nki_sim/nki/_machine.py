@@ -3,11 +3,12 @@
 Interface for instructions: `machine()` gives the `Core` on which the calling kernel runs; instructions read
 `.generation` (2 trn1, 3 trn2, 4 trn3), `.core`, `.num_cores`, and report work with
 `.count(engine, elements=, bytes=, descriptors=)`, engine one of "tensor", "vector", "scalar", "gpsimd", "dma", "sync".
-`Core.lanes` keeps what an engine remembers between instructions (accumulator registers), by a name of its own.
+`Core.tally` counts instructions that are alike, for models of their cost. `Core.lanes` keeps what an engine remembers between instructions (accumulator registers), by a name of its own.
 """
 
 import threading
 import weakref
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ class Loop:
 class Core:
     """One core while it runs a kernel.
 
+    tally: how often each (engine, instruction, elements, bytes, descriptors) ran.
     turns: a token for the present turn of each dynamic loop, outermost first; loops: those loops.
     """
 
@@ -63,6 +65,7 @@ class Core:
     launch: "Launch | None" = None
     counters: dict[str, Work] = field(default_factory=lambda: {engine: Work() for engine in ENGINES})
     by_instruction: dict[tuple[str, str], Work] = field(default_factory=dict)
+    tally: Counter[tuple[str, str, int, int, int]] = field(default_factory=Counter)
     lanes: dict[str, Any] = field(default_factory=dict)
     instruction: str = ""
     turns: tuple[Any, ...] = ()
@@ -76,6 +79,7 @@ class Core:
         """Count one instruction of an engine."""
         self.counters[engine].add(elements, bytes, descriptors)
         self.by_instruction.setdefault((engine, self.instruction), Work()).add(elements, bytes, descriptors)
+        self.tally[engine, self.instruction, elements, bytes, descriptors] += 1
 
 
 class _Current(threading.local):

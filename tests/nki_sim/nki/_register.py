@@ -64,8 +64,8 @@ class VirtualRegister:
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _compute
     __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = __mod__ = __rmod__ = __pow__ = __neg__ = _compute
     __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __and__ = __rand__ = __or__ = __ror__ = _compute
-    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _compute  # type: ignore[assignment]
-    __hash__ = object.__hash__  # type: ignore[assignment]
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _compute
+    __hash__ = object.__hash__
 
     def __repr__(self) -> str:
         return "register"

@@ -25,10 +25,11 @@ import numpy as np
 from nki._access import Place, check_hazards, forget_neighbours, touch
 from nki._dtypes import Array, DType, cast, check_dtype, check_exact
 from nki._errors import fail, require
+from nki._layout import MAX_DIMS, Dynamic, Layout, as_int, check_scalar_index, check_vector_index, overlaps, row_major
 from nki._machine import machine
 from nki._memory import ACCUMULATED, BANK_BYTES, UNWRITTEN, WRITTEN, Storage
 from nki._register import VirtualRegister
-from nki._views import MAX_DIMS, Dynamic, Layout, Views, _scalar_index, _vector_index, as_int, row_major
+from nki._views import Views
 
 
 class NkiTensor(Views):
@@ -125,10 +126,10 @@ class NkiTensor(Views):
         scale = math.prod(self.shape[dim + 1 :]) * self.dtype.itemsize // new.itemsize
         if scalar_offset is not None:
             require(dim > 0 or not self.on_chip, "ap", "indirect_dim", "not be the partition on chip", dim)
-            dynamic = Dynamic("scalar", _scalar_index("ap", "scalar_offset", scalar_offset), scale, None)
+            dynamic = Dynamic("scalar", check_scalar_index("ap", "scalar_offset", scalar_offset), scale, None)
         if vector_offset is not None:
             require(dim == 0, "ap", "indirect_dim", "be 0 with vector_offset", dim)
-            rows = math.prod(vector_offset.shape) if _vector_index("ap", self, vector_offset) else 0
+            rows = math.prod(vector_offset.shape) if check_vector_index("ap", self, vector_offset) else 0
             require(
                 pairs[0][0] == scale, "ap", "pattern's first step", f"be the {scale} elements of a row", pairs[0][0]
             )
@@ -167,6 +168,8 @@ class NkiTensor(Views):
         require(self.dynamic.kind == "scalar", instruction, operand, "not be a gather or scatter here", self)
         index = self.index_value(instruction, operand)
         moved = Layout(layout.shape, layout.strides, layout.offset + index * self.dynamic.stride)
+        reach = index * self.dynamic.stride * self.dtype.itemsize
+        require(reach < 2**32, instruction, operand, "be reached by a run-time offset of 32 bits, in bytes", reach)
         limit = self.dynamic.limit
         total = self.storage.data.size // self.dtype.itemsize
         inside = index >= 0 and (limit is None or index < limit) and moved.last < total
@@ -193,7 +196,7 @@ class NkiTensor(Views):
         return int(index.values(instruction, f"{operand}'s run-time index").reshape(())[()])
 
     def pick(self, array: Array, place: Place) -> Array:
-        """Give (*shape, itemsize) of an array with one entry per byte of the storage; a view where place is a layout."""
+        """Give (*shape, itemsize) of an array with an entry per byte of the storage; a view if place is a layout."""
         k = self.dtype.itemsize
         if not isinstance(place, Layout):
             return array.reshape(-1, k)[place]
@@ -323,26 +326,6 @@ class NkiTensor(Views):
 
     def __repr__(self) -> str:
         return f"{self.name or 'tensor'}{list(self.shape)} {self.dtype!r} in {self.buffer!r}"
-
-
-def elements_of(layout: Layout) -> Array:
-    """Give the element numbers that a layout visits, in its shape."""
-    elements = np.full((), layout.offset, np.int64)
-    for count, step in zip(layout.shape, layout.strides, strict=True):
-        elements = elements[..., None] + np.arange(count) * step
-    return elements
-
-
-def overlaps(layout: Layout) -> bool:
-    """Tell whether a layout visits an element twice."""
-    pairs = sorted((step, count) for step, count in zip(layout.strides, layout.shape, strict=True) if count > 1)
-    reach = 0
-    for step, count in pairs:
-        if step <= reach:
-            elements = elements_of(layout)
-            return bool(np.unique(elements).size < elements.size)
-        reach += step * (count - 1)
-    return False
 
 
 def whole(storage: Storage) -> NkiTensor:

@@ -1,76 +1,19 @@
 """Views of tensors: slices, selections, reshapes, access patterns (nki.language.NkiTensor, SDK 2.32 API reference)."""
 
 import math
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nki._dtypes import DType
 from nki._errors import fail, require
+from nki._layout import Dynamic, Layout, as_int, check_scalar_index, check_vector_index, fill_shape, row_major
 from nki._register import VirtualRegister
 
 if TYPE_CHECKING:
     from nki._tensor import NkiTensor
-
-MAX_DIMS = 5  # the partition and four free dimensions
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a view's elements lie in its storage, in elements of its dtype."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int = 0
-
-    @property
-    def first(self) -> int:
-        """Lowest element."""
-        return self.offset + sum(min(0, (n - 1) * step) for n, step in zip(self.shape, self.strides, strict=True))
-
-    @property
-    def last(self) -> int:
-        """Highest element."""
-        return self.offset + sum(max(0, (n - 1) * step) for n, step in zip(self.shape, self.strides, strict=True))
-
-    @property
-    def contiguous(self) -> bool:
-        """Whether the elements follow each other without gaps in row-major order."""
-        pairs = [(n, step) for n, step in zip(self.shape, self.strides, strict=True) if n > 1]
-        expected = [math.prod(n for n, _ in pairs[at + 1 :]) for at in range(len(pairs))]
-        return [step for _, step in pairs] == expected
-
-
-@dataclass(frozen=True, eq=False)
-class Dynamic:
-    """An address that is known at run time only.
-
-    kind: "scalar" (one index), "vector" (an index per row, DMA) or "columns" (`.indirect`).
-    stride: elements from one index to the next.
-    limit: indices lie below it; None where only the extent of the storage bounds them.
-    """
-
-    kind: str
-    index: "NkiTensor | VirtualRegister"
-    stride: int
-    limit: int | None
-
-
-def row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a new allocation."""
-    return tuple(math.prod(shape[at + 1 :]) for at in range(len(shape)))
-
-
-def as_int(instruction: str, operand: str, value: Any) -> int:
-    """Give a compile-time integer; registers, tensors and booleans are none."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, VirtualRegister):
-        fail(instruction, operand, "be an integer known at compile time", type(value).__name__)
-    number = operator.index(value)
-    require(-(2**31) <= number < 2**31, instruction, operand, "fit 32 bits", number)
-    return number
 
 
 class Views:
@@ -170,7 +113,7 @@ class Views:
             layout = Layout((*layout.shape, 1), (*layout.strides, 1), self.offset)
         if isinstance(index, (Views, VirtualRegister)):
             require(self.dynamic is None, "select", "index", "be the only run-time index of the tensor", "a second one")
-            dynamic = Dynamic("scalar", _scalar_index("select", "index", index), step, size)
+            dynamic = Dynamic("scalar", check_scalar_index("select", "index", index), step, size)
             return self._derive(layout, dynamic=dynamic, what="select")
         number = as_int("select", "index", index)
         require(0 <= number < size, "select", "index", f"lie in [0, {size})", number)
@@ -180,7 +123,7 @@ class Views:
         """Give a row for each entry of a (P, 1) tensor of indices in SBUF: DMA gathers and scatters."""
         dim = self._dim("vector_select", dim)
         require(dim == 0, "vector_select", "dim", "be 0", dim)
-        rows = _vector_index("vector_select", self, vector_offset)
+        rows = check_vector_index("vector_select", self, vector_offset)
         dynamic = Dynamic("vector", vector_offset, self.strides[0], self.shape[0])
         return self._derive(Layout((rows, *self.shape[1:]), self.strides, self.offset), dynamic=dynamic)
 
@@ -202,7 +145,7 @@ class Views:
 
     def reshape(self, shape: Sequence[int]) -> "NkiTensor":
         """Give the same elements in row-major order in another shape, which may hold one -1."""
-        sizes = _fill(tuple(as_int("reshape", "shape", n) for n in shape), math.prod(self.shape), "reshape")
+        sizes = fill_shape(tuple(as_int("reshape", "shape", n) for n in shape), math.prod(self.shape), "reshape")
         same = not self.on_chip or sizes[0] == self.shape[0]
         require(same, "reshape", "shape", f"keep {self.shape[0]} partitions", sizes)
         dummy = np.lib.stride_tricks.as_strided(np.empty(1, np.int8), self.shape, self.strides, writeable=False)
@@ -216,7 +159,7 @@ class Views:
     def reshape_dim(self, dim: int, shape: Sequence[int]) -> "NkiTensor":
         """Split one dimension; the sizes may hold one -1."""
         dim = self._dim("reshape_dim", dim)
-        sizes = _fill(tuple(as_int("reshape_dim", "shape", n) for n in shape), self.shape[dim], "reshape_dim")
+        sizes = fill_shape(tuple(as_int("reshape_dim", "shape", n) for n in shape), self.shape[dim], "reshape_dim")
         trivial = dim > 0 or not self.on_chip or sizes == self.shape[:1]
         require(trivial, "reshape_dim", "shape", "leave the partition dimension as it is", sizes)
         steps = tuple(self.strides[dim] * step for step in row_major(sizes))
@@ -272,7 +215,7 @@ class Views:
         for dim, part in enumerate(dst_pattern):
             if not isinstance(part, str) and len(part) > 1:
                 view = view.flatten_dims(dim, dim + len(part) - 1)
-        return view  # type: ignore[no-any-return]
+        return view
 
     def broadcast(self, dim: int, size: int) -> "NkiTensor":
         """Repeat a dimension of size 1 without a copy (stride 0)."""
@@ -316,35 +259,3 @@ class Views:
     def get_pattern(self) -> list[list[int]]:
         """Give [[step, count], ...], outermost first."""
         return [[step, count] for step, count in zip(self.strides, self.shape, strict=True)]
-
-
-def _fill(shape: tuple[int, ...], size: int, what: str) -> tuple[int, ...]:
-    unknown = shape.count(-1)
-    require(unknown <= 1 and all(n > 0 or n == -1 for n in shape), what, "shape", "have at most one -1", shape)
-    known = math.prod(n for n in shape if n != -1)
-    if unknown:
-        require(size % known == 0, what, "shape", f"divide {size} elements", shape)
-        return tuple(size // known if n == -1 else n for n in shape)
-    require(known == size, what, "shape", f"have {size} elements", shape)
-    return shape
-
-
-def _scalar_index(what: str, operand: str, index: Any) -> Any:
-    """Check a run-time index: a register, or one int32 or uint32 in SBUF."""
-    if isinstance(index, VirtualRegister):
-        return index
-    good = isinstance(index, Views) and math.prod(index.shape) == 1
-    require(good, what, operand, "be a register or a (1, 1) tensor", index)
-    memory = index.buffer.name == "sbuf" and index.dtype.name in ("int32", "uint32")
-    require(memory, what, operand, "be int32 or uint32 in SBUF", index)
-    return index
-
-
-def _vector_index(what: str, base: Any, index: Any) -> int:
-    """Check a vector of run-time indices and give its number of rows."""
-    require(not base.on_chip, what, "tensor", "be in HBM", base)
-    require(base.dynamic is None, what, "tensor", "have no other run-time index", base)
-    good = isinstance(index, Views) and index.dtype.name in ("int32", "uint32") and len(index.shape) == 2
-    require(good, what, "vector_offset", "be a two-dimensional int32 or uint32 tensor", index)
-    require(index.buffer.name == "sbuf", what, "vector_offset", "be in SBUF", index)
-    return int(index.shape[0])

@@ -110,6 +110,8 @@ class simulate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Check the source, run, and give what the kernel returns."""
         function = self.kernel.function
+        rule = "be the outermost function: kernels call no kernels"
+        require(not running(), function.__name__, "kernel", rule, "a call inside a kernel")
         generation = target_generation()
         launch = Launch(generation, _cores(self.kernel.grid, generation), self.kernel.grid is not None)
         self.cores = launch.cores
@@ -143,6 +145,8 @@ class _Argument:
         self.value = value
         rule = "be an array, a number, a string or a tuple; lists are not arguments of kernels"
         require(not isinstance(value, list), kernel, name, rule, "a list")
+        small = not isinstance(value, int) or -(2**31) <= value < 2**31
+        require(small, kernel, name, "fit 32 bits, as integers in kernels do", value)
         if self.torch:
             value = _from_torch(value.detach())
         if isinstance(value, np.ndarray):

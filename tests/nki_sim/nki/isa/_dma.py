@@ -5,166 +5,28 @@ from typing import Any
 
 import numpy as np
 
-from nki._dtypes import Array, cast, check_exact
-from nki._errors import fail, require
+from nki._dtypes import cast, check_exact
+from nki._errors import require
 from nki._instruction import instruction
-from nki._machine import machine
+from nki._layout import Layout
 from nki._memory import sbuf
-from nki._tensor import NkiTensor, elements_of
-from nki._views import Layout
+from nki._tensor import NkiTensor
 from nki.isa import _enums
+from nki.isa._dma_access import (
+    by_vector,
+    check_member,
+    check_mode,
+    check_overlap,
+    check_priority,
+    check_tensor,
+    convert,
+    count,
+    indexed_rows,
+    load,
+    store,
+)
 
 AXES = {2: (1, 0), 3: (2, 1, 0), 4: (3, 1, 2, 0)}
-
-
-def _check_tensor(title: str, operand: str, value: Any) -> None:
-    require(isinstance(value, NkiTensor), title, operand, "be a tensor", type(value).__name__)
-    require(value.buffer.name != "psum", title, operand, "be in HBM or SBUF, which DMA reaches", value)
-    columns = value.dynamic is not None and value.dynamic.kind == "columns"
-    require(not columns, title, operand, "not be made by .indirect, which DMA does not follow", value)
-
-
-def _check_member(title: str, operand: str, value: Any, kind: type) -> None:
-    require(isinstance(value, kind), title, operand, f"be a member of nisa.{kind.__name__}", repr(value))
-
-
-def _by_vector(tensor: NkiTensor) -> bool:
-    return tensor.dynamic is not None and tensor.dynamic.kind == "vector"
-
-
-def _check_mode(title: str, dge_mode: Any, tensors: Sequence[NkiTensor]) -> None:
-    """Who builds the descriptors decides what addresses may be (guide on descriptor generation)."""
-    _check_member(title, "dge_mode", dge_mode, _enums.dge_mode)
-    generation = machine().generation
-    hardware = dge_mode is _enums.dge_mode.hwdge
-    require(not hardware or generation >= 3, title, "dge_mode", "not be hwdge before trn2", dge_mode)
-    for tensor in tensors:
-        if tensor.dynamic is not None:
-            static = dge_mode is _enums.dge_mode.none
-            require(not static, title, "dge_mode", "not be none with an address known at run time", tensor)
-        if _by_vector(tensor):
-            require(not hardware, title, "dge_mode", "not be hwdge with a vector of indices", tensor)
-            require(generation >= 3, title, "src's vector_offset", "not be used before trn2", tensor)
-
-
-def _check_priority(title: str, priority: Any, dge_mode: Any) -> None:
-    if priority is not None:
-        require(machine().generation >= 4, title, "priority", "be None before trn3", priority)
-        require(type(priority) is int and 0 <= priority <= 3, title, "priority", "be 0 to 3", priority)
-        require(dge_mode is not _enums.dge_mode.none, title, "priority", "be None with dge_mode.none", priority)
-
-
-def _rows(title: str, operand: str, tensor: NkiTensor) -> tuple[Array, Array]:
-    """Give the elements (rows, per row) that a vector of indices names, and which of the rows lie inside.
-
-    Indices are counted column by column; a negative one is a large unsigned number.
-    """
-    assert tensor.dynamic is not None
-    assert isinstance(tensor.dynamic.index, NkiTensor)
-    index = tensor.dynamic.index.values(title, f"{operand}'s vector_offset").T.reshape(-1).astype(np.int64)
-    require(index.size >= tensor.shape[0], title, operand, f"have an index for {tensor.shape[0]} rows", index.size)
-    index = index[: tensor.shape[0]]
-    inside = (index >= 0) & (index < (tensor.dynamic.limit or 0))
-    row = Layout((1, *tensor.shape[1:]), (0, *tensor.strides[1:]), tensor.offset)
-    addresses = elements_of(row).reshape(1, -1) + index[:, None] * tensor.dynamic.stride
-    return addresses, inside
-
-
-def _check_inside(title: str, operand: str, tensor: NkiTensor, inside: Array, oob_mode: Any) -> None:
-    _check_member(title, "oob_mode", oob_mode, _enums.oob_mode)
-    if oob_mode is _enums.oob_mode.error and not inside.all():
-        where = f"index number {int(np.argmin(inside))} of {tensor}"
-        fail(title, operand, "have every run-time index inside its tensor, or oob_mode.skip", where)
-
-
-def _load(title: str, operand: str, tensor: NkiTensor, oob_mode: Any) -> tuple[Array, Array]:
-    """Read a source: values and which of them exist, both in its shape."""
-    if _by_vector(tensor):
-        addresses, inside = _rows(title, operand, tensor)
-        _check_inside(title, operand, tensor, inside, oob_mode)
-        values = np.zeros(addresses.shape, tensor.dtype.numpy)
-        if inside.any():
-            values[inside] = tensor.read(title, operand, addresses[inside])
-        exist = np.broadcast_to(inside[:, None], addresses.shape)
-        return values.reshape(tensor.shape), exist.reshape(tensor.shape)
-    place = _static(title, operand, tensor, oob_mode)
-    if place is None:
-        return np.zeros(tensor.shape, tensor.dtype.numpy), np.zeros(tensor.shape, bool)
-    return tensor.read(title, operand, place), np.ones(tensor.shape, bool)
-
-
-def _static(title: str, operand: str, tensor: NkiTensor, oob_mode: Any) -> Layout | None:
-    """Give the layout with a scalar index applied, None where that lies outside and is skipped."""
-    _check_member(title, "oob_mode", oob_mode, _enums.oob_mode)
-    if tensor.dynamic is not None and oob_mode is _enums.oob_mode.skip:
-        moved, inside = tensor.moved(title, operand)
-        return moved if inside else None
-    return tensor.resolve(title, operand)
-
-
-def _store(title: str, tensor: NkiTensor, values: Array, exist: Array, oob_mode: Any) -> int:
-    """Write a destination where values exist, and give the number of elements moved."""
-    if _by_vector(tensor):
-        addresses, inside = _rows(title, "dst", tensor)
-        _check_inside(title, "dst", tensor, inside, oob_mode)
-        chosen = inside[:, None] & exist.reshape(addresses.shape)
-        unique = np.unique(addresses[chosen]).size == int(chosen.sum())
-        require(unique, title, "dst", "be scattered to by indices that differ", "an index given twice")
-        if chosen.any():
-            tensor.store(values.reshape(addresses.shape)[chosen], title, "dst", addresses[chosen])
-        return int(chosen.sum())
-    place = _static(title, "dst", tensor, oob_mode)
-    if place is None:
-        return 0
-    tensor.store(values.reshape(tensor.shape), title, "dst", place, where=exist.reshape(tensor.shape))
-    return int(exist.sum())
-
-
-def _check_overlap(title: str, dst: NkiTensor, src: NkiTensor) -> None:
-    """Fail where a copy reads what it writes."""
-    if dst.storage is not src.storage or dst.is_indirect() or src.is_indirect():
-        return
-    places = []
-    for operand, tensor in (("dst", dst), ("src", src)):
-        layout, inside = tensor.moved(title, operand)
-        if not inside:
-            return
-        places.append(elements_of(layout).reshape(-1)[:, None] * tensor.dtype.itemsize)
-    spans = [(p + np.arange(t.dtype.itemsize)).reshape(-1) for p, t in zip(places, (dst, src), strict=True)]
-    require(np.intersect1d(*spans).size == 0, title, "dst", "not overlap src", dst)
-
-
-def _run(tensor: NkiTensor) -> int:
-    """Elements that follow each other in memory: what one descriptor can take."""
-    first = 1 if tensor.on_chip or _by_vector(tensor) else 0
-    length = 1
-    for count, step in zip(reversed(tensor.shape[first:]), reversed(tensor.strides[first:]), strict=True):
-        if count > 1 and step != length:
-            break
-        length *= count
-    return length
-
-
-def _count(moved: int, *tensors: NkiTensor) -> None:
-    size = max(tensor.dtype.itemsize for tensor in tensors)
-    run = min(_run(tensor) for tensor in tensors)
-    machine().count("dma", elements=moved, bytes=moved * size, descriptors=-(-moved // run))
-
-
-def _convert(title: str, values: Array, exist: Array, src: NkiTensor, dst: NkiTensor) -> Array:
-    """Cast by way of float32, unless the dtypes are equal."""
-    if src.dtype is dst.dtype:
-        return values
-    packed = "packed" in (src.dtype.kind, dst.dtype.kind)
-    require(not packed, title, "dst", f"have src's packed dtype {src.dtype}", dst.dtype)
-    kept = values[exist]
-    if src.dtype.is_int:
-        check_exact(title, "src", kept)
-    with np.errstate(all="ignore"):
-        single = kept.astype(np.float32)
-    result = np.zeros(values.shape, dst.dtype.numpy)
-    result[exist] = cast(single, dst.dtype, title)
-    return result
 
 
 @instruction
@@ -184,25 +46,25 @@ def dma_copy(
     refused: gather and scatter at once, an index twice in a scatter, overlapping operands.
     """
     title = "dma_copy"
-    _check_tensor(title, "dst", dst)
-    _check_tensor(title, "src", src)
+    check_tensor(title, "dst", dst)
+    check_tensor(title, "src", src)
     require(dst.size == src.size, title, "dst", f"have the {src.size} elements of src", dst.size)
-    _check_mode(title, dge_mode, (dst, src))
-    _check_priority(title, priority, dge_mode)
-    _check_member(title, "engine", engine, _enums.engine)
+    check_mode(title, dge_mode, (dst, src))
+    check_priority(title, priority, dge_mode)
+    check_member(title, "engine", engine, _enums.engine)
     hardware = dge_mode is _enums.dge_mode.hwdge
     allowed = (_enums.engine.unknown, _enums.engine.sync, _enums.engine.scalar)
     good = engine in allowed and (hardware or engine is _enums.engine.unknown)
     require(good, title, "engine", "be sync or scalar, and only with dge_mode.hwdge", engine)
     require(not hardware or dst.dtype is src.dtype, title, "dst", f"be {src.dtype} as src with hwdge", dst.dtype)
-    require(not (_by_vector(dst) and _by_vector(src)), title, "dst", "not be indirect where src is", dst)
+    require(not (by_vector(dst) and by_vector(src)), title, "dst", "not be indirect where src is", dst)
     for operand, tensor in (("dst", dst), ("src", src)):
-        if _by_vector(tensor):
+        if by_vector(tensor):
             _check_vector(title, operand, tensor, src if tensor is dst else dst)
-    _check_overlap(title, dst, src)
-    values, exist = _load(title, "src", src, oob_mode)
-    moved = _store(title, dst, _convert(title, values, exist, src, dst), exist, oob_mode)
-    _count(moved, dst, src)
+    check_overlap(title, dst, src)
+    values, exist = load(title, "src", src, oob_mode)
+    moved = store(title, dst, convert(title, values, exist, src, dst), exist, oob_mode)
+    count(moved, dst, src)
 
 
 def _check_vector(title: str, operand: str, tensor: NkiTensor, other: NkiTensor) -> None:
@@ -238,8 +100,8 @@ def dma_transpose(
     elements are in all of them. Direct transposes take 2-byte dtypes only (the trn2 guide names 4-byte ones too).
     """
     title = "dma_transpose"
-    _check_tensor(title, "dst", dst)
-    _check_tensor(title, "src", src)
+    check_tensor(title, "dst", dst)
+    check_tensor(title, "src", src)
     require(dst.buffer is sbuf and dst.dynamic is None, title, "dst", "be in SBUF, with a static address", dst)
     require(dst.dtype is src.dtype, title, "dst", f"have src's dtype {src.dtype}", dst.dtype)
     require(src.dtype.itemsize == 2, title, "src", "have a 2-byte dtype", src.dtype)
@@ -248,12 +110,12 @@ def dma_transpose(
     require(axes is None or tuple(axes) == order, title, "axes", f"be {order} or None", axes)
     wanted = tuple(src.shape[axis] for axis in order)
     require(dst.shape == wanted, title, "dst", f"have shape {wanted}", dst.shape)
-    _check_mode(title, dge_mode, (dst, src))
-    _check_priority(title, priority, dge_mode)
-    _check_member(title, "oob_mode", oob_mode, _enums.oob_mode)
+    check_mode(title, dge_mode, (dst, src))
+    check_priority(title, priority, dge_mode)
+    check_member(title, "oob_mode", oob_mode, _enums.oob_mode)
     require(oob_mode is _enums.oob_mode.error or src.dynamic is not None, title, "oob_mode",
             "be error where src has a static address", oob_mode)  # fmt: skip
-    if _by_vector(src):
+    if by_vector(src):
         _check_gather(title, src, dge_mode)
     else:
         modes = (_enums.dge_mode.unknown, _enums.dge_mode.hwdge)
@@ -261,10 +123,10 @@ def dma_transpose(
         if dge_mode is _enums.dge_mode.hwdge:
             good = src.shape[0] == 16 and src.shape[-1] == 128
             require(good, title, "src", "have 16 rows of 128 elements with hwdge", src.shape)
-    _check_overlap(title, dst, src)
-    values, exist = _load(title, "src", src, oob_mode)
-    moved = _store(title, dst, values.transpose(order), exist.transpose(order), oob_mode)
-    _count(moved, src)
+    check_overlap(title, dst, src)
+    values, exist = load(title, "src", src, oob_mode)
+    moved = store(title, dst, values.transpose(order), exist.transpose(order), oob_mode)
+    count(moved, src)
 
 
 def _check_gather(title: str, src: NkiTensor, dge_mode: Any) -> None:
@@ -300,23 +162,23 @@ def dma_compute(
     nki.isa.dma_compute, SDK 2.32 API reference. Indices that repeat are refused.
     """
     title = "dma_compute"
-    _check_tensor(title, "dst", dst)
+    check_tensor(title, "dst", dst)
     require(isinstance(srcs, (list, tuple)), title, "srcs", "be a list of tensors", type(srcs).__name__)
     require(1 <= len(srcs) <= 16, title, "srcs", "be 1 to 16 tensors", len(srcs))
     for number, src in enumerate(srcs):
-        _check_tensor(title, f"srcs[{number}]", src)
+        check_tensor(title, f"srcs[{number}]", src)
         require(src.size == dst.size, title, f"srcs[{number}]", f"have the {dst.size} elements of dst", src.size)
     is_add = getattr(reduce_op, "__name__", "") == "add" and reduce_op.__module__.startswith("nki.language")
     require(is_add, title, "reduce_op", "be nl.add", reduce_op)
     unit = scales is None or (len(scales) == len(srcs) and all(scale == 1.0 for scale in scales))
     require(unit, title, "scales", "be None or 1.0 for each of srcs", scales)
     require(isinstance(unique_indices, bool), title, "unique_indices", "be True or False", unique_indices)
-    _check_mode(title, _enums.dge_mode.unknown, (dst, *srcs))
-    if _by_vector(dst) or any(_by_vector(src) for src in srcs):
+    check_mode(title, _enums.dge_mode.unknown, (dst, *srcs))
+    if by_vector(dst) or any(by_vector(src) for src in srcs):
         _check_update(title, dst, srcs, unique_indices)
     total, exist = np.zeros(dst.size, np.float32), np.ones(dst.size, bool)
     for number, src in enumerate(srcs):
-        values, there = _load(title, f"srcs[{number}]", src, oob_mode)
+        values, there = load(title, f"srcs[{number}]", src, oob_mode)
         exist &= there.reshape(-1)
         require(src.dtype.kind != "packed", title, f"srcs[{number}]", "not be of a packed dtype", src.dtype)
         if src.dtype.is_int:
@@ -325,21 +187,21 @@ def dma_compute(
             total += np.where(there, values, 0).astype(np.float32).reshape(-1)
     result = np.zeros(dst.size, dst.dtype.numpy)
     result[exist] = cast(total[exist], dst.dtype, title)
-    moved = _store(title, dst, result, exist, oob_mode)
-    _count(moved * (len(srcs) + 1) // 2, dst, *srcs)
+    moved = store(title, dst, result, exist, oob_mode)
+    count(moved * (len(srcs) + 1) // 2, dst, *srcs)
 
 
 def _check_update(title: str, dst: NkiTensor, srcs: Sequence[NkiTensor], unique_indices: bool) -> None:
     require(len(srcs) == 2, title, "srcs", "be two with a vector of indices", len(srcs))
     require(unique_indices, title, "unique_indices", "be True with a vector of indices", unique_indices)
     for number, src in enumerate(srcs):
-        if _by_vector(src):
-            addresses, inside = _rows(title, f"srcs[{number}]", src)
+        if by_vector(src):
+            addresses, inside = indexed_rows(title, f"srcs[{number}]", src)
             once = np.unique(addresses[inside]).size == addresses[inside].size
             require(once, title, f"srcs[{number}]", "have indices that differ", src)
     same = [_same_view(dst, src) for src in srcs]
-    indirect = [_by_vector(src) for src in srcs]
-    if _by_vector(dst):
+    indirect = [by_vector(src) for src in srcs]
+    if by_vector(dst):
         good = any(same) and not all(indirect) and srcs[same.index(True) ^ 1].buffer is sbuf
         require(good, title, "srcs", "be dst itself and a tensor of SBUF where dst is scattered to", list(srcs))
     else:

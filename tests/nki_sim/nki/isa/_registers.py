@@ -6,10 +6,10 @@ import numpy as np
 
 from nki._errors import require
 from nki._instruction import instruction
+from nki._layout import as_int
 from nki._machine import machine
 from nki._register import VirtualRegister
 from nki._tensor import NkiTensor
-from nki._views import as_int
 
 
 @instruction

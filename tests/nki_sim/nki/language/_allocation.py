@@ -10,6 +10,7 @@ import numpy as np
 from nki._dtypes import DType, cast, check_dtype, of_numpy, uint8
 from nki._errors import fail, kernel_line, require
 from nki._instruction import record, use_name
+from nki._layout import MAX_DIMS, as_int
 from nki._machine import Core, machine
 from nki._memory import (
     BANK_BYTES,
@@ -26,7 +27,6 @@ from nki._memory import (
     usable_sbuf_bytes,
 )
 from nki._tensor import NkiTensor, whole
-from nki._views import MAX_DIMS, as_int
 
 
 def ndarray(
@@ -54,6 +54,8 @@ def ndarray(
     if name:
         use_name(f"tensor {name}", "ndarray")
     record("ndarray", sizes, element, buffer, kernel_line())
+    if buffer is shared_hbm:
+        require(not core.turns, "ndarray", "buffer", "not be nl.shared_hbm inside a dynamic loop", buffer)
     if buffer is shared_hbm and core.num_cores == 2:
         return whole(_shared(core, element, sizes, name))
     storage = make_storage(buffer, element, sizes, name, kernel_line())
@@ -68,7 +70,6 @@ def ndarray(
 def _shared(core: Core, dtype: DType, shape: tuple[int, ...], name: str) -> Storage:
     """Give the one tensor that both cores make as their n-th in shared HBM."""
     assert core.launch is not None
-    require(not core.turns, "ndarray", "buffer", "not be nl.shared_hbm inside a dynamic loop", "nl.shared_hbm")
     at = core.shared
     core.shared += 1
     if at == len(core.launch.shared):
@@ -189,7 +190,12 @@ def shared_constant(constant: Any) -> NkiTensor:
         fail("shared_constant", "constant", "have a dtype of nki.language", error)
     require(dtype.name != "float8_e4m3", "shared_constant", "constant", "not be float8_e4m3", dtype)
     tensor = ndarray(array.shape, dtype, shared_hbm)
-    tensor.storage.data[...] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    fresh = not tensor.storage.state.any()
+    require(
+        fresh or np.array_equal(tensor.storage.data, data), "shared_constant", "constant", "be one on both cores", array
+    )
+    tensor.storage.data[...] = data
     tensor.storage.state[...] = WRITTEN
     return tensor
 

@@ -7,10 +7,10 @@ from typing import Any
 from nki._errors import fail, require
 from nki._instruction import record
 from nki._launch import meet
+from nki._layout import as_int
 from nki._machine import Core, Loop, machine
 from nki._register import VirtualRegister
 from nki._tensor import NkiTensor
-from nki._views import as_int
 
 
 def affine_range(start: int, stop: int | None = None, step: int = 1) -> range:
