@@ -3,7 +3,8 @@
 Interface for instructions: `machine()` gives the `Core` on which the calling kernel runs; instructions read
 `.generation` (2 trn1, 3 trn2, 4 trn3), `.core`, `.num_cores`, and report work with
 `.count(engine, elements=, bytes=, descriptors=)`, engine one of "tensor", "vector", "scalar", "gpsimd", "dma", "sync".
-`Core.tally` counts instructions that are alike, for models of their cost. `Core.lanes` keeps what an engine remembers between instructions (accumulator registers), by a name of its own.
+`Core.tally` counts instructions that are alike, for models of their cost. `Core.lanes` keeps what an engine remembers
+between instructions (accumulator registers), by a name of its own.
 """
 
 import threading
