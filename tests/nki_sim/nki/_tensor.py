@@ -195,24 +195,31 @@ class NkiTensor(Views):
             return index.read(instruction, operand)
         return int(index.values(instruction, f"{operand}'s run-time index").reshape(())[()])
 
-    def pick(self, array: Array, place: Place) -> Array:
-        """Give (*shape, itemsize) of an array with an entry per byte of the storage; a view if place is a layout."""
+    def elements(self, array: Array, place: Place) -> Array:
+        """Give the elements, as unsigned integers, of an array with a byte per byte of the storage.
+
+        A view where the place is a layout, a copy where it is element numbers.
+        """
         k = self.dtype.itemsize
         if not isinstance(place, Layout):
-            return array.reshape(-1, k)[place]
-        strides = (*(step * k for step in place.strides), 1)
-        byte = array.itemsize
-        strides = tuple(step * byte for step in strides)
-        return np.lib.stride_tricks.as_strided(array[place.offset * k :], (*place.shape, k), strides)
+            return array.view(f"u{k}")[place]
+        strides = tuple(step * k for step in place.strides)
+        return np.ndarray(place.shape, f"u{k}", array.data, place.offset * k, strides)
 
-    def put(self, array: Array, place: Place, values: Any, where: Array | None = None) -> None:
-        """Set what `pick` gives, or the part of it that `where` tells."""
+    def pick(self, array: Array, place: Place) -> Array:
+        """Give (*shape, itemsize) of an array with an entry per byte of the storage; a view if place is a layout."""
+        k, size = self.dtype.itemsize, array.itemsize
         if not isinstance(place, Layout):
-            array.reshape(-1, self.dtype.itemsize)[place] = values
-        elif where is None:
-            self.pick(array, place)[...] = values
+            return array.reshape(-1, k)[place]
+        strides = (*(step * k * size for step in place.strides), size)
+        return np.ndarray((*place.shape, k), array.dtype, array.data, place.offset * k * size, strides)
+
+    def put(self, array: Array, place: Place, value: Any) -> None:
+        """Set what `pick` gives to one value."""
+        if isinstance(place, Layout):
+            self.pick(array, place)[...] = value
         else:
-            self.pick(array, place)[where] = values[where] if isinstance(values, np.ndarray) else values
+            array.reshape(-1, self.dtype.itemsize)[place] = value
 
     def _columns(self, instruction: str, operand: str, group: int) -> Array:
         """Give the (P, n) elements that `.indirect` selects, counted in the storage."""
@@ -242,10 +249,10 @@ class NkiTensor(Views):
         """Give the elements in the view's shape, or at a place of the same storage, all of them defined."""
         place = self.resolve(instruction, operand) if place is None else place
         touch(self.storage, instruction, operand)
-        if not (self.pick(self.storage.state, place) != UNWRITTEN).all():
+        if not np.array(self.elements(self.storage.state, place), order="C").view(np.uint8).all():
             self._fail_undefined(instruction, operand)
         check_hazards(self, place, instruction, operand, writes=False)
-        return np.array(self.pick(self.storage.data, place), order="C").view(self.dtype.numpy)[..., 0]
+        return np.array(self.elements(self.storage.data, place), order="C").view(self.dtype.numpy)
 
     def _fail_undefined(self, instruction: str, operand: str) -> None:
         where = f"{self.name or 'a tensor'} {self.shape} of {self.storage.line}"
@@ -302,10 +309,16 @@ class NkiTensor(Views):
         if isinstance(place, Layout):
             require(not overlaps(place), instruction, operand, "write no element twice, as a stride of 0 does", self)
         check_hazards(self, place, instruction, operand, writes=True)
-        raw = np.ascontiguousarray(stored).view(np.uint8).reshape(*shape, self.dtype.itemsize)
-        chosen = None if where is None else where.reshape(shape)
-        self.put(self.storage.data, place, raw, chosen)
-        self.put(self.storage.state, place, state, chosen)
+        k = self.dtype.itemsize
+        mark = int.from_bytes([state] * k, "little")
+        raw = np.ascontiguousarray(stored).reshape(shape).view(f"u{k}")
+        for array, new in ((self.storage.data, raw), (self.storage.state, mark)):
+            if not isinstance(place, Layout):
+                array.view(f"u{k}")[place] = new
+            elif where is None:
+                self.elements(array, place)[...] = new
+            else:
+                np.copyto(self.elements(array, place), np.asarray(new, f"u{k}"), where=where.reshape(shape))
         forget_neighbours(self, place)
 
     def written(self) -> Array:

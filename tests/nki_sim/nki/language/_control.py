@@ -42,8 +42,8 @@ def _bound(title: str, operand: str, value: Any) -> int:
 
 
 def _check_body(title: str, body: Any) -> None:
-    good = callable(body) and len(inspect.signature(body).parameters) == 1
-    require(good, title, "body_fun", "be a function of one argument", body)
+    needed = [p for p in inspect.signature(body).parameters.values() if p.default is p.empty] if callable(body) else []
+    require(len(needed) == 1, title, "body_fun", "be a function of one argument, others having defaults", body)
 
 
 def fori_loop(lower: Any, upper: Any, body_fun: Callable[[VirtualRegister], None], step: int = 1) -> None:
