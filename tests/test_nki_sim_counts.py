@@ -159,6 +159,23 @@ def kernel(x):
     assert first["dma"].bytes == second["dma"].bytes == 4 * 8 * 4
 
 
+def test_tally() -> None:
+    """The same work is told apart from other work of its instruction, and sums up to what the engines did."""
+    line = "nisa.tensor_scalar(dst=a[:, 0:{n}], data=a[:, 0:{n}], op0=nl.add, operand0=1.0)"
+    source = kernel(line.format(n=50), line.format(n=50), line.format(n=51))
+    with target("trn2", 1):
+        run = nki.simulate(load(source).kernel)
+        run(X, IDX)
+    core = run.cores[0]
+    times = {key[2]: number for key, number in core.tally.items() if key[:2] == ("vector", "tensor_scalar")}
+    assert times == {50: 2, 51: 1}
+    for engine in ENGINES:
+        own = [(key, number) for key, number in core.tally.items() if key[0] == engine]
+        assert sum(number for _, number in own) == core.counters[engine].instructions
+        assert sum(number * key[3] for key, number in own) == core.counters[engine].bytes
+        assert sum(number * key[4] for key, number in own) == core.counters[engine].descriptors
+
+
 def test_a_run_starts_at_nothing() -> None:
     first, second = (counts(LOOP.format(trips=1), random(1, 1)) for _ in range(2))
     assert first == second
