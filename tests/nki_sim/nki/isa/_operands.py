@@ -14,7 +14,6 @@ from nki._machine import machine
 from nki._memory import Buffer, psum, sbuf
 from nki._tensor import NkiTensor
 from nki.isa._access import (
-    MAX_PARTITIONS,
     check_pattern,
     check_start_partition,
     demand,
@@ -79,18 +78,14 @@ class Tile:
             reject(operand, "be in " + listed(self.memories), value.buffer)
         if value.dtype not in self.dtypes:
             reject(operand, "have a dtype among " + listed(self.dtypes), value.dtype)
-        demand(value.ndim >= 2, operand, "have a partition and a free dimension", value.shape)
         demand(value.ndim <= most_dimensions, operand, f"have at most {most_dimensions} dimensions", value.shape)
-        demand(value.partitions <= MAX_PARTITIONS, operand, f"have at most {MAX_PARTITIONS} partitions", value.shape)
         least, most = (1, 1) if self.vector else self.free
         span = f"{least}" if least == most else f"{least} to {most}"
         demand(least <= value.free <= most, operand, f"have {span} element(s) per partition", value.free)
         check_pattern(operand, value)
         if not self.any_start:
             check_start_partition(operand, value, value.partitions)
-        if value.is_indirect():
-            demand(self.indirect, operand, "not be an indirect view", "one")
-            demand(machine().generation >= 4, operand, "be direct before generation 4", "an indirect view")
+        demand(self.indirect or not value.is_indirect(), operand, "not be an indirect view", "one")
 
 
 def tile(*, dtypes: tuple[DType, ...] = NUMBERS, memories: tuple[Buffer, ...] = ON_CHIP, **rules: Any) -> Tile:
