@@ -23,6 +23,72 @@ PARTITIONS = 128
 
 
 @dataclass(frozen=True)
+class Case:
+    """A batch of prefills, then decodes; `group` query heads share a key head, `tile_tokens` of context are a tile."""
+
+    prefills: int
+    decodes: int
+    block_size: int
+    tile_tokens: int
+    heads: int
+    group: int
+    head_dim: int
+
+
+PUBLISHED = (
+    Case(1, 199, 1, 512, 4, 2, 8),
+    Case(4, 12, 32, 2048, 32, 8, 64),
+    Case(4, 12, 32, 2048, 16, 4, 32),
+    Case(4, 12, 256, 8192, 8, 1, 128),
+    Case(4, 12, 256, 8192, 64, 8, 64),
+    Case(2, 24, 64, 4096, 12, 4, 96),
+    Case(8, 8, 128, 2048, 24, 2, 48),
+    Case(1, 128, 16, 1024, 4, 2, 16),
+    Case(16, 4, 8, 1024, 4, 2, 128),
+    Case(4, 12, 32, 2048, 16, 1, 32),
+    Case(4, 12, 32, 2048, 16, 16, 32),
+)
+"""The cases of the old kernel's own test (vllm, tests/neuron/1_core/test_prefix_prefill.py)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences: lengths and tables, new tokens (T, H | KH, D), and the cache (2, N, KH, S, D) with their context."""
+
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    block_tables: Array
+    query: Array
+    key: Array
+    value: Array
+    kv_cache: Array
+
+
+def draw(case: Case, seed: int = 0, most_context: int = 1024, most_queries: int = 512) -> Batch:
+    """Draw a batch: contexts of 32 tokens on, prefills of 16 on, blocks in no order, block 0 being nobody's."""
+    rng = np.random.default_rng(seed)
+    sequences, key_heads = case.prefills + case.decodes, case.heads // case.group
+    queries = (*rng.integers(16, most_queries + 1, case.prefills).tolist(), *[1] * case.decodes)
+    contexts = tuple(rng.integers(32, most_context + 1, sequences).tolist())
+    blocks = [-(-length // case.block_size) for length in contexts]
+    ids = iter((rng.permutation(sum(blocks)) + 1).tolist())
+    tables = np.full((sequences, max(blocks)), -1, np.int32)
+    for row, count in zip(tables, blocks, strict=True):
+        row[:count] = [next(ids) for _ in range(count)]
+    tokens = [(sum(queries), heads, case.head_dim) for heads in (case.heads, key_heads, key_heads)]
+    query, key, value = (rng.standard_normal(shape).astype(np.float32) for shape in tokens)
+    cache = rng.standard_normal((2, sum(blocks) + 1, key_heads, case.block_size, case.head_dim)).astype(np.float32)
+    return Batch(queries, contexts, tables, query, key, value, cache)
+
+
+def padded(batch: Batch, tokens: int) -> tuple[Array, Array, Array]:
+    """Return query (1, H, D, T), key (1, KH, D, T) and value (1, KH, T, D), padded with zeros to T tokens."""
+    more = ((0, tokens - len(batch.query)), (0, 0), (0, 0))
+    query, key, value = (np.pad(x, more) for x in (batch.query, batch.key, batch.value))
+    return query.transpose(1, 2, 0)[None], key.transpose(1, 2, 0)[None], value.transpose(1, 0, 2)[None]
+
+
+@dataclass(frozen=True)
 class Call:
     """The arguments that a caller makes of lengths and tables.
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from old_neuron_contract import MASKED, Array, attention, plan, reorder, write_new_tokens
+from old_neuron_contract import MASKED, PUBLISHED, Array, Case, attention, draw, padded, plan, reorder, write_new_tokens
 
 from torch_paged.contract import reference
 
@@ -121,3 +121,22 @@ def test_order_of_columns(tile: int, block: int) -> None:
                     assert (got[:, at] == mask[:, token]).all()
                     at += 1
     np.testing.assert_array_equal(got[:, at:], mask[:, at:])
+
+
+@pytest.mark.parametrize("case", PUBLISHED, ids=str)
+def test_published_cases_are_what_the_old_kernels_take(case: Case) -> None:
+    blocks = case.tile_tokens // case.block_size
+    assert case.tile_tokens % 512 == 0
+    assert blocks & (blocks - 1) == 0
+    assert blocks >= 128 or case.block_size % (128 // blocks) == 0
+    assert case.heads % case.group == 0
+    assert case.head_dim <= 128
+    batch = draw(case, most_context=64, most_queries=17)
+    query, key, value = padded(batch, 384)
+    call = plan(batch.query_lens, batch.context_lens, batch.block_tables, case.block_size, case.tile_tokens, 384)
+    assert call.mask.sum(1)[: sum(batch.query_lens)].min() > 32
+    out, lse = attention(query[:, :1], key[:, :1], value[:, :1], batch.kv_cache[:, :, :1], call)
+    rows = sum(batch.query_lens)
+    assert np.isfinite(out).all()
+    assert (lse[0, :, :rows] > MASKED / 2).all()
+    assert np.abs(out[0, :, :rows]).max() <= max(np.abs(batch.kv_cache[1]).max(), np.abs(batch.value).max())
