@@ -16,7 +16,7 @@ ONES = np.ones((32, 16), np.uint8)
 SEEDS = np.ones((1, 1), np.uint32)
 VECTOR = np.full((32, 1), 0.5, np.float32)
 INDEX = np.arange(64, dtype=np.uint16)[:, None] % 16
-ROW = np.float32([[1, 1, 1, 2, 2, 0, 0, 3, 3]])
+ROW = np.array([[1, 1, 1, 2, 2, 0, 0, 3, 3]], np.float32)
 EIGHT = np.tile(np.arange(8, dtype=np.float32), (32, 2))
 OUT = Result((32, 16))
 INT_OUT = Result((32, 16), "int32")
