@@ -78,6 +78,9 @@ BOUNDS = "nisa.sequence_bounds(dst=dst, segment_ids=a)"
 BOUNDED: dict[str, Any] = {"a": ROW, "dst": Result((1, 2, 9))}
 TWO_ROWS = {"a": ROW.repeat(2, 0), "dst": Result((2, 2, 9))}
 LARGEST = "nisa.max8(dst=dst, src=a)"
+FIND = "nisa.nc_find_index8(dst=dst, data=a, vals=v)"
+FOUND: dict[str, Any] = {"a": EIGHT, "v": EIGHT[:, :8], "dst": Result((32, 8), "uint32")}
+SEVEN = {"a": EIGHT[:, :7], "dst": Result((32, 7))}
 REPLACE = "nisa.nc_match_replace8(dst=dst, data=a, vals=v, imm=0.0, dst_idx=i)"
 REPLACED: dict[str, Any] = {"a": EIGHT, "v": EIGHT[:, :8], "i": Result((32, 8), "uint32")}
 SCALED_BYTES = "nisa.tensor_copy(dst=dst, src=a)"
@@ -97,6 +100,8 @@ MOVED = [
     rejected("sequence_bounds", "segment_ids", "negative", {"a": -ROW}, BOUNDS, **BOUNDED),
     rejected("sequence_bounds", "segment_ids", "together", {"a": np.roll(ROW, 1)}, BOUNDS, **BOUNDED),
     rejected("max8", "src", "NaN", {"a": A * np.nan}, LARGEST, dst=Result((32, 8))),
+    rejected("nc_find_index8", "data", "8 to 16384", {"a": EIGHT[:, :7]}, FIND, **FOUND),
+    rejected("nc_match_replace8", "data", "8 to 16384", SEVEN, REPLACE, **REPLACED),
     rejected("nc_match_replace8", "vals", "found", {"v": EIGHT[:, :8] + 1}, REPLACE, **REPLACED),
 ]  # fmt: skip
 
@@ -198,6 +203,9 @@ SCALES = [
     rejected("quantize_mx", "src", "multiple of 4", ("src=a,", "src=a[:, 0:15],"), QUANTIZE, **QUANTIZED),
     rejected("quantize_mx", "src", "multiple of 32", ("=q, src=a,", "=q[0:16], src=a[0:16],"), QUANTIZE, **QUANTIZED),
     rejected("quantize_mx", "src", "finite", {"a": np.full_like(HALF, np.inf)}, QUANTIZE, **QUANTIZED),
+    rejected("quantize_mx", "dst", "dtype", ("float8_e4m3fn_x4", "float4_e2m1fn_x4"), QUANTIZE, **QUANTIZED),
+    rejected("nc_matmul_mx", "stationary", "dtype", ("=q, mov", "=q.view(nl.uint32), mov"), SCALED, **QUANTIZED),
+    rejected("nc_matmul_mx", "moving", "dtype", ("moving=q", "moving=q.view(nl.uint32)"), SCALED, **QUANTIZED),
     rejected("nc_matmul_mx", "stationary", "32", ("=q, moving=q", "=q[0:16], moving=q[0:16]"), SCALED, **QUANTIZED),
     rejected("nc_matmul_mx", "stationary", "even", ("stationary=q,", "stationary=q[:, 0:3],"), SCALED, **QUANTIZED),
     rejected("nc_matmul_mx", "stationary_scale", "number", ("=127", "=255"), SCALED, **QUANTIZED),
@@ -216,10 +224,15 @@ def test_strict(body: str, instruction: str, operand: str, rule: str, but: Any, 
 TOPK = "nisa.topk(val_dst=v, idx_dst=i, src=a, n=n)"
 
 
-def top(n: int = 64, k: int = 8, partitions: int = 16, columns: int = 4) -> Callable[[], Any]:
+def top(
+    n: int = 64, k: int = 8, partitions: int = 16, columns: int = 4, src: str = "bfloat16", memory: str = "sbuf"
+) -> Callable[[], Any]:
     """Return a call that finds the k largest of n."""
-    a = random(partitions, columns, dtype="bfloat16")
-    results: dict[str, Any] = {"v": Result((partitions, k), "bfloat16"), "i": Result((partitions, k), "uint32")}
+    a = random(partitions, columns, dtype=src)
+    results: dict[str, Any] = {
+        "v": Result((partitions, k), src, memory=memory),
+        "i": Result((partitions, k), "uint32"),
+    }
     return lambda: run(TOPK, hbm={"n": n}, a=a, **results)
 
 
@@ -230,7 +243,22 @@ def test_topk_is_not_documented_enough() -> None:
 
 @pytest.mark.parametrize(
     ("operand", "change"),
-    [("n", {"n": 7}), ("val_dst", {"k": 65}), ("src", {"columns": 3}), ("src", {"partitions": 15})],
+    [
+        ("n", {"n": 7}),
+        ("val_dst", {"k": 65}),
+        ("src", {"columns": 3}),
+        ("src", {"partitions": 15}),
+        ("val_dst", {"src": "float16"}),
+        ("val_dst", {"memory": "psum"}),
+    ],
 )
-def test_strict_topk(operand: str, change: dict[str, int]) -> None:
+def test_strict_topk(operand: str, change: dict[str, Any]) -> None:
     assert refused(top(**change))["operand"] == operand
+
+
+def test_the_state_of_random_numbers_is_not_documented() -> None:
+    body, state = "nisa.rand_get_state(dst=dst)", Result((32, 6), "uint32")
+    with pytest.raises(NotImplementedError, match="advances"):
+        run(body, dst=state)
+    assert refused(lambda: run(body, dst=Result((32, 6), "int32")))["operand"] == "dst"
+    assert refused(lambda: run(body, generation="trn1", dst=state))["operand"] == "instruction"
