@@ -38,7 +38,7 @@ class Launch:
             finally:
                 enter(None)
         results: list[Any] = [None, None]
-        threads = [threading.Thread(target=self._work, args=(core, body, results)) for core in self.cores]
+        threads = [threading.Thread(target=self._work, args=(core, body, results), daemon=True) for core in self.cores]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -87,6 +87,7 @@ class _Linter:
             names = ", ".join(self.function.__code__.co_freevars)
             self._fail(tree, "use globals and arguments only", f"{names} of an enclosing function")
         self._signature(tree)
+        self._globals(tree)
         bodies = self._loop_bodies(tree)
         for node in _inside(tree):
             self._node(node)
@@ -109,7 +110,10 @@ class _Linter:
             if isinstance(default, (ast.List, ast.Dict)):
                 self._fail(default, "have no list or dict as default", ast.unparse(default))
         for decorator in tree.decorator_list:
-            if not self.outermost and "jit" in ast.unparse(decorator):
+            jit = "jit" in ast.unparse(decorator)
+            if not jit:
+                self._fail(tree, "have no decorators but nki.jit", ast.unparse(decorator))
+            if not self.outermost:
                 self._fail(tree, "be decorated with nki.jit on the outermost function only", tree.name)
 
     def _node(self, node: ast.AST) -> None:
@@ -135,6 +139,15 @@ class _Linter:
             self._fail(node.value, "name the keywords of a call", ast.unparse(node.value))
         if isinstance(node, (ast.For, ast.While)) and node.orelse:
             self._fail(node, "stay within the compiler's subset of Python", "else of a loop")
+
+    def _globals(self, tree: ast.FunctionDef) -> None:
+        """Kernels are cached by their arguments, so that what may change elsewhere is out of bounds (0.3.0)."""
+        own = _bound(tree)
+        for node in _inside(tree):
+            if isinstance(node, ast.Name) and node.id not in own:
+                value = self.globals.get(node.id)
+                if isinstance(value, (list, dict, set)):
+                    self._fail(node, "read no global that may change", f"{type(value).__name__} {node.id}")
 
     def _loop_bodies(self, tree: ast.FunctionDef) -> list[ast.FunctionDef]:
         """Give the nested functions that a dynamic loop runs."""
@@ -177,7 +190,7 @@ class _Linter:
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 owner = self.globals.get(node.value.id)
                 found = getattr(owner, node.attr, None) if isinstance(owner, types.ModuleType) else None
-            found = getattr(found, "function", found)
+            found = inspect.unwrap(found) if callable(found) and not isinstance(found, type) else found
             if isinstance(found, type):
                 yield from self._class(node, found)
             elif isinstance(found, types.FunctionType):
