@@ -122,6 +122,10 @@ def test_double_rows() -> None:
     wanted = product(a[:, 0], b[:, 0]) + product(a[:, 1], b[:, 1])
     tiles: dict[str, Any] = {"a": a, "b": b, "dst": Result((6, 12), memory="psum")}
     same(run(body, **tiles), wanted)
+    flat = body.replace("=a,", "=a.reshape({}),")
+    with_pairs = flat.format("(20, 2, 6)")
+    rejects(with_pairs, "nc_matmul", "stationary", "2", ("(20, 2, 6)", "(20, 12)"), **tiles)
+    rejects(with_pairs, "nc_matmul", "stationary", "2", ("(20, 2, 6)", "(20, 6, 2)"), **tiles)
     wide = {name: tiles[name].astype(ml_dtypes.bfloat16) for name in "ab"}
     rejects(body, "nc_matmul", "stationary|moving", "fp8|float8|8", wide, **tiles)
 
