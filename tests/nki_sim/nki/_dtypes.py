@@ -1,4 +1,7 @@
-"""The dtypes of nki.language (shared API page, SDK 2.32), their numpy forms, and the casts of the engines."""
+"""The dtypes of nki.language (shared API page, SDK 2.32), their numpy forms, and the casts of the engines.
+
+int64 is missing: 0.7 has it for scalars of its tracing compiler alone.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +62,6 @@ uint32 = DType("uint32", np.dtype(np.uint32), "int")
 int8 = DType("int8", np.dtype(np.int8), "int")
 int16 = DType("int16", np.dtype(np.int16), "int")
 int32 = DType("int32", np.dtype(np.int32), "int")
-int64 = DType("int64", np.dtype(np.int64), "int")
 float8_e5m2_x4 = DType("float8_e5m2_x4", np.dtype(np.uint32), "packed", 4)
 float8_e4m3fn_x4 = DType("float8_e4m3fn_x4", np.dtype(np.uint32), "packed", 4)
 float4_e2m1fn_x4 = DType("float4_e2m1fn_x4", np.dtype(np.uint16), "packed", 4)

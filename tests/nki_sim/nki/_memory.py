@@ -70,7 +70,8 @@ class Storage:
     scope: tuple[Any, ...] = ()
     address: tuple[int, int] | None = None
     bank: int = 0
-    argument: bool = False
+    argument: bool = False  # of the kernel
+    constant: bool = False  # an argument that was handed over read-only
     epochs: list[int] = field(default_factory=lambda: [0, 0])
     write_epoch: Array | None = None
     read_epoch: Array | None = None

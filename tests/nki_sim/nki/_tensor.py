@@ -305,6 +305,7 @@ class NkiTensor(Views):
         """Put elements that have the view's dtype where the view is, or at a place of the same storage."""
         place = self.resolve(instruction, operand) if place is None else place
         touch(self.storage, instruction, operand)
+        require(not self.storage.constant, instruction, operand, "not be an argument handed over read-only", self)
         shape = place.shape
         if isinstance(place, Layout):
             require(not overlaps(place), instruction, operand, "write no element twice, as a stride of 0 does", self)

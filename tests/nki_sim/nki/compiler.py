@@ -161,11 +161,19 @@ class _Argument:
         self.given = array
         self.flat = np.ascontiguousarray(array)
         data = self.flat.reshape(-1).view(np.uint8)
-        if not data.flags.writeable:
-            data = data.copy()
         state = np.full(data.size, WRITTEN, np.uint8)
         buffer = shared_hbm if cores == 2 else private_hbm
-        storage = Storage(buffer, dtype, array.shape, data, state, name, f"argument {name}", argument=True)
+        storage = Storage(
+            buffer,
+            dtype,
+            array.shape,
+            data,
+            state,
+            name,
+            f"argument {name}",
+            argument=True,
+            constant=not data.flags.writeable,
+        )
         if cores == 2:
             storage.share()
         self.value = whole(storage)

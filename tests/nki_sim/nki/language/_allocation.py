@@ -1,7 +1,6 @@
 """Making tensors (nki.language, SDK 2.32 API reference)."""
 
 import gc
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,9 +47,6 @@ def ndarray(
     sizes = tuple(as_int("ndarray", "shape", n) for n in shape)
     require(bool(sizes) and min(sizes) >= 1, "ndarray", "shape", "have positive sizes", sizes)
     require(isinstance(name, str), "ndarray", "name", "be a string", repr(name))
-    if element.name == "int64":
-        scalar = not buffer.on_chip or math.prod(sizes) == 1
-        require(scalar, "ndarray", "dtype", "be int64 in HBM or for single elements only", sizes)
     if name:
         use_name(f"tensor {name}", "ndarray")
     record("ndarray", sizes, element, buffer, kernel_line())
