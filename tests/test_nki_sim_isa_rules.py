@@ -45,7 +45,14 @@ ACROSS = "nisa.tensor_partition_reduce(dst=dst, op=nl.add, data=a)"
 DROPOUT = "nisa.dropout(dst=dst, data=a, prob=p)"
 SEED = "nisa.set_rng_seed(src_seeds=s)  # !" + COPY
 
+FOLD = """nisa.tensor_scalar_reduce(dst=dst, data=a, op0=nl.add, operand0=0.0, reduce_op=nl.add,
+                          reduce_cmd=nisa.reduce_cmd.{})"""
+BETWEEN = "nisa.tensor_tensor(dst=dst, data1=a, data2=a, op=nl.add)"
+CLOBBER = "nisa.scalar_tensor_tensor(dst=dst, data=a, op0=nl.add, operand0=0.0, op1=nl.add, operand1=a)"
+FOLDS = "\n".join([FOLD.format("reset_reduce"), BETWEEN, FOLD.format("reduce")])
+
 ELEMENTWISE = [
+    rejected("tensor_scalar_reduce", "reduce_cmd", "undefined", (BETWEEN, CLOBBER), FOLDS),
     rejected("tensor_scalar", "operand0", "float32", ("2.0", "1e39"), SCALAR),
     rejected("tensor_scalar", "engine", "generation", {"generation": "trn1"}, SCALAR),
     rejected("tensor_scalar", "reverse0", "False", ("=False", "=True"), ROOT),
@@ -262,3 +269,11 @@ def test_the_state_of_random_numbers_is_not_documented() -> None:
         run(body, dst=state)
     assert refused(lambda: run(body, dst=Result((32, 6), "int32")))["operand"] == "dst"
     assert refused(lambda: run(body, generation="trn1", dst=state))["operand"] == "instruction"
+
+
+def test_derivative_of_the_sigmoid_gelu() -> None:
+    x, step = np.linspace(-6, 6, 64).reshape(4, 16), 1e-6
+    body = "nisa.activation(dst=dst, op=nl.gelu_apprx_sigmoid_dx, data=a)"
+    up, down = ((x + h) / (1 + np.exp(-1.702 * (x + h))) for h in (step, -step))
+    got = run(body, a=x.astype(np.float32), dst=Result(x.shape))
+    np.testing.assert_allclose(got, (up - down) / (2 * step), atol=1e-5)
