@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from nki._errors import NkiValidationError, fail, kernel_line
+from nki._errors import fail, kernel_line
 from nki._machine import Core, enter
 from nki._memory import Storage
 
@@ -97,6 +97,3 @@ def meet(core: Core, kind: str, agreed: tuple[Any, ...] = (), payload: Any = Non
     if core.num_cores == 2 and core.launch is not None:
         return core.launch.meet(core, kind, agreed, payload)
     return None
-
-
-__all__ = ["Launch", "NkiValidationError", "meet"]
