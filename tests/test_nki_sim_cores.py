@@ -5,7 +5,7 @@ from typing import Any
 import nki
 import numpy as np
 import pytest
-from nki_sim_kernels import call, load, random, refused_with, rejects_kernel, same, strict_only, target
+from nki_sim_kernels import STRICT, call, load, random, refused_with, rejects_kernel, same, strict_only, target
 
 HALVES = """
 @nki.jit
@@ -150,6 +150,41 @@ def test_reading_without_a_barrier() -> None:
     source = BARRIER.replace("src=between[1 - me])", "src=between[1 - me])  # !")
     change = ("nisa.core_barrier(data=between, cores=(0, 1))", "pass_over = 1")
     rejects_kernel(source, "dma_copy", "src", "barrier|core|written", change, X, lnc=2)
+
+
+def test_overwriting_what_the_other_core_reads() -> None:
+    """Between a read by one core and a write by the other lies a barrier, too."""
+    last = "    nisa.dma_copy(dst=out[me], src=other)\n"
+    barrier = "    nisa.core_barrier(data=between, cores=(0, 1))\n"
+    again = BARRIER.replace(last, last + barrier + "    nisa.dma_copy(dst=between[me], src=other)  # !\n")
+    same(call(again, X, lnc=2), X[::-1])
+    once = again.replace(last + barrier, last)
+    assert once.count("core_barrier") == 1
+    if STRICT:
+        refused_with(lambda: call(once, X, lnc=2), "dma_copy", "dst|src", "core", None)
+
+
+def test_a_barrier_in_a_loop() -> None:
+    source = """
+@nki.jit
+def kernel(x):
+    out = nl.ndarray((2, 4, 5), x.dtype, buffer=nl.shared_hbm)
+    between = nl.ndarray((2, 4, 5), x.dtype, buffer=nl.shared_hbm)
+    me = nl.program_id(0)
+    tile = nl.ndarray((4, 5), x.dtype, buffer=nl.sbuf)
+    nisa.dma_copy(dst=tile, src=x[me])
+
+    def body(i):
+        nisa.dma_copy(dst=between[me], src=tile)
+        nisa.core_barrier(data=between, cores=(0, 1))
+        nisa.dma_copy(dst=tile, src=between[1 - me])
+        nisa.core_barrier(data=between, cores=(0, 1))
+
+    nl.fori_loop(0, 3, body)
+    nisa.dma_copy(dst=out[me], src=tile)
+    return out
+"""
+    same(call(source, X, lnc=2), X[::-1])
 
 
 def test_writing_the_same_elements() -> None:
