@@ -55,8 +55,8 @@ class Storage:
     scope: the turns of the dynamic loops inside which it was made, outermost first.
     address: (partition, byte within the partition) where the kernel placed it, else None.
     bank: first PSUM bank.
-    epochs: barriers on it that each core has passed.
-    write_epoch, read_epoch: (2, bytes) of shared HBM with two cores: the barrier count at each core's last access.
+    epochs: 1 and the barriers on it that each core has passed.
+    write_epoch, read_epoch: (2, bytes) of shared HBM with two cores: the epoch of each core's last access, or 0.
     """
 
     buffer: Buffer
@@ -72,7 +72,7 @@ class Storage:
     bank: int = 0
     argument: bool = False  # of the kernel
     constant: bool = False  # an argument that was handed over read-only
-    epochs: list[int] = field(default_factory=lambda: [0, 0])
+    epochs: list[int] = field(default_factory=lambda: [1, 1])
     write_epoch: Array | None = None
     read_epoch: Array | None = None
 
@@ -93,8 +93,8 @@ class Storage:
 
     def share(self) -> None:
         """Begin to watch what two cores do to it."""
-        self.write_epoch = np.full((2, self.data.size), -1, np.int16)
-        self.read_epoch = np.full((2, self.data.size), -1, np.int16)
+        self.write_epoch = np.zeros((2, self.data.size), np.int16)
+        self.read_epoch = np.zeros((2, self.data.size), np.int16)
 
 
 def make_storage(buffer: Buffer, dtype: DType, shape: tuple[int, ...], name: str, line: str) -> Storage:
