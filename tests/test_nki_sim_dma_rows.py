@@ -109,6 +109,15 @@ SCATTER = "nisa.dma_copy(dst=dst, src=x.ap(pattern=[[6, 384], [1, 6]], offset=0,
 OVERLAP = "nisa.dma_copy(dst=dst[0:2], src=dst[2:4])"
 TAKE = f"nisa.dma_copy(dst=dst, src={ROWS})"
 WRONG = {"hbm": {"x": random(40, 128)}, "dst": Result((128, 16))}
+LONG = "D = x.shape[1]\n" + TURN.replace("[[128, 16], [1, 128]]", "[[D, 16], [1, D]]").replace(
+    "dst=dst", "dst=dst[0:128]"
+)
+DIRECT = "nisa.dma_transpose(dst=dst, src=x[0:16], dge_mode=nisa.dge_mode.hwdge)"
+LONGER = {"x": random(40, 129, dtype="bfloat16")}
+ALONE = "nisa.dma_compute(dst=dst, srcs=[a], reduce_op=nl.add)"
+HARDWARE = "nisa.dma_copy(dst=dst, src=a, dge_mode=nisa.dge_mode.hwdge)"
+URGENT = "nisa.dma_copy(dst=dst, src=a, priority=0, dge_mode=nisa.dge_mode.unknown)"
+SCATTERED = f"nisa.dma_compute(dst={ROWS}, srcs=[a, {ROWS}], reduce_op=nl.add)"
 STRICT = [
     rejected("dma_transpose|ap", ".*", "indices", {"ids": U16[:15]}, TURN, **TURNED),
     rejected("dma_transpose", ".*", "16", {"ids": np.arange(24, dtype=np.uint32)[:, None]}, TURN, **TURNED),
@@ -126,6 +135,14 @@ STRICT = [
     rejected("dma_copy", "src", "dtype|contiguous", {"dst": Result((128, 18), "bfloat16")}, SCATTER, **COLUMNS),
     rejected("dma_copy", "src", "", {"idx": IDX + 500}, SCATTER, **COLUMNS),
     rejected("dma_copy", "src", "generation|trn2|v3", {"generation": "trn1"}, TAKE, **ADDED),
+    rejected("dma_transpose", "src|dst", "15", ("[128, 16]", "[128, 15]"), TURN, **TURNED),
+    rejected("dma_transpose", "src|dst", "12[89]", {"hbm": LONGER}, LONG, **TURNED),
+    rejected("dma_transpose", "dge_mode", "", ("hwdge", "swdge"), DIRECT, **TURNED),
+    rejected("dma_copy", "dge_mode", "trn2|generation|v3", {"generation": "trn1"}, HARDWARE, **ADDED),
+    rejected("dma_copy", "priority", "none", ("unknown", "none"), URGENT, generation="trn3", **ADDED),
+    rejected("dma_compute", "srcs", "list", ("[a]", "a"), ALONE, **ADDED),
+    rejected("dma_compute", "srcs", "dst", (f"dst={ROWS}", "dst=x[0:3]"), SCATTERED, **ADDED),
+    rejected("dma_copy", "dst|src", "index|partition", {"dst": Result((1, 18))}, TAKE, **ADDED),
 ]  # fmt: skip
 
 

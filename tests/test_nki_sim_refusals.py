@@ -33,6 +33,11 @@ FLAT = CUBE + "v = c.permute((0, 1, 2, 3)).flatten_dims(1, 2)"
 TURN = "v = a.rearrange(('p', 'f'), ('p', ('f',)))"
 SPLIT = "v = a[:, 0:20].reshape_dim(1, (5, -1))"
 AT_CUBE = AT + CUBE
+STORED = AT + "t = nl.ndarray((1, 1), nl.int32)\nnisa.register_store(t, at)"
+NAMED = "t = nl.ndarray((4, 8), nl.float32)\nnisa.memset(dst=t, value=0.0, name='m')"
+COLUMNS = "t = nl.ndarray((16, 16), nl.float32)\nnisa.tensor_copy(dst=t, src=w.indirect(i, num_elem=16))"
+TRN3: dict[str, Any] = {"generation": "trn3", "w": random(16, 8), "i": np.zeros((16, 1), np.uint16)}
+IDENTITY = "t = nl.ndarray((4, 4), nl.float32)\nnl.shared_identity_matrix(4, dtype=nl.float32, dst=t)"
 VIEWS = [
     rejected("select", "index", "", ("(1, 2)", "(1, 24)"), "v = a.select(1, 2)"),
     rejected("select", "index", "", ("(1, 2)", "(1, -1)"), "v = a.select(1, 2)"),
@@ -66,6 +71,16 @@ VIEWS = [
     rejected("ndarray", "dtype", "dtype", ("nl.float32", "'float32'"), "t = nl.ndarray((4, 8), nl.float32)"),
     rejected("ndarray", "dtype", "generation|trn3", {"generation": "trn2"}, PACKED, generation="trn3"),
     rejected("ndarray", "name", "string", ("name='t'", "name=3"), "t = nl.ndarray((4, 8), nl.float32, name='t')"),
+    rejected("indirect", "num_elem", "", ("elem=16", "elem=17"), COLUMNS, **TRN3),
+    rejected("indirect", "index", "int", {"i": np.zeros((16, 1), np.float32)}, COLUMNS, **TRN3),
+    rejected("indirect", "index", "16", ("(i, num", "(i[0:15], num"), COLUMNS, **TRN3),
+    rejected("tensor_copy", ".*", "8", {"i": np.full((16, 1), 8, np.uint16)}, COLUMNS, **TRN3),
+    rejected("indirect", ".*", "chip|HBM", ("w.indirect", "x.indirect"), COLUMNS, **TRN3),
+    rejected("register_store", "dst", "int32|32", ("nl.int32", "nl.int8"), STORED),
+    rejected("ndarray", "shape", "tuple|int", ("(4, 8)", "(4.5, 8)"), "t = nl.ndarray((4, 8), nl.float32)"),
+    rejected("memset", "name", "str", ("'m'", "3"), NAMED),
+    rejected("shared_identity_matrix", "dst", "", ("matrix(4", "matrix(5"), IDENTITY),
+    rejected("shared_identity_matrix", "dst", "", (", dst=t", ""), IDENTITY),
     rejected("device_print", "print_prefix", "", ("'a'", "3"), "nl.device_print('a', a)"),
     rejected("device_print", "tensor", "HBM|SBUF", {"psum": ("a",)}, "nl.device_print('a', a)"),
 ]  # fmt: skip
