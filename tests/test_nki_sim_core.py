@@ -177,3 +177,44 @@ def kernel(x):
     call(source, x)
     x.flags.writeable = False
     refused_with(lambda: call(source, x), "dma_copy", "dst", "read-only", None)
+
+
+def test_a_pattern_stays_in_its_partition() -> None:
+    body = "nisa.tensor_copy(dst=dst, src=a.ap(pattern=[[8, 2], [1, 4]], offset=4))"
+    rejects(body, "ap", "pattern", "partition", ("offset=4", "offset=5"), a=random(4, 8), dst=Result((2, 4)))
+
+
+TRACED = """
+@nki.jit
+def kernel(x):
+    out = nl.ndarray((2, 3), nl.float32, buffer=nl.shared_hbm)
+    tile = nl.ndarray((2, 3), nl.float32, buffer=nl.sbuf)
+    nisa.memset(dst=tile, value=0.0)
+    turns = []
+
+    def body(i):
+        turns.append(0)
+        {line}
+        nisa.tensor_scalar(dst=tile, data=tile, op0=nl.add, operand0=1.0)
+
+    nl.fori_loop(0, 3, body)
+    nisa.dma_copy(dst=out, src=tile)
+    return out
+"""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nisa.tensor_scalar(dst=tile, data=tile, op0=nl.add, operand0=float(len(turns)))",
+        "if len(turns) == 1: nisa.memset(dst=tile, value=0.0)",
+        "if len(turns) == 2: nisa.memset(dst=tile, value=0.0)",
+        "nisa.memset(dst=tile[:, 0 : len(turns)], value=0.0)",
+        "if len(turns) == 3: return",
+    ],
+)
+@strict_only
+def test_a_body_is_traced_once(line: str) -> None:
+    x = random(1, 1)
+    call(TRACED.format(line="nisa.memset(dst=tile, value=0.0)"), x)
+    refused_with(lambda: call(TRACED.format(line=line), x), "loop", "body", "traced once", None)
