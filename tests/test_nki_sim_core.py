@@ -158,7 +158,7 @@ def kernel(n):
 @strict_only
 def test_rows_of_a_gather_stay_together() -> None:
     body = "v = x.vector_select(0, idx)[{rows}, 0:2]  # !\nnisa.dma_copy(dst=dst, src=v)"
-    index = np.int32([[2], [0], [1]])
+    index = np.array([[2], [0], [1]], np.int32)
     change = (":, 0:2", "0:2, 0:2")
     body = body.format(rows=":")
     rejects(body, "dma_copy|slice", ".*", "", change, hbm={"x": random(4, 3)}, idx=index, dst=Result((3, 2)))
@@ -218,3 +218,20 @@ def test_a_body_is_traced_once(line: str) -> None:
     x = random(1, 1)
     call(TRACED.format(line="nisa.memset(dst=tile, value=0.0)"), x)
     refused_with(lambda: call(TRACED.format(line=line), x), "loop", "body", "traced once", None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "bad", "rule"),
+    [
+        ("int32", 3e9, np.nan, "NaN"),
+        ("uint8", -5.0, np.nan, "NaN"),
+        ("float8_e4m3fn", 448.0, 500.0, "range"),
+    ],
+)
+@strict_only
+def test_casts_that_no_document_describes(dtype: str, value: float, bad: float, rule: str) -> None:
+    """A NaN as an integer, and what float8_e4m3fn does not reach; integers saturate, as documented."""
+    body = "nisa.tensor_copy(dst=dst, src=a)"
+    good = {"a": np.full((2, 3), value, np.float32)}
+    change = {"a": np.full((2, 3), bad, np.float32)}
+    rejects(body, "tensor_copy", "dst", rule, change, dst=Result((2, 3), dtype), generation="trn3", **good)
