@@ -232,6 +232,5 @@ def test_a_body_is_traced_once(line: str) -> None:
 def test_casts_that_no_document_describes(dtype: str, value: float, bad: float, rule: str) -> None:
     """A NaN as an integer, and what float8_e4m3fn does not reach; integers saturate, as documented."""
     body = "nisa.tensor_copy(dst=dst, src=a)"
-    good = {"a": np.full((2, 3), value, np.float32)}
-    change = {"a": np.full((2, 3), bad, np.float32)}
-    rejects(body, "tensor_copy", "dst", rule, change, dst=Result((2, 3), dtype), generation="trn3", **good)
+    good, change = np.full((2, 3), value, np.float32), {"a": np.full((2, 3), bad, np.float32)}
+    rejects(body, "tensor_copy", "dst", rule, change, dst=Result((2, 3), dtype), generation="trn3", a=good)
