@@ -148,8 +148,9 @@ def row(point: Point) -> Row:
 
 def _place(point: Point) -> Path:
     """Return the file that remembers a point."""
-    attention = ("decode", "decode_kernel") if point.queries == 1 else ("varlen", "varlen_kernel", "tiles")
-    names = ("pages", "logits", "block_sizes", *attention)
+    names = ["pages", "logits", "block_sizes", "decode", "decode_kernel"]
+    if point.queries > 1:  # a program of packed queries holds decode's kernel too
+        names += ["varlen", "varlen_kernel", "tiles"]
     mine = [KERNELS / f"{name}.py" for name in names] if point.way == OURS else []
     readers = [Path(__file__).with_name(f"{name}.py") for name in ("tpu_calls", "tpu_worker")]
     text = json.dumps([asdict(point), versions()])

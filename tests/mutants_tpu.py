@@ -70,7 +70,7 @@ MUTANTS = [
     Mutant("a tile writes rows of its neighbour", "varlen_kernel.py", "r.out_buffer.at[slot, pl.ds(row + done, run)]",
            "r.out_buffer.at[slot, pl.ds(done, run)]", PACKED),
     Mutant("varlen reads the next head's logits", "varlen_kernel.py", "self._absorb(keys, 2 * i + 1, 1)",
-           "self._absorb(keys, 2 * i + 1, 0)", PACKED),
+           "self._absorb(keys, 2 * i + 1, 0)", (f"{VARLEN}each_of_four_kv_heads_takes_its_own_logits",)),
     Mutant("slot -1 written to the last block", "cache.py", "inside = (slot >= 0) & (slot <",
            "inside = (slot >= -1) & (slot <", ("tests/test_reshape_and_cache.py",)),
     Mutant("gather ignores the left padding", "cache.py", "(0 if starts is None else starts[:, None])", "0",

@@ -228,6 +228,11 @@ def test_long_tables_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         jitted(arguments, chip=chip)(arguments)
 
 
+def test_each_of_four_kv_heads_takes_its_own_logits() -> None:
+    arguments = build(case("four", num_kv_heads=4, head_dim=128))
+    assert_attention(OP, arguments, *jitted(arguments)(arguments))
+
+
 def test_no_sequences_and_a_mask_without_columns() -> None:
     arguments = build(case("nobody", mask="shared", sinks=True))
     lengths = arguments["cu_seqlens_q"]

@@ -369,6 +369,9 @@ def run(cells: list[Cell], seconds: float, jobs: int) -> dict[Cell, str | None]:
     for start in range(0, len(todo), 16):
         if time.monotonic() > end:
             break
+        if start % 128 == 0:
+            while _pools:  # a cell leaves 10 MB behind in its process
+                _pools.pop().shutdown()
         chunk = todo[start : start + 16]
         try:
             found |= zip(chunk, _outcomes(chunk, jobs), strict=True)
@@ -386,8 +389,7 @@ _pools: list[ProcessPoolExecutor] = []
 
 def _outcomes(cells: list[Cell], jobs: int) -> list[str | None]:
     if not _pools:
-        context = multiprocessing.get_context("spawn")
-        _pools.append(ProcessPoolExecutor(jobs, context, max_tasks_per_child=128))  # a cell leaves 10 MB behind
+        _pools.append(ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")))
     try:
         return list(_pools[0].map(outcome, cells))
     except BrokenProcessPool:

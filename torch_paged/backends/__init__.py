@@ -40,7 +40,7 @@ class BackendInfo:
             itself, or None where this device type is out of reach here.
         refusal: the reason why it cannot do a (valid) call, or None. Takes the op and all its arguments by name.
         variant: what it would run for a call. Takes the op, all its arguments by name and the device type; never reads
-            data.
+            data. Raises NotImplementedError where the device turns out to be one that it cannot use.
         versions: the versions it depends on, by name.
         wrong_setting: the reason why a setting that is read at the first call makes each call raise, or None.
         head_dim_multiple: its caches store head_dim rounded up to this multiple.

@@ -167,14 +167,11 @@ def _attend_tiles(
     results: Any = None
     for first in range(0, begins.shape[0] - 1, seqs_at_a_time):
         part, bounds = slice(first, first + seqs_at_a_time), slice(first, first + seqs_at_a_time + 1)
+        new_bounds = None if key is None else cu_seqlens_k[bounds]
+        tables, contexts = (None, None) if kv_cache is None else (block_tables[part], context_lens[part])
         found = _attend_part(
-            *(query, key, value, begins[bounds], None if key is None else cu_seqlens_k[bounds]),
-            *(
-                kv_cache,
-                None if kv_cache is None else block_tables[part],
-                None if kv_cache is None else context_lens[part],
-            ),
-            *(kv_scales, sinks, alibi_slopes, attn_mask, query_positions, None if skipped is None else skipped[part]),
+            *(query, key, value, begins[bounds], new_bounds, kv_cache, tables, contexts, kv_scales),
+            *(sinks, alibi_slopes, attn_mask, query_positions, None if skipped is None else skipped[part]),
             blocks=blocks,
             value_dim=value_dim,
             chip=chip,

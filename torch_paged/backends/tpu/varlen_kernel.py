@@ -219,7 +219,6 @@ class _Keys:
         tile: the tile.
         slot: of the buffer that the block lies in.
         page: first of their pages, in the block.
-        pages: how many.
         size: how many keys.
         key: the first one.
         start: the same, counted from the tile's first block.
@@ -231,7 +230,6 @@ class _Keys:
     tile: Any
     slot: Any
     page: Any
-    pages: int
     size: int
     key: Any
     start: Any
@@ -311,7 +309,7 @@ class _Source:
 
             def chunk_body(c: Any, carry: Any) -> Any:
                 lanes = pl.ds(pl.multiple_of(c * chunk, LANES), chunk)
-                these = _Keys(tile, slot, c * pages, pages, chunk, key + c * chunk, i * keys + c * chunk, lanes)
+                these = _Keys(tile, slot, c * pages, chunk, key + c * chunk, i * keys + c * chunk, lanes)
                 masked = jnp.logical_not(seen_by_all(these.key, chunk))
                 if self.mask is None:
                     pl.when(jnp.logical_not(masked))(partial(self._step_heads, these))
@@ -374,7 +372,7 @@ class _Source:
             found = lax.fori_loop(first, stop, lambda j, found: found | _not_finite(self.buffer[slot, j, 1]), nothing)
             r.infinite[0] = (jnp.max(jnp.where(found == 0, 0.0, 1.0)) > 0).astype(jnp.int32)
 
-    def _step_heads(self, keys: "_Keys") -> None:
+    def _step_heads(self, keys: _Keys) -> None:
         """Take one step for all kv heads: the logits of the next are computed beside the softmax of this one."""
         heads = self.num_kv_heads
         if heads % 2:
@@ -397,7 +395,7 @@ class _Source:
         self._score(keys, 0, 0)
         lax.fori_loop(0, heads // 2, pair_body, 0)
 
-    def _score(self, keys: "_Keys", head: Any, place: int) -> None:
+    def _score(self, keys: _Keys, head: Any, place: int) -> None:
         """Compute the logits of a kv head's rows for some keys."""
         r, static = self.r, self.static
         query = r.query_rows[head]
@@ -422,7 +420,7 @@ class _Source:
             logits = jnp.where(self._seen(keys, head), logits, -jnp.inf)
         r.logits[place] = logits
 
-    def _absorb(self, keys: "_Keys", head: Any, place: int) -> None:
+    def _absorb(self, keys: _Keys, head: Any, place: int) -> None:
         """Take a step of the online softmax of a kv head's rows with the logits of some keys."""
         r, size = self.r, keys.size
         logits = r.logits[place]
@@ -449,10 +447,10 @@ class _Source:
             product = dot(weights, values, (1, 0))
         r.sums[head] = r.sums[head] + product
 
-    def _rows(self, keys: "_Keys", side: int, head: Any) -> jax.Array:
+    def _rows(self, keys: _Keys, side: int, head: Any) -> jax.Array:
         """Return (keys, DS) of one side and head, as the queries' dtype."""
         dtype = self.r.query_rows.dtype
-        found = self.buffer[keys.slot, pl.ds(keys.page, keys.pages), side, head]
+        found = self.buffer[keys.slot, pl.ds(keys.page, keys.size // self.page_size), side, head]
         if found.dtype != dtype:
             found = found.astype(jnp.float32)
         return found.reshape(keys.size, found.shape[2]).astype(dtype)
@@ -461,11 +459,11 @@ class _Source:
         """Return the scale of a head's keys or values."""
         return self.r.scales[(side * self.static.blocks.parts) * self.num_kv_heads + self.first_head + head]
 
-    def _index(self, keys: "_Keys") -> jax.Array:
+    def _index(self, keys: _Keys) -> jax.Array:
         """Return the keys' positions in their sequence (1, keys)."""
         return keys.key + self.field(keys.tile, t.OFFSET) + lax.broadcasted_iota(jnp.int32, (1, keys.size), 1)
 
-    def _seen(self, keys: "_Keys", head: Any) -> jax.Array:
+    def _seen(self, keys: _Keys, head: Any) -> jax.Array:
         """Return (R, keys) bool: which keys each row of a kv head sees."""
         low, high, _ = self._limits(keys.tile)
         last = self.field(keys.tile, t.END) + self.field(keys.tile, t.OFFSET) - 1
