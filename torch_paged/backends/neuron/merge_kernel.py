@@ -1,15 +1,16 @@
 """The second stage of split attention: the partial results of a row's chunks, merged in the order of keys.
 
 Rows (a sequence's query head) lie on partitions, 128 at a time. A turn of the inner loop takes ``CHUNKS`` partial
-results of each row, as the plan places them; a place of -1 holds none and changes nothing.
+results of each row, as the plan places them; a negative place holds none and changes nothing.
 """
 
 import nki
 import nki.isa as nisa
 import nki.language as nl
 
-P = 128
-CHUNKS = 8  # of a turn of the loop
+from torch_paged.backends.neuron.plan import PARTITIONS as P
+from torch_paged.backends.neuron.plan import TURN_MERGES as CHUNKS
+
 LEAST = -1e30  # a maximum below which no logit counts
 SMALLEST = 2.0**-60  # less than the sum of any row that sees a key, and within the logarithm's range
 
@@ -77,8 +78,11 @@ class _State(nl.NKIObject):
             nisa.memset(dst=self.total, value=0.0)
             return
         source = sinks.ap(pattern=[[1, P], [1, 1]], offset=0, scalar_offset=group, indirect_dim=0)
-        nisa.dma_copy(dst=self.maximum, src=source)
-        nisa.memset(dst=self.total, value=1.0)
+        sink = nl.ndarray((P, 1), dtype=nl.float32)
+        nisa.dma_copy(dst=sink, src=source)
+        nisa.tensor_scalar(dst=self.maximum, data=sink, op0=nl.maximum, operand0=LEAST)
+        nisa.tensor_tensor(dst=sink, data1=sink, data2=self.maximum, op=nl.subtract)
+        nisa.activation(dst=self.total, op=nl.exp, data=sink)  # 1, or 0 for a sink of -inf
 
     def add(self, sums, stats, places):
         """Take one partial result of each row."""

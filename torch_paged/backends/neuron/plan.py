@@ -10,16 +10,51 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 PARTITIONS = 128
 CHUNK_UNITS = 32
 TILE_CHUNKS = PARTITIONS // CHUNK_UNITS
+TURN_TILES = 8
+"""Tiles of a core in a turn of the loop, while there are so many: a turn's end costs more than a small tile."""
+TURN_MERGES = 8
+"""Chunks of a row that a turn of the merging loop takes."""
 DESCRIPTOR_BYTES = 4096
 """Bytes of a unit where blocks are large enough: DMA engines lose little with that much in a descriptor."""
-
+UNIT_TOKENS = 32
+"""Tokens of a unit at most, however narrow they are."""
 
 NOTHING = -(2**30)
 """A row that is none, whatever small number a kernel adds to it."""
+
+
+@dataclass(frozen=True)
+class DecodeSizes:
+    """What a plan of decode depends on beside lengths and tables.
+
+    Attributes:
+        sides: keys and values apart (2), or values in the lanes of the keys (1).
+        num_blocks: N.
+        num_heads: H.
+        num_kv_heads: KH.
+        block_size: S.
+        unit: tokens of a unit, see ``unit_tokens``.
+        mask_units: units of a row of the mask; None: no mask.
+        sliding_window: as the op takes it.
+        attention_chunk: as the op takes it.
+        cores: that share the work.
+    """
+
+    sides: int
+    num_blocks: int
+    num_heads: int
+    num_kv_heads: int
+    block_size: int
+    unit: int
+    mask_units: int | None
+    sliding_window: int | None
+    attention_chunk: int | None
+    cores: int
 
 
 @dataclass(frozen=True)
@@ -30,73 +65,77 @@ class DecodePlan:
         units: (X * CHUNK_UNITS, 2) int32: row of a unit's keys and values in the cache, seen as rows of a unit of a
             head, of head 0; ``NOTHING``: nothing is read.
         bounds: (X * CHUNK_UNITS, 2) float32: the tokens of a unit that the query sees, from and to (exclusive).
-        positions: (X * CHUNK_UNITS, 1) int32: position of a unit's first token.
-        sequences: (X, 1) int32: whose chunk it is; -1: no one's.
-        slots: (B, C) int32: the slots of a sequence's chunks in the order of its keys; -1 behind the last.
-        num_tiles: (1, 1) int32: tiles that hold a chunk.
+        distances: (X * CHUNK_UNITS, 1) float32: from a unit's first token to the query, in tokens.
+        mask_rows: (X * CHUNK_UNITS, 1) int32: row of a unit in the mask, seen as rows of a unit of a sequence;
+            ``NOTHING``: all False. None without a mask.
+        query_rows: (X * H, 1) int32: row of a chunk's query heads in (B * H, D); ``NOTHING``: no one's chunk.
+        turns: (1, 3) int32: turns of ``TURN_TILES`` tiles of a core, of one tile behind these, and all tiles of a core.
+        places: (rows / PARTITIONS * C, PARTITIONS * TURN_MERGES) int32: where among (X * H) the partial results of
+            rows (B * H) are, in the order of keys: for each ``PARTITIONS`` rows C turns; ``NOTHING`` behind the last.
+        merge_turns: (1, 1) int32: how many of the C turns are needed.
     """
 
     units: Tensor
     bounds: Tensor
-    positions: Tensor
-    sequences: Tensor
-    slots: Tensor
-    num_tiles: Tensor
+    distances: Tensor
+    mask_rows: Tensor | None
+    query_rows: Tensor
+    turns: Tensor
+    places: Tensor
+    merge_turns: Tensor
 
 
-def unit_tokens(block_size: int, row_bytes: int) -> int:
+def unit_tokens(block_size: int, stored_row_bytes: int, row_bytes: int, head_bytes: int) -> int:
     """Return how many tokens a unit has: a power of two that divides the block size.
 
     Args:
         block_size: S, a power of two.
-        row_bytes: of a stored row of a head.
+        stored_row_bytes: of a row of a head in the cache.
+        row_bytes: of a row of a head as it is multiplied.
+        head_bytes: of a number for each query head, as it is multiplied; all heads' weights lie on chip at once.
     """
-    tokens = block_size
-    while tokens > 1 and tokens * row_bytes > DESCRIPTOR_BYTES:
+    tokens = min(block_size, UNIT_TOKENS)
+    while tokens > 1 and tokens * max(2 * stored_row_bytes, row_bytes, 2 * head_bytes) > 2 * DESCRIPTOR_BYTES:
         tokens //= 2
     return tokens
+
+
+def merge_groups(num_rows: int, cores: int) -> int:
+    """Return how many ``PARTITIONS`` rows the merging kernel computes; each core as many."""
+    return -(-num_rows // (PARTITIONS * cores)) * cores
 
 
 def decode_plan(
     block_tables: Tensor,  # (B, M) int32
     context_lens: Tensor,  # (B,) int32
-    *,
-    num_blocks: int,
-    num_kv_heads: int,
-    block_size: int,
-    unit: int,
-    sliding_window: int | None,
-    attention_chunk: int | None,
+    sizes: DecodeSizes,
 ) -> DecodePlan:
     """Return the plan of a decode step.
 
     Args:
-        block_tables: ids outside of ``[0, num_blocks)`` hold no keys.
+        block_tables: ids outside of ``[0, N)`` hold no keys.
         context_lens: clamped to what the tables hold.
-        num_blocks: N.
-        num_kv_heads: KH.
-        block_size: S.
-        unit: tokens of a unit, see ``unit_tokens``.
-        sliding_window: as the op takes it.
-        attention_chunk: as the op takes it.
+        sizes: what else the plan depends on.
     """
     num_seqs, columns = block_tables.shape
-    device, chunk = block_tables.device, CHUNK_UNITS * unit
-    end = context_lens.clamp(0, columns * block_size)
+    device, block_size, unit = block_tables.device, sizes.block_size, sizes.unit
+    chunk, capacity = CHUNK_UNITS * unit, columns * block_size
+    end = context_lens.clamp(0, capacity)
     begin = torch.zeros_like(end)
-    most = -(-columns * block_size // chunk)
-    if sliding_window is not None:
-        begin = (end - min(sliding_window, columns * block_size)).clamp(min=0)
-        most = min(most, -(-sliding_window // chunk) + 1)
-    if attention_chunk is not None:
+    most = -(-capacity // chunk)
+    if sizes.sliding_window is not None:
+        begin = (end - min(sizes.sliding_window, capacity)).clamp(min=0)
+        most = min(most, -(-sizes.sliding_window // chunk) + 1)
+    if sizes.attention_chunk is not None:
         position = (end - 1).clamp(min=0)
-        begin = torch.maximum(begin, position - position % min(attention_chunk, columns * block_size))
-        most = min(most, -(-attention_chunk // chunk) + 1)
+        begin = torch.maximum(begin, position - position % min(sizes.attention_chunk, capacity))
+        most = min(most, -(-sizes.attention_chunk // chunk) + 1)
     first = begin // chunk
     counts = torch.where(end > begin, (end + chunk - 1) // chunk - first, 0)
     ends = counts.cumsum(0, dtype=torch.int32)  # (B,)
 
-    num_slots = -(-num_seqs * most // TILE_CHUNKS) * TILE_CHUNKS
+    turn_slots = TILE_CHUNKS * sizes.cores
+    num_slots = -(-num_seqs * most // turn_slots) * turn_slots
     slot = torch.arange(num_slots, dtype=torch.int32, device=device)
     seq = (slot[:, None] >= ends).sum(1)  # (X,)
     live = seq < num_seqs
@@ -105,23 +144,39 @@ def decode_plan(
     unit_index = index[:, None] * CHUNK_UNITS + torch.arange(CHUNK_UNITS, dtype=torch.int32, device=device)
     position = unit_index * unit  # (X, CHUNK_UNITS)
     seen_from, seen_to = begin[seq][:, None] - position, end[seq][:, None] - position
-    column = (position // block_size).clamp(0, columns - 1)
-    block = block_tables[seq[:, None], column]
-    used = live[:, None] & (seen_from < unit) & (seen_to > 0) & (block >= 0) & (block < num_blocks)
-    parts = block_size // unit
-    row = block * (num_kv_heads * parts) + position % block_size // unit
-    side = num_blocks * num_kv_heads * parts
-    units = torch.where(used[..., None], torch.stack((row, row + side), -1), NOTHING)
+    block = block_tables[seq[:, None], (position // block_size).clamp(0, columns - 1)]
+    used = live[:, None] & (seen_from < unit) & (seen_to > 0) & (block >= 0) & (block < sizes.num_blocks)
+    head_rows = sizes.num_kv_heads * (block_size // unit)
+    row = block * head_rows + position % block_size // unit
+    units = torch.stack((row, row + (sizes.sides - 1) * sizes.num_blocks * head_rows), -1)
     bounds = torch.stack((seen_from.clamp(0, unit), seen_to.clamp(0, unit)), -1)
-    bounds = torch.where(used[..., None], bounds, 0)
-
-    place = torch.arange(most, dtype=torch.int32, device=device)
-    slots = torch.where(place < counts[:, None], (ends - counts)[:, None] + place, -1)
+    mask_rows = None
+    if sizes.mask_units is not None:
+        masked = used & (unit_index < sizes.mask_units)
+        mask_rows = torch.where(masked, seq[:, None] * sizes.mask_units + unit_index, NOTHING)
+        mask_rows = mask_rows.reshape(-1, 1).to(torch.int32)
+    query_rows = seq[:, None] * sizes.num_heads + torch.arange(sizes.num_heads, device=device)
+    tiles = (ends[-1:] + turn_slots - 1) // turn_slots
     return DecodePlan(
-        units=units.reshape(-1, 2).to(torch.int32),
-        bounds=bounds.reshape(-1, 2).to(torch.float32),
-        positions=position.reshape(-1, 1).to(torch.int32),
-        sequences=torch.where(live, seq, -1).reshape(-1, 1).to(torch.int32),
-        slots=slots.to(torch.int32),
-        num_tiles=((ends[-1:] + TILE_CHUNKS - 1) // TILE_CHUNKS).reshape(1, 1).to(torch.int32),
+        units=torch.where(used[..., None], units, NOTHING).reshape(-1, 2).to(torch.int32),
+        bounds=torch.where(used[..., None], bounds, 0).reshape(-1, 2).to(torch.float32),
+        distances=(seen_to - 1).reshape(-1, 1).to(torch.float32),
+        mask_rows=mask_rows,
+        query_rows=torch.where(live[:, None], query_rows, NOTHING).reshape(-1, 1).to(torch.int32),
+        turns=torch.stack((tiles // TURN_TILES, tiles % TURN_TILES, tiles), 1).to(torch.int32),
+        places=_places(counts, ends, most, sizes),
+        merge_turns=((counts.amax() + TURN_MERGES - 1) // TURN_MERGES).reshape(1, 1).to(torch.int32),
     )
+
+
+def _places(counts: Tensor, ends: Tensor, most: int, sizes: DecodeSizes) -> Tensor:
+    """Return where the partial results of each row are, as the merging kernel reads them."""
+    index = torch.arange(most, dtype=torch.int32, device=counts.device)
+    slots = (ends - counts)[:, None] + index  # (B, C)
+    head = torch.arange(sizes.num_heads, dtype=torch.int32, device=counts.device)
+    rows = slots[:, None, :] * sizes.num_heads + head[:, None]  # (B, H, C)
+    rows = torch.where((index < counts[:, None])[:, None, :], rows, NOTHING).flatten(0, 1)
+    groups = merge_groups(rows.shape[0], sizes.cores)
+    rows = pad(rows, (0, -most % TURN_MERGES, 0, groups * PARTITIONS - rows.shape[0]), value=NOTHING)
+    rows = rows.reshape(groups, PARTITIONS, -1, TURN_MERGES).transpose(1, 2)
+    return rows.reshape(-1, PARTITIONS * TURN_MERGES).to(torch.int32)
