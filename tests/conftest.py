@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+if importlib.util.find_spec("nki") is None:  # before torch_paged looks for it
+    sys.path.append(str(Path(__file__).parent / "nki_sim"))
+
 import torch_paged  # noqa: F401  (defines the ops)
 from torch_paged.testing.backends import REFERENCE, Backend, Refused, backends_here
-
-if importlib.util.find_spec("nki") is None:
-    sys.path.append(str(Path(__file__).parent / "nki_sim"))
 
 _refused: set[str] = set()  # tests that a refusal ended
 

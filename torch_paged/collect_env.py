@@ -10,7 +10,8 @@ import torch
 import torch_paged
 from torch_paged import backends, dispatch
 
-_PACKAGES = ("transformers", "torch_xla", "torch_tpu", "jax", "libtpu", "torch-neuronx", "nki")
+_PACKAGES = ("transformers", "torch_xla", "torch_tpu", "jax", "libtpu", "torch-neuronx", "neuronx-cc", "nki")
+_SETTINGS = ("TORCH_PAGED_", "OMP_", "KMP_", "NEURON_", "PJRT_DEVICE")
 
 
 def report() -> str:
@@ -60,7 +61,7 @@ def _version(package: str) -> str:
 
 
 def _settings() -> str:
-    names = sorted(name for name in os.environ if name.startswith(("TORCH_PAGED_", "OMP_", "KMP_")))
+    names = sorted(name for name in os.environ if name.startswith(_SETTINGS))
     return ", ".join(f"{name}={os.environ[name]}" for name in names)
 
 

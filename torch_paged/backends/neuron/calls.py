@@ -1,22 +1,15 @@
-"""What all ways to the kernels share: an op's arguments, checked, as runs of NKI kernels. Imports nki."""
+"""What all ways to the kernels share: an op's arguments, checked, as runs of NKI kernels. Imports nki at a call."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 from torch_paged.backends import BackendInfo
-from torch_paged.backends.neuron import cache, decode, merge, varlen
 from torch_paged.backends.neuron.launch import Launch
 from torch_paged.backends.python_kernels import python_kernels
 
-_OPS = {
-    "reshape_and_cache": cache.reshape_and_cache,
-    "quantize_and_cache": cache.quantize_and_cache,
-    "copy_blocks": cache.copy_blocks,
-    "gather_cache": cache.gather_cache,
-    "merge_attention_states": merge.merge_attention_states,
-    "paged_attention": decode.paged_attention,
-    "flash_attn_varlen": varlen.flash_attn_varlen,
-}
+_MODULES = {"paged_attention": "decode", "flash_attn_varlen": "varlen", "merge_attention_states": "merge"}
+"""Op -> the module that has a function of its name; the others are in ``cache``."""
 
 
 def kernels(info: BackendInfo, launch: Callable[[], Launch]) -> dict[str, Callable[..., Any]]:
@@ -29,7 +22,8 @@ def kernels(info: BackendInfo, launch: Callable[[], Launch]) -> dict[str, Callab
 
     def run(name: str, arguments: dict[str, Any]) -> Any:
         op, _, overload = name.partition(".")
-        results = _OPS[op](launch(), arguments)
+        module = importlib.import_module(f"torch_paged.backends.neuron.{_MODULES.get(op, 'cache')}")
+        results = getattr(module, op)(launch(), arguments)
         if op in ("paged_attention", "flash_attn_varlen"):
             return results if overload == "with_stats" else results[0]
         return results

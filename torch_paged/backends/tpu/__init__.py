@@ -22,6 +22,7 @@ from torch_paged.backends.tpu.support import (
     variant,
     wrong_setting,
 )
+from torch_paged.backends.xla_runtime import on_neuron
 
 _BRIDGES = {"xla": "torch_xla", "tpu": "torch_tpu"}
 """Device type -> the package whose tensors have it."""
@@ -35,7 +36,9 @@ def why_off() -> str | None:
     wrong = missing("jax", "libtpu", *reached)
     if wrong is not None or reached:
         return wrong
-    return f"no tensor here is on a TPU: {install_line()}, or set {INTERPRET_VARIABLE}=1 to interpret the kernels"
+    elsewhere = ", as torch_xla's are on NeuronCores" if on_neuron() else ""
+    remedy = f"{install_line()}, or set {INTERPRET_VARIABLE}=1 to interpret the kernels"
+    return f"no tensor here is on a TPU{elsewhere}: {remedy}"
 
 
 def load(device_type: str) -> Mapping[str, Callable[..., Any]] | None:
@@ -54,7 +57,7 @@ def _in_reach(device_type: str) -> bool:
     """Return whether there can be tensors of this device type; torch_tpu makes its own known where it finds a TPU."""
     if device_type == "tpu":
         return torch._C._get_privateuse1_backend_name() == "tpu"
-    return importlib.util.find_spec(_BRIDGES[device_type]) is not None
+    return importlib.util.find_spec("torch_xla") is not None and not on_neuron()
 
 
 def versions() -> Mapping[str, str]:
@@ -72,7 +75,7 @@ BACKEND = BackendInfo(
     name="tpu",
     summary="Pallas kernels for TPU v4 to 7x",
     limits=LIMITS,
-    device_types=tuple(_BRIDGES),
+    device_types=("tpu",) if on_neuron() else tuple(_BRIDGES),
     automatic=True,
     why_off=why_off,
     load=load,

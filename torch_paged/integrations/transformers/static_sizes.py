@@ -2,7 +2,7 @@
 
 import torch
 
-_DEVICES = ("xla", "tpu")
+_DEVICES = ("xla", "tpu", "neuron")
 
 
 def compiles_each_shape(device: torch.device) -> bool:
