@@ -1,0 +1,217 @@
+"""What NKI kernels do on the simulator, instruction by instruction, for the model of their cost.
+
+The instructions of ``nki.isa`` and the loops of ``nki.language`` are wrapped while a kernel runs; neither kernels nor
+simulator know. The simulator's counters say which engine ran an instruction and what a DMA moved.
+
+Every turn of a loop runs the same instructions, which the simulator checks. So a long loop need not turn: where the
+recorder is told to be quick, one turn of each innermost loop runs, and counts as often as the loop would turn.
+"""
+
+import functools
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+if importlib.util.find_spec("nki") is None:
+    sys.path.append(str(Path(__file__).parents[1] / "tests" / "nki_sim"))
+import nki.isa as nisa
+import nki.language as nl
+from nki._machine import Core, machine
+from nki.language import NkiTensor
+from nki.language._control import _bound
+
+from torch_paged.backends.neuron.bridge_simulator import run
+from torch_paged.backends.neuron.cost import ENGINES, Counts, Instruction
+from torch_paged.backends.neuron.launch import Launch
+
+VARIABLES = ("NEURON_PLATFORM_TARGET_OVERRIDE", "NEURON_LOGICAL_NC_CONFIG")
+Place = tuple[int, ...]
+"""Of a loop: the how many-th of its parent's turn it is, and so on from the outermost one in."""
+
+
+class _Loops:
+    """The loops of one core of a kernel."""
+
+    def __init__(self) -> None:
+        self.place: Place = ()
+        self.begun = [0]
+        self.bodies: dict[Place, Counts] = {}
+        self.outer: set[Place] = set()
+
+
+class Recorder:
+    """Counts of each core of the kernels that run in its scope.
+
+    Attributes:
+        quick: run one turn of each innermost loop.
+        counts: of each core.
+    """
+
+    def __init__(self, *, quick: bool) -> None:
+        self.quick = quick
+        self.counts: dict[int, Counts] = {}
+        self._loops: dict[int, _Loops] = {}
+
+    @property
+    def busiest(self) -> Counts:
+        """The counts of the core with the most instructions."""
+        return max(self.counts.values(), key=lambda counts: sum(counts.instructions.values()))
+
+    def instruction(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return an instruction that is recorded when it runs."""
+        names = list(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            core = machine()
+            before = {name: _work(core, name) for name in (*ENGINES, "dma")}
+            result = function(*args, **kwargs)
+            mine = self.counts.setdefault(core.core, Counts())
+            mine.barriers += function.__name__ == "core_barrier"
+            operands = {**dict(zip(names, args, strict=False)), **kwargs}
+            tensors = {name: value for name, value in operands.items() if isinstance(value, NkiTensor)}
+            for name, old in before.items():
+                work = _work(core, name) - old
+                if work.any():
+                    key = _described(function.__name__, name, tensors, *work.tolist())
+                    mine.instructions[key] = mine.instructions.get(key, 0) + 1
+            return result
+
+        return run
+
+    def loop(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a dynamic loop whose turns are recorded."""
+
+        @functools.wraps(function)
+        def run(lower: Any, upper: Any, body_fun: Callable[[Any], None], step: int = 1) -> None:
+            core = machine().core
+            loops = self._loops.setdefault(core, _Loops())
+            outside, loops.place = loops.place, (*loops.place, loops.begun[-1])
+            loops.begun[-1] += 1
+            here = loops.place
+            values = range(_bound("fori_loop", "lower", lower), _bound("fori_loop", "upper", upper), step)
+            turns = len(values)
+
+            def body(i: Any) -> None:
+                mine, self.counts[core] = self.counts.setdefault(core, Counts()), Counts(turns=1)
+                loops.begun.append(0)
+                body_fun(i)
+                if loops.begun.pop():
+                    loops.outer.add(here)
+                loops.bodies[here] = self.counts[core]
+                self.counts[core] = mine.plus(self.counts[core])
+
+            known = self.quick and here in loops.bodies and here not in loops.outer
+            shown = 0 if known else min(turns, 1) if self.quick else turns
+            function(values.start, values.start + shown * step, body, step)
+            if here in loops.outer and self.quick:
+                function(values.start + step, values.start + max(turns, 1) * step, body, step)
+            else:
+                rest = loops.bodies.get(here, Counts())
+                self.counts[core] = self.counts.setdefault(core, Counts()).plus(rest, turns - shown)
+            loops.place = outside
+
+        return run
+
+
+@contextmanager
+def recorded(*, quick: bool = False) -> Iterator[Recorder]:
+    """Record the kernels that run within."""
+    recorder = Recorder(quick=quick)
+    originals: list[tuple[Any, str, Any]] = [(nl, "fori_loop", nl.fori_loop)]
+    for name in nisa.__all__:
+        function = getattr(nisa, name)
+        if inspect.isfunction(function) and hasattr(function, "__wrapped__"):
+            originals.append((nisa, name, function))
+    try:
+        for module, name, function in originals:
+            setattr(module, name, (recorder.loop if module is nl else recorder.instruction)(function))
+        yield recorder
+    finally:
+        for module, name, function in originals:
+            setattr(module, name, function)
+
+
+class Counted:
+    """A launch that keeps the counts of the kernels it runs.
+
+    Attributes:
+        kernels: name and counts of each kernel, the busiest core's, in the order in which they ran.
+        launch: hand it to an op of the backend.
+    """
+
+    def __init__(self, generation: str, cores: int, *, quick: bool = True) -> None:
+        self.kernels: list[tuple[str, Counts]] = []
+        self.quick = quick
+        self.launch = Launch(generation, cores, self._run)
+
+    def _run(self, kernel: Any, cores: int, *arguments: Any) -> Any:
+        before = {name: os.environ.get(name) for name in VARIABLES}
+        os.environ.update(dict(zip(VARIABLES, (self.launch.generation, str(cores)), strict=True)))
+        try:
+            with recorded(quick=self.quick) as recorder:
+                results = run(kernel, cores, *arguments)
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+        self.kernels.append((kernel.__name__, recorder.busiest))
+        # What turns left undefined is no number that a later kernel would take.
+        return _defined(results) if self.quick else results
+
+
+def _defined(results: Any) -> Any:
+    if isinstance(results, tuple):
+        return tuple(_defined(one) for one in results)
+    if isinstance(results, np.ndarray):
+        return np.zeros_like(results)
+    return torch.zeros_like(results) if isinstance(results, torch.Tensor) else results
+
+
+def _work(core: Core, engine: str) -> np.ndarray[Any, Any]:
+    work = core.counters[engine]
+    return np.array([work.instructions, work.bytes, work.descriptors])
+
+
+def _described(
+    name: str, engine: str, tensors: dict[str, NkiTensor], times: int, size: int, descriptors: int
+) -> Instruction:
+    """Return an instruction by its operands and by what the simulator counted of it."""
+    if engine == "dma":
+        by_index = any(
+            x.dynamic is not None and isinstance(x.dynamic.index, NkiTensor) and x.dynamic.index.size > 1
+            for x in tensors.values()
+        )
+        return Instruction(name, engine, bytes=size, descriptors=descriptors, gathered=by_index)
+    if engine == "tensor":
+        if "data" in tensors:  # a transpose, by a product with an identity matrix
+            data = tensors["data"]
+            return Instruction(name, engine, data.partitions, data.free, bits=_bits([data]))
+        moving, stationary = tensors["moving"], tensors["stationary"]
+        return Instruction(name, engine, moving.free, stationary.free, inputs=2, bits=_bits([moving, stationary]))
+    widest = max(x.free for x in tensors.values())
+    wide = {operand: x for operand, x in tensors.items() if x.free > 1 or widest == 1}
+    return Instruction(
+        name,
+        engine,
+        widest,
+        inputs=len(wide.keys() - {"dst", "reduce_res"}),
+        bits=_bits(list(wide.values())),
+        in_psum=sum(x.buffer is nl.psum for x in wide.values()),
+        contiguous=all(x.shape[-1] == 1 or x.strides[-1] == 1 for x in wide.values()),
+        results=times,
+    )
+
+
+def _bits(tensors: list[NkiTensor]) -> int:
+    sizes = {x.dtype.itemsize * 8 for x in tensors}
+    if max(sizes) > 16 or any(x.dtype.is_int for x in tensors):
+        return 32
+    return min(sizes)
