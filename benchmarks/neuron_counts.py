@@ -3,8 +3,9 @@
 The instructions of ``nki.isa`` and the loops of ``nki.language`` are wrapped while a kernel runs; neither kernels nor
 simulator know. The simulator's counters say which engine ran an instruction and what a DMA moved.
 
-Every turn of a loop runs the same instructions, which the simulator checks. So a long loop need not turn: where the
-recorder is told to be quick, one turn of each innermost loop runs, and counts as often as the loop would turn.
+Every turn of a loop runs the same instructions, which the simulator checks. So a long loop need not turn: one turn of
+each innermost loop may run, and count as often as the loop would turn, in this run of the kernel and in others that
+differ in the number of turns alone.
 """
 
 import functools
@@ -12,6 +13,7 @@ import importlib.util
 import inspect
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,30 +35,47 @@ from torch_paged.backends.neuron.cost import ENGINES, Counts, Instruction
 from torch_paged.backends.neuron.launch import Launch
 
 VARIABLES = ("NEURON_PLATFORM_TARGET_OVERRIDE", "NEURON_LOGICAL_NC_CONFIG")
-Place = tuple[int, ...]
-"""Of a loop: the how many-th of its parent's turn it is, and so on from the outermost one in."""
+Place = tuple[Any, ...]
+"""Of a loop and its parents: the body, numbers that it closes over, and how many alike came before it."""
 
 
 class _Loops:
-    """The loops of one core of a kernel."""
+    """The loops of one core of a kernel.
+
+    Attributes:
+        place: of the loop that turns.
+        begun: how many loops that are alike have begun in the present turn of each of them.
+        parents: loops with a loop in them.
+    """
 
     def __init__(self) -> None:
         self.place: Place = ()
-        self.begun = [0]
-        self.bodies: dict[Place, Counts] = {}
-        self.outer: set[Place] = set()
+        self.begun: list[Counter[Any]] = [Counter()]
+        self.parents: set[Place] = set()
+
+    def enter(self, body: Callable[[Any], None]) -> Place:
+        """Return where the loop is that begins."""
+        cells = [cell.cell_contents for cell in body.__closure__ or ()]
+        name = (body.__name__, *(value for value in cells if isinstance(value, int)))
+        index = self.begun[-1][name]
+        self.begun[-1][name] += 1
+        if self.place:
+            self.parents.add(self.place)
+        self.place = (*self.place, (*name, index))
+        return self.place
 
 
 class Recorder:
     """Counts of each core of the kernels that run in its scope.
 
     Attributes:
-        quick: run one turn of each innermost loop.
+        bodies: what a turn of an innermost loop does, by core and place. A loop that is known does not turn, one that
+            is not turns once. None: every loop turns.
         counts: of each core.
     """
 
-    def __init__(self, *, quick: bool) -> None:
-        self.quick = quick
+    def __init__(self, bodies: dict[Any, Counts] | None) -> None:
+        self.bodies = bodies
         self.counts: dict[int, Counts] = {}
         self._loops: dict[int, _Loops] = {}
 
@@ -94,38 +113,39 @@ class Recorder:
         def run(lower: Any, upper: Any, body_fun: Callable[[Any], None], step: int = 1) -> None:
             core = machine().core
             loops = self._loops.setdefault(core, _Loops())
-            outside, loops.place = loops.place, (*loops.place, loops.begun[-1])
-            loops.begun[-1] += 1
-            here = loops.place
+            outside, here = loops.place, loops.enter(body_fun)
             values = range(_bound("fori_loop", "lower", lower), _bound("fori_loop", "upper", upper), step)
-            turns = len(values)
 
             def body(i: Any) -> None:
                 mine, self.counts[core] = self.counts.setdefault(core, Counts()), Counts(turns=1)
-                loops.begun.append(0)
+                loops.place = here
+                loops.begun.append(Counter())
                 body_fun(i)
-                if loops.begun.pop():
-                    loops.outer.add(here)
-                loops.bodies[here] = self.counts[core]
+                loops.begun.pop()
+                if self.bodies is not None and here not in loops.parents:
+                    self.bodies[core, here] = self.counts[core]
                 self.counts[core] = mine.plus(self.counts[core])
 
-            known = self.quick and here in loops.bodies and here not in loops.outer
-            shown = 0 if known else min(turns, 1) if self.quick else turns
-            function(values.start, values.start + shown * step, body, step)
-            if here in loops.outer and self.quick:
-                function(values.start + step, values.start + max(turns, 1) * step, body, step)
+            if self.bodies is None:
+                function(lower, upper, body, step)
             else:
-                rest = loops.bodies.get(here, Counts())
-                self.counts[core] = self.counts.setdefault(core, Counts()).plus(rest, turns - shown)
+                known = (core, here) in self.bodies
+                shown = 0 if known else min(len(values), 1)
+                function(values.start, values.start + shown * step, body, step)
+                if here in loops.parents:
+                    function(values.start + step, values.start + max(len(values), 1) * step, body, step)
+                else:
+                    rest = self.bodies.get((core, here), Counts())
+                    self.counts[core] = self.counts.setdefault(core, Counts()).plus(rest, len(values) - shown)
             loops.place = outside
 
         return run
 
 
 @contextmanager
-def recorded(*, quick: bool = False) -> Iterator[Recorder]:
-    """Record the kernels that run within."""
-    recorder = Recorder(quick=quick)
+def recorded(bodies: dict[Any, Counts] | None = None) -> Iterator[Recorder]:
+    """Record the kernels that run within; of loops whose turns are known, see ``Recorder``, no turn runs."""
+    recorder = Recorder(bodies)
     originals: list[tuple[Any, str, Any]] = [(nl, "fori_loop", nl.fori_loop)]
     for name in nisa.__all__:
         function = getattr(nisa, name)
@@ -144,30 +164,32 @@ class Counted:
     """A launch that keeps the counts of the kernels it runs.
 
     Attributes:
+        bodies: what is known of the loops of each kernel, and what is learnt; None: every loop turns.
         kernels: name and counts of each kernel, the busiest core's, in the order in which they ran.
         launch: hand it to an op of the backend.
     """
 
-    def __init__(self, generation: str, cores: int, *, quick: bool = True) -> None:
+    def __init__(self, generation: str, cores: int, bodies: dict[str, dict[Any, Counts]] | None) -> None:
         self.kernels: list[tuple[str, Counts]] = []
-        self.quick = quick
+        self.bodies = bodies
         self.launch = Launch(generation, cores, self._run)
 
     def _run(self, kernel: Any, cores: int, *arguments: Any) -> Any:
         before = {name: os.environ.get(name) for name in VARIABLES}
         os.environ.update(dict(zip(VARIABLES, (self.launch.generation, str(cores)), strict=True)))
         try:
-            with recorded(quick=self.quick) as recorder:
+            bodies = None if self.bodies is None else self.bodies.setdefault(kernel.__name__, {})
+            with recorded(bodies) as recorder:
                 results = run(kernel, cores, *arguments)
         finally:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
         self.kernels.append((kernel.__name__, recorder.busiest))
-        # What turns left undefined is no number that a later kernel would take.
-        return _defined(results) if self.quick else results
+        return results if self.bodies is None else _defined(results)
 
 
 def _defined(results: Any) -> Any:
+    """Return zeros in place of results that some turns did not write."""
     if isinstance(results, tuple):
         return tuple(_defined(one) for one in results)
     if isinstance(results, np.ndarray):
