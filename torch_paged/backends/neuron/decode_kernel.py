@@ -19,9 +19,10 @@ import nki.language as nl
 from torch_paged.backends.neuron.plan import CHUNK_UNITS as UNITS
 from torch_paged.backends.neuron.plan import PARTITIONS as P
 from torch_paged.backends.neuron.plan import TILE_CHUNKS as SLOTS
-from torch_paged.backends.neuron.plan import TURN_TILES as TILES
+from torch_paged.backends.neuron.plan import turn_tiles
 
 BANK_BYTES = 2048
+BUFFERS = 4  # for units of a side on their way from HBM
 LEAST = -1e30  # a maximum below which no logit counts: finite, so that a difference of two of them is no NaN
 LARGEST = 3.4028234663852886e38  # finite float32
 
@@ -34,7 +35,7 @@ def attend_chunks(
     bounds,  # (X * UNITS, 2) float32
     distances,  # (X * UNITS, 1) float32
     query_rows,  # (X * H, 1) int32
-    turns,  # (1, 3) int32
+    turns,  # (1, n + 1) int32
     slopes,  # (1, H) float32, or None
     mask,  # (B * mask units, mask heads * unit) uint8, or None; mask heads are 1, KH or H
     mask_rows,  # (X * UNITS, 1) int32, or None
@@ -77,41 +78,36 @@ def attend_chunks(
         latent,
     )
     call.lay_out_constants(slopes, head_scales, table)
-    cores, core = nl.num_programs(0), nl.program_id(0)
-    counts = nl.ndarray((1, 3), dtype=nl.int32)
+    cores = nl.num_programs(0)
+    counts = nl.ndarray(turns.shape, dtype=nl.int32)
     nisa.dma_copy(dst=counts, src=turns)
     first = nl.ndarray((1, 1), dtype=nl.int32)  # tile of a turn, of core 0
     nisa.memset(dst=first, value=0)
-
-    def many_tiles(turn):
-        for k in range(TILES):
-            call.attend(first, k * cores + core, k % 2, False)
-        nisa.tensor_scalar(dst=first, data=first, op0=nl.add, operand0=float(TILES * cores))
-
-    def one_tile(turn):
-        call.attend(first, core, 0, False)
-        nisa.tensor_scalar(dst=first, data=first, op0=nl.add, operand0=float(cores))
-
-    def one_tile_again(turn):
-        call.attend(first, core, 0, True)
-        nisa.tensor_scalar(dst=first, data=first, op0=nl.add, operand0=float(cores))
-
-    if num_tiles >= TILES * cores:  # else the body would reach behind the tiles
-        many = nisa.register_alloc()
-        nisa.register_load(many, counts[:, 0:1])
-        nl.fori_loop(0, many, many_tiles)
-    more = nisa.register_alloc()
-    nisa.register_load(more, counts[:, 1:2])
-    nl.fori_loop(0, more, one_tile)
+    sizes = turn_tiles(num_kv_heads)
+    for i in range(len(sizes)):
+        if sizes[i] * cores <= num_tiles:  # else a turn would reach behind the tiles
+            _attend_tiles(call, first, counts[:, i : i + 1], sizes[i], False)
 
     spoilt = call.spoilt_on_any_core()
     tiles = nl.ndarray((1, 1), dtype=nl.int32)
-    nisa.tensor_tensor(dst=tiles, data1=counts[:, 2:3], data2=spoilt, op=nl.multiply)
-    again = nisa.register_alloc()
-    nisa.register_load(again, tiles)
+    nisa.tensor_tensor(dst=tiles, data1=counts[:, len(sizes) : len(sizes) + 1], data2=spoilt, op=nl.multiply)
     nisa.memset(dst=first, value=0)
-    nl.fori_loop(0, again, one_tile_again)
+    _attend_tiles(call, first, tiles, 1, True)
     return sums, stats
+
+
+def _attend_tiles(call, first, count, size, again):
+    """Attend in ``count`` turns of ``size`` tiles of each core, from ``first`` on."""
+    cores, core = nl.num_programs(0), nl.program_id(0)
+    turns = nisa.register_alloc()
+    nisa.register_load(turns, count)
+
+    def some_tiles(turn):
+        for k in range(size):
+            call.attend(first, k * cores + core, k % 2, again)
+        nisa.tensor_scalar(dst=first, data=first, op0=nl.add, operand0=float(size * cores))
+
+    nl.fori_loop(0, turns, some_tiles)
 
 
 def _spread(row):
@@ -121,6 +117,10 @@ def _spread(row):
     found = nl.ndarray((P, row.shape[1]), dtype=row.dtype)
     nisa.dma_copy(dst=found, src=row.ap(pattern=[[0, P], [1, row.shape[1]]], offset=0))
     return found
+
+
+def _clear(buffer):
+    nisa.memset(dst=buffer, value=0 if buffer.dtype == nl.int8 or buffer.dtype == nl.uint8 else 0.0)
 
 
 class _Call(nl.NKIObject):
@@ -177,6 +177,14 @@ class _Call(nl.NKIObject):
             self.weights.append(weights)
         self.spoilt = nl.ndarray((P, self.products), dtype=nl.float32)  # 1: not finite in some tile
         nisa.memset(dst=self.spoilt, value=0.0)
+        self.buffers = []  # of keys, of values; where nothing is read they hold what they held before
+        for _ in range(1 if self.latent else 2):
+            buffers = []
+            for _ in range(max(BUFFERS, 2 * self.num_kv_heads) if self.latent else BUFFERS):
+                buffer = nl.ndarray((P, self.cache.shape[1]), dtype=self.cache.dtype)
+                _clear(buffer)
+                buffers.append(buffer)
+            self.buffers.append(buffers)
 
     def attend(self, first, tile, buffer, again):
         """Attend to a tile, the one that is so many behind the turn's first; ``again``: with values not finite."""
@@ -187,7 +195,9 @@ class _Call(nl.NKIObject):
         queries = self._queries(first, tile)
         keys = []
         for head in range(self.num_kv_heads):
-            keys.append(self._logits(logits, queries, rows, head))
+            units = self._gathered(rows, 0, head, buffer, seen if self.latent else None)
+            self._logits(logits, queries, units, rows, head)
+            keys.append(units if self.latent else None)
         if self.soft_cap != 0.0:
             nisa.activation(dst=logits, op=nl.tanh, data=logits, scale=1.0 / self.soft_cap)
             nisa.tensor_scalar(dst=logits, data=logits, op0=nl.multiply, operand0=self.soft_cap)
@@ -204,12 +214,10 @@ class _Call(nl.NKIObject):
         checks = nl.ndarray((P, self.products), dtype=nl.float32)
         nisa.memset(dst=checks, value=0.0)
         for head in range(self.num_kv_heads):
-            values = keys[head] if self.latent else self._gathered(rows, 1, head)
-            self._weigh_values(values, self.weights[buffer], seen, shown, checks, head, first, tile, again)
+            values = keys[head] if self.latent else self._gathered(rows, 1, head, buffer, seen)
+            self._weigh_values(values, self.weights[buffer], shown, checks, head, first, tile, again)
         if not again:
-            nisa.tensor_scalar(
-                dst=checks, data=checks, op0=nl.multiply, operand0=0.0, op1=nl.not_equal, operand1=0.0
-            )
+            nisa.tensor_scalar(dst=checks, data=checks, op0=nl.multiply, operand0=0.0, op1=nl.not_equal, operand1=0.0)
             nisa.tensor_tensor(dst=self.spoilt, data1=self.spoilt, data2=checks, op=nl.maximum)
 
     def spoilt_on_any_core(self):
@@ -300,7 +308,7 @@ class _Call(nl.NKIObject):
             pattern = [[self.head_dim, size], [1, self.head_dim]]
             source = self.query.ap(pattern=pattern, offset=0, vector_offset=places, indirect_dim=0)
             nisa.dma_copy(dst=part, src=source, oob_mode=nisa.oob_mode.skip)
-            part = self._cast(part)
+            part = self._cast(part, nisa.engine.vector)
             for i in range(len(found)):
                 lanes = found[i].shape[0]
                 turned = nl.ndarray((lanes, size), dtype=self.dtype, buffer=nl.psum)
@@ -309,11 +317,18 @@ class _Call(nl.NKIObject):
                 nisa.tensor_copy(dst=flat[:, start : start + size], src=turned)
         return found
 
-    def _gathered(self, rows, side, head):
-        """Return the units of a side and head (P, unit, DS), as they are multiplied."""
-        stored = self._fetched(self.cache, rows[:, side, head : head + 1])
+    def _gathered(self, rows, side, head, buffer, seen):
+        """Return the units of a side and head (P, unit, DS), as they are multiplied; values not seen are 0.
+
+        ``seen`` is None for keys, whose products with queries are selected.
+        """
+        buffers = self.buffers[side]
+        stored = buffers[(buffer * self.num_kv_heads + head) % len(buffers)]
+        self._fetch(stored, self.cache, rows[:, side, head : head + 1])
+        if seen != None and stored.dtype != nl.int8:  # noqa: E711
+            self._hide(stored, seen)
         if self.table == None:  # noqa: E711
-            found = self._cast(stored)
+            found = self._cast(stored, nisa.engine.gpsimd if side == 0 else nisa.engine.vector)
         else:
             places = nl.ndarray(stored.shape, dtype=nl.uint32)
             nisa.tensor_copy(dst=places, src=stored)
@@ -321,26 +336,42 @@ class _Call(nl.NKIObject):
             nisa.nc_n_gather(dst=found, data=self.table, indices=places)
         return found.reshape((P, self.unit, self.stored_dim))
 
-    def _cast(self, stored):
+    def _hide(self, stored, seen):
+        """AND what is stored of tokens that are not seen with zeros, in the largest words that rows consist of."""
+        units = stored.reshape((P, self.unit, self.stored_dim))
+        words = units.view(nl.int8)
+        for dtype in (nl.int16, nl.int32):
+            if words.shape[2] % 2 == 0:
+                words = units.view(dtype)
+            else:
+                break
+        bits = nl.ndarray((P, self.unit), dtype=words.dtype)
+        nisa.tensor_scalar(dst=bits, data=seen, op0=nl.multiply, operand0=-1.0)
+        mask = bits.reshape((P, self.unit, 1)).broadcast(2, words.shape[2])
+        nisa.tensor_tensor(dst=words, data1=words, data2=mask, op=nl.bitwise_and)
+
+    def _cast(self, stored, engine):
         if stored.dtype == self.dtype:
             return stored
         found = nl.ndarray(stored.shape, dtype=self.dtype)
-        nisa.tensor_copy(dst=found, src=stored)
+        nisa.tensor_copy(dst=found, src=stored, engine=engine)
         return found
 
     def _fetched(self, base, rows):
         """Return rows (P, W) of a tensor in HBM, zeros where there is none."""
-        width = base.shape[1]
-        found = nl.ndarray((P, width), dtype=base.dtype)
-        zero = 0 if base.dtype == nl.int8 or base.dtype == nl.uint8 else 0.0
-        nisa.memset(dst=found, value=zero, engine=nisa.engine.gpsimd)
-        source = base.ap(pattern=[[width, P], [1, width]], offset=0, vector_offset=rows, indirect_dim=0)
-        nisa.dma_copy(dst=found, src=source, oob_mode=nisa.oob_mode.skip)
+        found = nl.ndarray((P, base.shape[1]), dtype=base.dtype)
+        _clear(found)
+        self._fetch(found, base, rows)
         return found
 
-    def _logits(self, logits, queries, rows, head):
-        """Multiply the keys of a kv head by the queries, keep the products with a token's own sequence; return keys."""
-        keys = self._gathered(rows, 0, head)
+    def _fetch(self, found, base, rows):
+        """Write rows of a tensor in HBM to (P, W), where there is one."""
+        width = base.shape[1]
+        source = base.ap(pattern=[[width, P], [1, width]], offset=0, vector_offset=rows, indirect_dim=0)
+        nisa.dma_copy(dst=found, src=source, oob_mode=nisa.oob_mode.skip)
+
+    def _logits(self, logits, queries, keys, rows, head):
+        """Multiply the keys of a kv head by the queries, and keep the products with a token's own sequence."""
         turned = []
         for i in range(len(queries)):
             turned.append(self._turned(keys, i * P, queries[i].shape[0]))
@@ -351,7 +382,6 @@ class _Call(nl.NKIObject):
             wide = scales.reshape((P, self.unit, 1)).broadcast(2, self.group)
             mine = logits[:, head, :, :]
             nisa.tensor_tensor(dst=mine, data1=mine, data2=wide, op=nl.multiply)
-        return keys if self.latent else None
 
     def _multiply_keys(self, logits, queries, turned, head, member, size):
         """Write the logits of some members of a group."""
@@ -457,14 +487,8 @@ class _Call(nl.NKIObject):
         nisa.select_reduce(dst=found, predicate=shown, on_true=exponents, on_false=0.0)
         return found
 
-    def _weigh_values(self, values, weights, seen, shown, checks, head, first, tile, again):
+    def _weigh_values(self, values, weights, shown, checks, head, first, tile, again):
         """Multiply the weights of a kv head by its values (P, unit, DS), and write the sums to HBM."""
-        words = nl.int32 if self.dtype == nl.float32 else nl.int16
-        bits = nl.ndarray((P, self.unit), dtype=words)
-        nisa.tensor_scalar(dst=bits, data=seen, op0=nl.multiply, operand0=-1.0)
-        kept = values.view(words)
-        mask = bits.reshape((P, self.unit, 1)).broadcast(2, self.stored_dim)
-        nisa.tensor_tensor(dst=kept, data1=kept, data2=mask, op=nl.bitwise_and)
         if again:
             above, below, values = self._parted(values)
         sums = []
@@ -523,12 +547,8 @@ class _Call(nl.NKIObject):
         """Return values that are not finite as 1: those above all numbers and below, NaN in both; and the others."""
         dtype = nl.float32 if self.dtype == nl.float32 else nl.bfloat16
         above, below = nl.ndarray(values.shape, dtype=dtype), nl.ndarray(values.shape, dtype=dtype)
-        nisa.tensor_scalar(
-            dst=above, data=values, op0=nl.less_equal, operand0=LARGEST, op1=nl.equal, operand1=0.0
-        )
-        nisa.tensor_scalar(
-            dst=below, data=values, op0=nl.greater_equal, operand0=-LARGEST, op1=nl.equal, operand1=0.0
-        )
+        nisa.tensor_scalar(dst=above, data=values, op0=nl.less_equal, operand0=LARGEST, op1=nl.equal, operand1=0.0)
+        nisa.tensor_scalar(dst=below, data=values, op0=nl.greater_equal, operand0=-LARGEST, op1=nl.equal, operand1=0.0)
         spoilt = nl.ndarray(values.shape, dtype=nl.uint8)
         nisa.tensor_tensor(dst=spoilt, data1=above, data2=below, op=nl.maximum)
         finite = nl.ndarray(values.shape, dtype=values.dtype)

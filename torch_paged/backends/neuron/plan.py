@@ -15,8 +15,8 @@ from torch.nn.functional import pad
 PARTITIONS = 128
 CHUNK_UNITS = 32
 TILE_CHUNKS = PARTITIONS // CHUNK_UNITS
-TURN_TILES = 8
-"""Tiles of a core in a turn of the loop, while there are so many: a turn's end costs more than a small tile."""
+TURN_HEADS = 64
+"""Kv heads of all tiles in a turn of the longest loop: the end of a turn costs as much as some heads."""
 TURN_MERGES = 8
 """Chunks of a row that a turn of the merging loop takes."""
 DESCRIPTOR_BYTES = 4096
@@ -69,7 +69,7 @@ class DecodePlan:
         mask_rows: (X * CHUNK_UNITS, 1) int32: row of a unit in the mask, seen as rows of a unit of a sequence;
             ``NOTHING``: all False. None without a mask.
         query_rows: (X * H, 1) int32: row of a chunk's query heads in (B * H, D); ``NOTHING``: no one's chunk.
-        turns: (1, 3) int32: turns of ``TURN_TILES`` tiles of a core, of one tile behind these, and all tiles of a core.
+        turns: (1, n + 1) int32: turns of the loops over ``turn_tiles`` tiles of a core, and all tiles of a core.
         places: (rows / PARTITIONS * C, PARTITIONS * TURN_MERGES) int32: where among (X * H) the partial results of
             rows (B * H) are, in the order of keys: for each ``PARTITIONS`` rows C turns; ``NOTHING`` behind the last.
         merge_turns: (1, 1) int32: how many of the C turns are needed.
@@ -98,6 +98,14 @@ def unit_tokens(block_size: int, stored_row_bytes: int, row_bytes: int, head_byt
     while tokens > 1 and tokens * max(2 * stored_row_bytes, row_bytes, 2 * head_bytes) > 2 * DESCRIPTOR_BYTES:
         tokens //= 2
     return tokens
+
+
+def turn_tiles(num_kv_heads: int) -> tuple[int, ...]:
+    """Return how many tiles of a core the turns of the loops over tiles take: powers of two, 1 the last."""
+    sizes: tuple[int, ...] = (1,)
+    while 2 * sizes[0] * num_kv_heads <= TURN_HEADS:
+        sizes = (2 * sizes[0],) + sizes  # noqa: RUF005 (NKI's parser takes no star)
+    return sizes
 
 
 def merge_groups(num_rows: int, cores: int) -> int:
@@ -156,14 +164,18 @@ def decode_plan(
         mask_rows = torch.where(masked, seq[:, None] * sizes.mask_units + unit_index, NOTHING)
         mask_rows = mask_rows.reshape(-1, 1).to(torch.int32)
     query_rows = seq[:, None] * sizes.num_heads + torch.arange(sizes.num_heads, device=device)
-    tiles = (ends[-1:] + turn_slots - 1) // turn_slots
+    left = tiles = (ends[-1:] + turn_slots - 1) // turn_slots
+    turns = []
+    for count in turn_tiles(sizes.num_kv_heads):
+        turns.append(left // count)
+        left = left % count
     return DecodePlan(
         units=torch.where(used[..., None], units, NOTHING).reshape(-1, 2).to(torch.int32),
         bounds=torch.where(used[..., None], bounds, 0).reshape(-1, 2).to(torch.float32),
         distances=(seen_to - 1).reshape(-1, 1).to(torch.float32),
         mask_rows=mask_rows,
         query_rows=torch.where(live[:, None], query_rows, NOTHING).reshape(-1, 1).to(torch.int32),
-        turns=torch.stack((tiles // TURN_TILES, tiles % TURN_TILES, tiles), 1).to(torch.int32),
+        turns=torch.stack((*turns, tiles), 1).to(torch.int32),
         places=_places(counts, ends, most, sizes),
         merge_turns=((counts.amax() + TURN_MERGES - 1) // TURN_MERGES).reshape(1, 1).to(torch.int32),
     )
