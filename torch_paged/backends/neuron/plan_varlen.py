@@ -1,133 +1,262 @@
 """The plan of packed ragged queries, laid out by torch ops on the device (``plan`` is that of decode).
 
-The *rows* of a sequence are its query tokens times the members of a group, members fastest. A *tile* is up to
-``row_tiles * PARTITIONS`` rows of one sequence; all kv heads have the same tiles. Each row sees an interval of key
-positions, so that a tile needs an interval too, which is cut into *steps* of ``STEP_KEYS`` keys, apart for each source.
+A *row* is a query token and a member of its group; ``member_rows`` rows of neighbouring members are a *unit*, which
+takes a partition. A *tile* is ``PARTITIONS * unit_tiles`` units of one sequence; all kv heads have the same tiles. A row
+sees an interval of key positions, so that a tile needs one too, cut into *chunks* of ``CHUNK_KEYS`` keys of a source,
+from its first key: the softmax of a row moves on by whole chunks, so that a sequence is cut in the same way in any batch.
+A chunk is four *steps*, of which a tile's last chunk computes those alone that it needs.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from torch_paged.backends.neuron.plan import NOTHING, PARTITIONS
 
-UNIT = 4
-"""Tokens that one descriptor fetches; prefill computes longer than it fetches."""
-STEP_KEYS = PARTITIONS * UNIT
-FAR = 2**24 - 1
-"""Positions end here: compared as float32."""
+KEY_UNIT = 4
+"""Tokens that a descriptor fetches; prefill computes longer than it fetches."""
+STEP_KEYS = PARTITIONS * KEY_UNIT
+CHUNK_STEPS = 4
+CHUNK_KEYS = CHUNK_STEPS * STEP_KEYS
+BODIES = (4, 2, 1)
+"""Steps of a chunk for which the kernel has a loop's body; all chunks of a tile but the last take the first."""
+FAR = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class VarlenSizes:
+    """What a plan of packed queries depends on beside lengths, tables and positions.
+
+    Attributes:
+        num_tokens: T.
+        num_new_keys: Tk; 0: no keys beside the cache.
+        num_blocks: N; 0: no cache.
+        num_heads: H.
+        num_kv_heads: KH.
+        block_size: S.
+        member_rows: of a unit; divides the group.
+        unit_tiles: partitions' worth of units in a tile.
+        mask_heads: heads that have a mask of their own; None: no mask.
+        mask_columns: C.
+        causal: as the op takes it.
+        sliding_window: as the op takes it.
+        attention_chunk: as the op takes it.
+        cores: that share the work.
+    """
+
+    num_tokens: int
+    num_new_keys: int
+    num_blocks: int
+    num_heads: int
+    num_kv_heads: int
+    block_size: int
+    member_rows: int
+    unit_tiles: int
+    mask_heads: int | None
+    mask_columns: int
+    causal: bool
+    sliding_window: int | None
+    attention_chunk: int | None
+    cores: int
+
+    @property
+    def group(self) -> int:
+        """Query heads of a kv head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def group_units(self) -> int:
+        """Units of a token and kv head."""
+        return self.group // self.member_rows
+
+    def mask_chunks(self, columns: int) -> tuple[int, int]:
+        """Return the chunks of a token in the masks of the sources, with so many columns in the block tables."""
+        keys = columns * self.block_size, self.num_new_keys
+        most, least = (max(1, -(-min(self.mask_columns, count) // CHUNK_KEYS)) for count in keys)
+        return most, least
+
+    @property
+    def tile_units(self) -> int:
+        """Units of a tile."""
+        return PARTITIONS * self.unit_tiles
 
 
 @dataclass(frozen=True)
 class VarlenPlan:
-    """The tiles of packed queries; ``X`` tiles of ``R`` rows.
+    """The tiles of packed queries; ``X`` tiles of ``U`` units. Sources are the cache (0) and the new keys (1).
 
     Attributes:
-        query_rows: (X * R, 1) int32: row of a query in (T * H, D), of kv head 0; ``NOTHING``: no row.
-        bounds: (X * R, 2) float32: the key positions that a row sees, from and to (exclusive).
-        sequences: (X, 1) int32: whose tile it is.
-        steps: (X, 4) int32: first step and number of steps in the cache, then among the new keys.
-        num_tiles: (1, 1) int32.
+        query_units: (X, U) int32: row of a unit of kv head 0 in (T * H / member rows, ..); ``NOTHING``: none.
+        member_units: (X, U) int32: the unit's place in its group; ``NOTHING``: none, or of a padding token.
+        rows: (X, U * 6) float32: for each unit and source the key positions that it sees, from and to (exclusive), and
+            its own, all counted from the tile's first chunk of the source.
+        live: (X, 4) float32: for each source the key positions that the tile sees, counted likewise.
+        starts: (X, 2) int32: row of ``key_units``, and new key, with which the tile's first chunk begins.
+        mask_rows: (X, 2 * U) int32: for each source the row of a unit's first chunk in its mask, seen as rows of chunks
+            of a token, of the first head; None without a mask.
+        turns: (X, 2 * (len(BODIES) + 1)) int32: for each source how often each of ``BODIES`` runs, and the chunks; of
+            all tiles that the cores compute at the same time.
+        counts: (1, 2) int32: tiles of a core; 1 where some block id that is needed holds no keys.
+        key_units: (B * steps + CHUNK_STEPS, PARTITIONS) int32: row of a step's units of keys in the cache, seen as rows
+            of ``KEY_UNIT`` tokens of a head, of head 0; ``NOTHING``: no keys. None without a cache.
     """
 
-    query_rows: Tensor
-    bounds: Tensor
-    sequences: Tensor
-    steps: Tensor
-    num_tiles: Tensor
+    query_units: Tensor
+    member_units: Tensor
+    rows: Tensor
+    live: Tensor
+    starts: Tensor
+    mask_rows: Tensor | None
+    turns: Tensor
+    counts: Tensor
+    key_units: Tensor | None
 
 
 def varlen_plan(
     cu_seqlens_q: Tensor,  # (B + 1,)
-    contexts: Tensor,  # (B,) int32: keys in the cache
-    new_lens: Tensor,  # (B,) int32: keys beside it
-    query_positions: Tensor | None,  # (T,)
-    *,
-    num_tokens: int,
-    num_heads: int,
-    group: int,
-    row_tiles: int,
-    causal: bool,
-    sliding_window: int | None,
-    attention_chunk: int | None,
+    contexts: Tensor,  # (B,): keys in the cache
+    new_begins: Tensor,  # (B + 1,): of the keys beside it
+    block_tables: Tensor,  # (B, M)
+    query_positions: Tensor | None,  # (T,); None: the last of their sequence's keys
+    sizes: VarlenSizes,
 ) -> VarlenPlan:
-    """Return the plan of packed queries.
-
-    Args:
-        cu_seqlens_q: what lies behind ``num_tokens`` is cut off.
-        contexts: clamped already.
-        new_lens: clamped already.
-        query_positions: of the tokens; None: the last of their sequence's keys.
-        num_tokens: T.
-        num_heads: H.
-        group: query heads of a kv head.
-        row_tiles: 128 rows each, of a tile.
-        causal: as the op takes it.
-        sliding_window: as the op takes it.
-        attention_chunk: as the op takes it.
-    """
-    device, num_seqs = cu_seqlens_q.device, cu_seqlens_q.shape[0] - 1
-    size = row_tiles * PARTITIONS
+    """Return the plan of packed queries; lengths are cut to what tokens, keys and tables hold."""
+    device, num_tokens = cu_seqlens_q.device, sizes.num_tokens
     begins = cu_seqlens_q.clamp(0, num_tokens).to(torch.int32)
-    lens = begins.diff()
+    begins = pad(begins, (0, 1), value=num_tokens)  # padding tokens are a sequence without keys
+    lens = begins.diff().clamp(min=0)
+    contexts = contexts.clamp(0, block_tables.shape[1] * sizes.block_size).to(torch.int32)
+    contexts = pad(contexts, (0, 1))
+    first_new = new_begins.clamp(0, sizes.num_new_keys).to(torch.int32)
+    new_lens = pad(first_new.diff().clamp(min=0), (0, 1))
     kv_lens = contexts + new_lens
-    counts = (lens * group + size - 1) // size
-    ends = counts.cumsum(0, dtype=torch.int32)
-    num_tiles = num_tokens * group // size + num_seqs
 
-    tile = torch.arange(num_tiles, dtype=torch.int32, device=device)
-    seq = (tile[:, None] >= ends).sum(1)
-    live = seq < num_seqs
-    seq = seq.clamp(max=num_seqs - 1)
-    row = (tile - (ends - counts)[seq])[:, None] * size + torch.arange(size, dtype=torch.int32, device=device)
-    token = row // group  # in the sequence (X, R)
-    used = live[:, None] & (token < lens[seq][:, None])
-    place = (begins[:-1][seq][:, None] + token).clamp(0, max(num_tokens - 1, 0))
-    query_rows = torch.where(used, place * num_heads + row % group, NOTHING)
-
-    if query_positions is None:
-        position = (kv_lens - lens)[seq][:, None] + token
+    token = torch.arange(num_tokens, dtype=torch.int32, device=device)
+    owner = (token[:, None] >= begins[1:-1]).sum(1)  # (T,): a padding token's is B
+    if query_positions is not None:
+        position = query_positions.to(torch.int32)
     else:
-        position = query_positions.to(torch.int32)[place]
-    low, high = _interval(position, causal, sliding_window, attention_chunk)
-    last = kv_lens[seq][:, None]
-    low, high = low.clamp(min=0), torch.minimum(high, last)
-    used &= low < high
-    low, high = torch.where(used, low, 0), torch.where(used, high, 0)
+        position = (kv_lens - lens - begins[:-1])[owner] + token
+    last = kv_lens.clamp(max=sizes.mask_columns) if sizes.mask_heads is not None else kv_lens
+    low, high = _interval(position, last[owner], sizes)
+    seen = low < high
+    nothing = torch.zeros_like(kv_lens)
+    low_of_seq = (nothing + FAR).scatter_reduce(0, owner, torch.where(seen, low, FAR), "amin")[:-1]
+    high_of_seq = nothing.scatter_reduce(0, owner, torch.where(seen, high, 0), "amax")[:-1]
 
-    begin = torch.where(used, low, FAR).amin(1)
-    end = high.amax(1)
+    size, group_units = sizes.tile_units, sizes.group_units
+    counts = (lens * group_units + size - 1) // size
+    ends = counts.cumsum(0, dtype=torch.int32)
+    cores = sizes.cores
+    most = num_tokens * group_units // size + lens.shape[0]
+    most = -(-most // cores) * cores
+    tile = torch.arange(most, dtype=torch.int32, device=device)
+    seq = (tile[:, None] >= ends).sum(1)
+    live = seq < lens.shape[0]
+    seq = seq.clamp(max=lens.shape[0] - 1)
+    unit = (tile - (ends - counts)[seq])[:, None] * size + torch.arange(size, dtype=torch.int32, device=device)
+    used = live[:, None] & (unit < (lens * group_units)[seq][:, None])  # (X, U)
+    place = (begins[:-1][seq][:, None] + unit // group_units).clamp(0, num_tokens - 1)
+    member = unit % group_units
+    query_units = torch.where(used, place * (sizes.num_kv_heads * group_units) + member, NOTHING)
+    member_units = torch.where(used & (seq < lens.shape[0] - 1)[:, None], member, NOTHING)
+
+    low, high, position = low[place], high[place], position[place]
+    seeing = used & (low < high)
+    low, high = torch.where(seeing, low, 0), torch.where(seeing, high, 0)
+    begin, end = torch.where(seeing, low, FAR).amin(1), high.amax(1)
     context = contexts[seq]
-    steps = torch.stack(
-        (*_steps(begin, torch.minimum(end, context)), *_steps((begin - context).clamp(min=0), end - context)), 1
-    )
+    rows, lives, turns, firsts = [], [], [], []
+    for origin, begin_of, end_of in (
+        (torch.zeros_like(context), begin, torch.minimum(end, context)),
+        (context, (begin - context).clamp(min=0), end - context),
+    ):
+        first = torch.where(end_of > begin_of, begin_of, 0) // CHUNK_KEYS
+        chunks = torch.where(end_of > begin_of, -(-end_of // CHUNK_KEYS) - first, 0)
+        start = (origin + first * CHUNK_KEYS)[:, None]
+        stop = torch.minimum(high, context[:, None]) if not rows else high
+        rows.append(torch.stack((low - start, stop - start, position.float() - start.float()), -1))
+        lives.append(torch.stack((begin_of - first * CHUNK_KEYS, end_of - first * CHUNK_KEYS), -1))
+        steps = -(-(end_of - (first + chunks - 1) * CHUNK_KEYS) // STEP_KEYS)  # of the last chunk
+        turns.append(_turns(chunks, steps, cores))
+        firsts.append(first)
+
+    table_steps = -(-block_tables.shape[1] * sizes.block_size // STEP_KEYS)
+    new_starts = first_new[seq] + firsts[1] * CHUNK_KEYS
+    starts = torch.stack((seq * table_steps + firsts[0] * CHUNK_STEPS, new_starts), -1)
+    mask_rows = None
+    if sizes.mask_heads is not None:
+        mask_token = place
+        if sizes.mask_heads > sizes.num_kv_heads:
+            mask_token = place + member * (sizes.member_rows * num_tokens)
+        chunks_of = sizes.mask_chunks(block_tables.shape[1])
+        mask_rows = torch.cat([mask_token * chunks_of[source] + firsts[source][:, None] for source in range(2)], 1)
+    key_units, missing = None, torch.zeros(1, dtype=torch.int32, device=device)
+    if sizes.num_blocks and block_tables.shape[1]:
+        key_units, missing = _key_units(block_tables, contexts[:-1], low_of_seq, high_of_seq, sizes)
+    tiles = (ends[-1:] + cores - 1) // cores
     return VarlenPlan(
-        query_rows=query_rows.reshape(-1, 1).to(torch.int32),
-        bounds=torch.stack((low, high), -1).reshape(-1, 2).to(torch.float32),
-        sequences=seq.reshape(-1, 1).to(torch.int32),
-        steps=steps.to(torch.int32),
-        num_tiles=ends[-1:].reshape(1, 1).to(torch.int32),
+        query_units=query_units.to(torch.int32),
+        member_units=member_units.to(torch.int32),
+        rows=torch.stack(rows, 2).reshape(most, -1).to(torch.float32),
+        live=torch.cat(lives, 1).to(torch.float32),
+        starts=starts.to(torch.int32),
+        mask_rows=None if mask_rows is None else mask_rows.to(torch.int32),
+        turns=torch.cat(turns, 1).to(torch.int32),
+        counts=torch.stack((tiles, missing), 1).to(torch.int32),
+        key_units=key_units,
     )
 
 
-def _interval(position: Tensor, causal: bool, window: int | None, chunk: int | None) -> tuple[Tensor, Tensor]:
-    """Return the first key position that a query at a position sees, and the one behind the last."""
-    low = torch.full_like(position, -FAR)
-    high = torch.full_like(position, FAR)
-    if causal or chunk is not None:
-        high = torch.minimum(high, position + 1)
-    if window is not None:
-        low = torch.maximum(low, position - min(window, FAR) + 1)
-        high = torch.minimum(high, position + min(window, FAR))
-    if chunk is not None:
-        size = min(chunk, FAR)
-        low = torch.maximum(low, torch.div(position, size, rounding_mode="floor") * size)
+def _interval(position: Tensor, last: Tensor, sizes: VarlenSizes) -> tuple[Tensor, Tensor]:
+    """Return the key positions that a query at a position sees, from and to (exclusive); no sum leaves 32 bits."""
+    low, high = torch.zeros_like(position), last
+    if sizes.causal or sizes.attention_chunk is not None:
+        high = torch.where(position >= last, last, position + 1)
+    if sizes.sliding_window is not None:
+        window = min(sizes.sliding_window, FAR)
+        low = torch.where(position >= window, position - window + 1, 0)
+        high = torch.where(position >= last - window, high, torch.minimum(high, position + window))
+    if sizes.attention_chunk is not None:
+        low = torch.maximum(low, position - position % min(sizes.attention_chunk, FAR))
     return low, high
 
 
-def _steps(begin: Tensor, end: Tensor) -> tuple[Any, Any]:
-    """Return the first step of keys, and how many there are."""
-    first = begin // STEP_KEYS
-    return first, torch.where(end > begin, (end + STEP_KEYS - 1) // STEP_KEYS - first, 0)
+def _turns(chunks: Tensor, steps: Tensor, cores: int) -> Tensor:
+    """Return how often each body runs for tiles of so many chunks, of the last of which so many steps are needed."""
+
+    def of_all_cores(x: Tensor) -> Tensor:
+        return x.reshape(-1, cores).amax(1)
+
+    whole = of_all_cores(chunks - ((chunks > 0) & (steps <= BODIES[1])).to(chunks.dtype))
+    rest = of_all_cores(torch.where(chunks > whole.repeat_interleave(cores), steps, 0))
+    turns = (whole, rest == BODIES[1], rest == BODIES[2], of_all_cores(chunks))
+    return torch.stack(turns, 1).repeat_interleave(cores, 0)
+
+
+def _key_units(
+    block_tables: Tensor, contexts: Tensor, low: Tensor, high: Tensor, sizes: VarlenSizes
+) -> tuple[Tensor, Tensor]:
+    """Return the rows of units of keys, and (1,) whether an entry that is needed holds no block.
+
+    Args:
+        block_tables: (B, M).
+        contexts: (B,), within the tables.
+        low: (B,) the first key position that a query of the sequence sees.
+        high: (B,) the position behind the last.
+        sizes: of the call.
+    """
+    num_seqs, columns = block_tables.shape
+    units = -(-columns * sizes.block_size // STEP_KEYS) * PARTITIONS
+    position = torch.arange(units, dtype=torch.int32, device=block_tables.device) * KEY_UNIT
+    block = block_tables[:, (position // sizes.block_size).clamp(max=columns - 1)]  # (B, units)
+    end = torch.minimum(contexts, high)[:, None]
+    needed = (position < end) & (position + KEY_UNIT > low[:, None])
+    held = (block >= 0) & (block < sizes.num_blocks)
+    parts = sizes.block_size // KEY_UNIT
+    rows = block * (sizes.num_kv_heads * parts) + position % sizes.block_size // KEY_UNIT
+    rows = torch.where(needed & held, rows, NOTHING).reshape(-1, PARTITIONS).to(torch.int32)
+    missing = (needed & ~held).any().reshape(1).to(torch.int32)
+    return pad(rows, (0, 0, 0, CHUNK_STEPS), value=NOTHING), missing

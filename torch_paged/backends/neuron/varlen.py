@@ -1,0 +1,204 @@
+"""Packed ragged queries: the torch side, which lays out what the kernel reads and computes nothing."""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from torch_paged.backends import Arguments
+from torch_paged.backends.neuron.launch import Launch
+from torch_paged.backends.neuron.plan import PARTITIONS
+from torch_paged.backends.neuron.plan_memory import remembered
+from torch_paged.backends.neuron.plan_varlen import CHUNK_KEYS, KEY_UNIT, VarlenPlan, VarlenSizes, varlen_plan
+from torch_paged.backends.neuron.varlen_kernel import attend_tiles
+
+ROW_TILES = 4
+"""128 rows each, of a tile's kv head; keys are turned once for all of them."""
+STATE_BYTES = 40 * 1024
+"""Of a partition, for queries and weighted values of a tile."""
+
+
+def flash_attn_varlen(launch: Launch, arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend from packed ragged queries to the cache, to new keys, or to both in one softmax.
+
+    Args:
+        launch: runs kernels.
+        arguments: all arguments by schema name, checked, defaults filled in.
+
+    Returns:
+        out (T, H, value_dim or DV or D) in the query dtype, lse and max_logits (T, H) float32.
+    """
+    query, key, value, kv_cache = (arguments[name] for name in ("query", "key", "value", "kv_cache"))
+    sinks, slopes, attn_mask = arguments["sinks"], arguments["alibi_slopes"], arguments["attn_mask"]
+    kv_scales, tables, scale = arguments["kv_scales"], arguments["block_tables"], arguments["softmax_scale"]
+    num_tokens, num_heads, head_dim = query.shape
+    value_dim = arguments["value_dim"]
+    if value_dim is None:
+        value_dim = head_dim if value is None else value.shape[-1]
+    if kv_cache is not None and not (kv_cache.shape[1] and tables.numel()):
+        kv_cache = None
+    if key is not None and not key.shape[0]:
+        key = value = None
+    if not num_tokens or (kv_cache is None and key is None):
+        return _no_keys(query, arguments["cu_seqlens_q"], sinks, value_dim)
+
+    sides, num_blocks, block_size = (0, 0, 1) if kv_cache is None else (*kv_cache.shape[:2], kv_cache.shape[3])
+    num_kv_heads = key.shape[1] if kv_cache is None else kv_cache.shape[2]
+    group, lanes = num_heads // num_kv_heads, -(-head_dim // PARTITIONS) * PARTITIONS
+    member_rows, unit_tiles = _tile_shape(
+        group,
+        arguments["max_seqlen_q"] * group,
+        num_kv_heads * (lanes * query.dtype.itemsize + value_dim * 4),
+    )
+    sizes = VarlenSizes(
+        num_tokens=num_tokens,
+        num_new_keys=0 if key is None else key.shape[0],
+        num_blocks=num_blocks,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        block_size=block_size,
+        member_rows=member_rows,
+        unit_tiles=unit_tiles,
+        mask_heads=None if attn_mask is None else 1 if attn_mask.dim() == 2 else attn_mask.shape[0],
+        mask_columns=0 if attn_mask is None else attn_mask.shape[-1],
+        causal=arguments["causal"],
+        sliding_window=arguments["sliding_window"],
+        attention_chunk=arguments["attention_chunk"],
+        cores=launch.cores,
+    )
+    names = ["cu_seqlens_q"]
+    names += [] if key is None else ["cu_seqlens_k"]
+    names += [] if kv_cache is None else ["block_tables", "context_lens"]
+    names += [] if arguments["query_positions"] is None else ["query_positions"]
+    lengths = tuple(arguments[name] for name in names)
+    plan: VarlenPlan = remembered(_plan, lengths, (tuple(names), sizes))
+    mask = new_mask = None
+    if attn_mask is not None and kv_cache is not None:
+        mask = remembered(_mask, (attn_mask,), sizes.mask_chunks(tables.shape[1])[0])
+    if attn_mask is not None and key is not None:
+        new_mask = remembered(_new_mask, (attn_mask, *lengths), (tuple(names), sizes))
+
+    cache = table = head_scales = token_scales = None
+    parts = max(1, block_size // KEY_UNIT)
+    if kv_cache is not None:
+        num_rows = sides * num_blocks * num_kv_heads * parts
+        cache = kv_cache.view(num_rows, -1)
+        if cache.dtype == torch.float8_e4m3fn and launch.generation == "trn2":
+            cache, table = cache.view(torch.uint8), _float8_values(query.dtype, str(query.device))
+        if kv_scales is not None and kv_scales.dim() == 4:
+            token_scales = kv_scales.reshape(num_rows, KEY_UNIT)
+        elif kv_scales is not None:
+            head_scales = kv_scales.reshape(sides, -1).expand(2, num_kv_heads).reshape(1, -1)
+    out, found = launch(
+        attend_tiles,
+        query.reshape(-1, member_rows * head_dim),
+        cache,
+        plan.key_units,
+        None if key is None else key.reshape(key.shape[0], -1),
+        None if value is None else value.reshape(value.shape[0], -1),
+        plan.query_units,
+        plan.member_units,
+        plan.rows,
+        plan.live,
+        plan.starts,
+        plan.turns,
+        plan.counts,
+        mask,
+        new_mask,
+        plan.mask_rows,
+        None if sinks is None else sinks.reshape(-1, member_rows),
+        None if slopes is None else slopes.reshape(-1, member_rows),
+        head_scales,
+        token_scales,
+        table,
+        num_heads,
+        num_kv_heads,
+        sides,
+        parts,
+        member_rows,
+        sizes.mask_heads or 0,
+        value_dim,
+        1 / math.sqrt(head_dim) if scale is None else scale,
+        arguments["logits_soft_cap"],
+    )
+    lse, max_logits = (part.contiguous() for part in found.reshape(num_tokens, num_heads, 2).unbind(-1))
+    return out.reshape(num_tokens, num_heads, value_dim), lse, max_logits
+
+
+def _tile_shape(group: int, most_rows: int, row_bytes: int) -> tuple[int, int]:
+    """Return the rows of a unit, and the 128s of units of a tile.
+
+    Args:
+        group: query heads of a kv head.
+        most_rows: of a sequence and kv head.
+        row_bytes: that a row of each kv head takes on chip while its keys are attended to.
+    """
+    wanted = max(1, min(ROW_TILES, STATE_BYTES // row_bytes, 1 << max(0, most_rows // PARTITIONS - 1).bit_length()))
+    member_rows = max(rows for rows in range(1, wanted + 1) if group % rows == 0)
+    return member_rows, wanted // member_rows
+
+
+def _lengths(given: tuple[Any, ...]) -> tuple[dict[str, Tensor], VarlenSizes]:
+    """Return lengths, tables and positions by name, what a source does not have as zeros."""
+    *tensors, (names, sizes) = given
+    found = dict(zip(names, tensors, strict=True))
+    cu_seqlens_q = found["cu_seqlens_q"]
+    found.setdefault("cu_seqlens_k", torch.zeros_like(cu_seqlens_q))
+    found.setdefault("context_lens", torch.zeros_like(cu_seqlens_q[1:]))
+    found.setdefault("block_tables", cu_seqlens_q.new_zeros((cu_seqlens_q.shape[0] - 1, 0)))
+    return found, sizes
+
+
+def _plan(*given: Any) -> VarlenPlan:
+    found, sizes = _lengths(given)
+    return varlen_plan(
+        found["cu_seqlens_q"],
+        found["context_lens"],
+        found["cu_seqlens_k"],
+        found["block_tables"],
+        found.get("query_positions"),
+        sizes,
+    )
+
+
+def _mask(attn_mask: Tensor, chunks: int) -> Tensor:
+    """Return a mask as rows of the chunks of a token, (mask heads * T * chunks, CHUNK_KEYS) uint8."""
+    mask = attn_mask[..., : chunks * CHUNK_KEYS]
+    mask = pad(mask, (0, chunks * CHUNK_KEYS - mask.shape[-1]))
+    return mask.reshape(-1, CHUNK_KEYS).view(torch.uint8)
+
+
+def _new_mask(attn_mask: Tensor, *given: Any) -> Tensor:
+    """Return the same for new keys: the columns behind the keys in the cache."""
+    found, sizes = _lengths(given)
+    tables = found["block_tables"]
+    chunks = sizes.mask_chunks(tables.shape[1])[1]
+    contexts = pad(found["context_lens"].clamp(0, tables.shape[1] * sizes.block_size), (0, 1))
+    token = torch.arange(sizes.num_tokens, dtype=torch.int32, device=attn_mask.device)
+    owner = (token[:, None] >= found["cu_seqlens_q"][1:]).sum(1)
+    column = torch.arange(chunks * CHUNK_KEYS, device=attn_mask.device)
+    columns = contexts[owner][:, None] + column  # (T, chunks * CHUNK_KEYS)
+    mask = attn_mask if attn_mask.dim() == 3 else attn_mask[None]
+    places = columns.clamp(max=sizes.mask_columns - 1).expand(mask.shape[0], -1, -1)
+    return (mask.gather(2, places) & (columns < sizes.mask_columns)).reshape(-1, CHUNK_KEYS).view(torch.uint8)
+
+
+@functools.cache
+def _float8_values(dtype: torch.dtype, device: str) -> Tensor:
+    """Return what the bytes of e4m3fn mean, (1, 256): the engines of trn2 do not know the format."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(dtype).reshape(1, 256).to(device)
+
+
+def _no_keys(
+    query: Tensor, cu_seqlens_q: Tensor, sinks: Tensor | None, value_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_tokens, num_heads, _ = query.shape
+    nothing = torch.full((num_tokens, num_heads), -math.inf, device=query.device)
+    lse = nothing.clone()
+    if sinks is not None:
+        live = torch.arange(num_tokens, device=query.device)[:, None] < cu_seqlens_q[-1]
+        lse = torch.where(live, sinks, nothing)
+    return query.new_zeros((num_tokens, num_heads, value_dim)), lse, nothing

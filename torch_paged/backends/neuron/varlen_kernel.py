@@ -1,0 +1,600 @@
+"""Packed ragged queries: rows (a token and a member of its group) on partitions, softmax online over chunks of keys.
+
+A turn of the outer loop computes a tile of rows of one sequence, of all kv heads (``plan_varlen``); an inner loop, with
+the trip count of the plan, a chunk of up to 2048 keys: first those in the cache, then those beside it. Per kv head the
+units of the chunk are gathered whole, with the tokens of a unit beside each other on a partition; keys are turned by the
+tensor engine into the order of their positions, once for all rows of the tile. Products of 512 keys fill a bank of PSUM;
+``range_select`` keeps those between the bounds of a row, which length, causality, window and chunk make, and finds the
+largest. The scalar engine takes exponentials of the whole chunk, with their sums. Weights are turned back, so that keys
+lie on partitions, and multiplied by the values. Rows of 128 keep maximum, sum and weighted values in SBUF.
+
+Values of keys that no row of the tile sees are ANDed with zeros: a weight of 0 does not hide a NaN. One that is not
+finite, and seen by some rows alone, spoils all rows of its tile; where a result is not finite, all tiles are computed
+again: values that are not finite as zeros, and added as infinities, of both signs for NaN, to the rows that see them.
+"""
+
+import nki
+import nki.isa as nisa
+import nki.language as nl
+
+from torch_paged.backends.neuron.plan_varlen import BODIES, CHUNK_KEYS, CHUNK_STEPS, KEY_UNIT, STEP_KEYS
+from torch_paged.backends.neuron.varlen_keys import Cache, NewKeys, Walk
+
+P = 128
+LEAST = -1e24  # a maximum below which no logit counts; its product with any scale that is folded stays above fp32.min
+SMALLEST = 2.0**-60  # less than the sum of any row that sees a key, and within the logarithm's range
+LEAST_SCALE = 1e-6  # of the logits: smaller ones, and those that are not positive, are multiplied before the selection
+HUGE = 2.0**100  # its square overflows
+
+
+@nki.jit
+def attend_tiles(
+    query,  # (T * H / W, W * D), W rows in a unit
+    cache,  # (sides * N * KH * parts, KEY_UNIT * DS), or None
+    key_units,  # (steps, P) int32, or None
+    new_key,  # (Tk, KH * D), or None
+    new_value,  # (Tk, KH * DN), or None
+    query_units,  # (X, U) int32, U units in a tile
+    member_units,  # (X, U) int32
+    rows,  # (X, U * 6) float32
+    live,  # (X, 4) float32
+    starts,  # (X, 2) int32
+    turns,  # (X, 2 * (len(BODIES) + 1)) int32
+    counts,  # (1, 2) int32
+    mask,  # (mask heads * T * chunks, CHUNK_KEYS) uint8, or None
+    new_mask,  # the same for new keys
+    mask_rows,  # (X, 2 * U) int32, or None
+    sinks,  # (H / W, W) float32, or None
+    slopes,  # (H / W, W) float32, or None
+    head_scales,  # (1, 2 * KH) float32, or None
+    token_scales,  # (sides * N * KH * parts, KEY_UNIT) float32, or None
+    table,  # (1, 256) of the queries' dtype: what a byte of the cache means; None: it is cast
+    num_heads,
+    num_kv_heads,
+    sides,
+    parts,
+    member_rows,
+    mask_heads,
+    value_dim,
+    softmax_scale,
+    soft_cap,
+):
+    """Return out (T * H / W, W * DV) in the queries' dtype, lse and maximum (T * H / W, W * 2) float32."""
+    num_units = query.shape[0]
+    out = nl.ndarray((num_units, member_rows * value_dim), dtype=query.dtype, buffer=nl.shared_hbm)
+    found = nl.ndarray((num_units, member_rows * 2), dtype=nl.float32, buffer=nl.shared_hbm)
+    call = _Call(
+        query,
+        query_units,
+        member_units,
+        rows,
+        live,
+        starts,
+        turns,
+        mask_rows,
+        sinks,
+        slopes,
+        out,
+        found,
+        num_heads,
+        num_kv_heads,
+        member_rows,
+        mask_heads,
+        value_dim,
+        softmax_scale,
+        soft_cap,
+    )
+    call.lay_out_constants()
+    if cache != None:  # noqa: E711
+        source = Cache(call, cache, key_units, mask, token_scales, table)
+        source.lay_out_constants(head_scales, sides, parts)
+        call.sources.append(source)
+    if new_key != None:  # noqa: E711
+        source = NewKeys(call, new_key, new_value, new_mask)
+        source.lay_out_constants()
+        call.sources.append(source)
+    cores, core = nl.num_programs(0), nl.program_id(0)
+    numbers = nl.ndarray((1, 2), dtype=nl.int32)
+    nisa.dma_copy(dst=numbers, src=counts)
+    first = nl.ndarray((1, 1), dtype=nl.int32)  # tile of core 0
+    nisa.memset(dst=first, value=0)
+
+    def some_tile(turn):
+        call.attend(first, core, False)
+        nisa.tensor_scalar(dst=first, data=first, op0=nl.add, operand0=float(cores))
+
+    def some_tile_again(turn):
+        call.attend(first, core, True)
+        nisa.tensor_scalar(dst=first, data=first, op0=nl.add, operand0=float(cores))
+
+    tiles = nisa.register_alloc()
+    nisa.register_load(tiles, numbers[:, 0:1])
+    nl.fori_loop(0, tiles, some_tile)
+
+    spoilt = call.spoilt_on_any_core()
+    nisa.tensor_tensor(dst=spoilt, data1=spoilt, data2=numbers[:, 1:2], op=nl.maximum)
+    nisa.tensor_tensor(dst=spoilt, data1=spoilt, data2=numbers[:, 0:1], op=nl.multiply)
+    again = nisa.register_alloc()
+    nisa.register_load(again, spoilt)
+    nisa.memset(dst=first, value=0)
+    nl.fori_loop(0, again, some_tile_again)
+    return out, found
+
+
+def _engine(number):
+    """Return the engine of a copy from PSUM: the vector engine has less time for them."""
+    return nisa.engine.vector if number % 4 == 0 else nisa.engine.scalar
+
+
+class _Call(nl.NKIObject):
+    """The arrays and sizes of a call, and what every tile reads."""
+
+    def __init__(
+        self,
+        query,
+        query_units,
+        member_units,
+        rows,
+        live,
+        starts,
+        turns,
+        mask_rows,
+        sinks,
+        slopes,
+        out,
+        found,
+        num_heads,
+        num_kv_heads,
+        member_rows,
+        mask_heads,
+        value_dim,
+        softmax_scale,
+        soft_cap,
+    ):
+        self.query, self.query_units, self.member_units = query, query_units, member_units
+        self.rows, self.live, self.starts, self.turns, self.mask_rows = rows, live, starts, turns, mask_rows
+        self.sinks, self.slopes, self.out, self.found = sinks, slopes, out, found
+        self.num_heads, self.num_kv_heads, self.member_rows = num_heads, num_kv_heads, member_rows
+        self.group = num_heads // num_kv_heads
+        self.group_units = self.group // member_rows
+        self.unit_tiles = query_units.shape[1] // P
+        self.row_tiles = self.unit_tiles * member_rows  # of a kv head
+        self.columns = num_kv_heads * self.row_tiles  # of the state
+        self.num_tokens = query.shape[0] * member_rows // num_heads
+        self.mask_heads = mask_heads
+        self.head_dim, self.value_dim = query.shape[1] // member_rows, value_dim
+        self.softmax_scale, self.soft_cap = softmax_scale, soft_cap
+        self.dtype = query.dtype
+        self.sources = []
+        # Logits that are more than the product times a positive scale are computed before the selection.
+        self.early = soft_cap != 0.0 or slopes != None or softmax_scale < LEAST_SCALE  # noqa: E711
+        self.scale = softmax_scale if soft_cap == 0.0 else softmax_scale / soft_cap  # of the product
+        self.late_scale = soft_cap if soft_cap != 0.0 and slopes == None else 1.0  # noqa: E711
+
+    def lay_out_constants(self):
+        self.key_places = nl.ndarray((P, CHUNK_STEPS, KEY_UNIT), dtype=nl.float32)  # of a partition's keys
+        nisa.iota(dst=self.key_places, pattern=[[STEP_KEYS, CHUNK_STEPS], [1, KEY_UNIT]], channel_multiplier=KEY_UNIT)
+        self.head_units = nl.ndarray((P, self.num_kv_heads), dtype=nl.int32)
+        nisa.iota(dst=self.head_units, pattern=[[self.group_units, self.num_kv_heads]])
+        if self.slopes != None:  # noqa: E711
+            self.places = nl.ndarray((P, CHUNK_KEYS), dtype=nl.float32)
+            nisa.iota(dst=self.places, pattern=[[1, CHUNK_KEYS]])
+        self.huge = nl.ndarray((P, STEP_KEYS), dtype=nl.float32)
+        nisa.memset(dst=self.huge, value=HUGE)
+        self.spoilt = nl.ndarray((P, 1), dtype=nl.float32)  # 1: not finite in some tile
+        nisa.memset(dst=self.spoilt, value=0.0)
+
+    def of_tile(self, base, pattern, offset, first, core):
+        """Return a part of a tile's row of a tensor in HBM."""
+        start = core * base.shape[1] + offset
+        return base.ap(pattern=pattern, offset=start, scalar_offset=first, indirect_dim=0)
+
+    def attend(self, first, core, again):
+        """Compute a tile; ``again``: with values that are not finite."""
+        state = _State(self)
+        state.begin(first, core)
+        numbers = nl.ndarray((1, self.turns.shape[1]), dtype=nl.int32)
+        pattern = [[1, 1], [1, self.turns.shape[1]]]
+        nisa.dma_copy(dst=numbers, src=self.of_tile(self.turns, pattern, 0, first, core))
+        for source in self.sources:
+            walk = Walk(self, source, first, core)
+            column = source.number * (len(BODIES) + 1)
+            bodies = len(BODIES)
+            if again:
+                column, bodies = column + bodies, 1
+            for body in range(bodies):
+                steps = BODIES[body]
+                turns = nisa.register_alloc()
+                nisa.register_load(turns, numbers[:, column + body : column + body + 1])
+
+                def some_keys(turn):
+                    state.add(walk, steps, again)
+
+                nl.fori_loop(0, turns, some_keys)
+        state.finish()
+
+    def spoilt_on_any_core(self):
+        """Return (1, 1) int32: 1 where some result was not finite."""
+        turned = nl.ndarray((1, P), dtype=nl.float32, buffer=nl.psum)
+        nisa.nc_transpose(dst=turned, data=self.spoilt)
+        found = nl.ndarray((1, 1), dtype=nl.int32)
+        nisa.tensor_reduce(dst=found, op=nl.maximum, data=turned, axis=1)
+        cores, core = nl.num_programs(0), nl.program_id(0)
+        if cores == 1:
+            return found
+        shared = nl.ndarray((1, cores), dtype=nl.int32, buffer=nl.shared_hbm)
+        nisa.dma_copy(dst=shared[:, core : core + 1], src=found)
+        nisa.core_barrier(data=shared, cores=(0, 1))
+        by_core = nl.ndarray((1, cores), dtype=nl.int32)
+        nisa.dma_copy(dst=by_core, src=shared)
+        of_any = nl.ndarray((1, 1), dtype=nl.int32)
+        nisa.tensor_reduce(dst=of_any, op=nl.maximum, data=by_core, axis=1)
+        return of_any
+
+
+class _State(nl.NKIObject):
+    """Rows of a tile so far: for each row tile of 128 a column of ``lowest`` (the negated maximum), sum and values."""
+
+    def __init__(self, call):
+        self.call = call
+        columns = call.columns
+        self.lowest = nl.ndarray((P, columns), dtype=nl.float32)
+        self.lowest_key = self.lowest  # without a sink
+        if call.sinks != None:  # noqa: E711
+            self.lowest_key = nl.ndarray((P, columns), dtype=nl.float32)
+        self.total = nl.ndarray((P, columns), dtype=nl.float32)
+        self.sums = nl.ndarray((P, columns, call.value_dim), dtype=nl.float32)
+        self.units = nl.ndarray((P, call.unit_tiles, call.num_kv_heads), dtype=nl.int32)
+        self.queries = []  # (lanes, columns, P)
+        for lane in range(0, call.head_dim, P):
+            shape = (min(P, call.head_dim - lane), columns, P)
+            self.queries.append(nl.ndarray(shape, dtype=call.dtype))
+
+    def begin(self, first, core):
+        call = self.call
+        nisa.memset(dst=self.sums, value=0.0)
+        self._load_units(self.units, call.query_units, first, core)
+        for head in range(call.num_kv_heads):
+            for n in range(call.unit_tiles):
+                self._load_queries(head, n)
+        members = None
+        if call.sinks != None or call.slopes != None:  # noqa: E711
+            members = nl.ndarray(self.units.shape, dtype=nl.int32)
+            self._load_units(members, call.member_units, first, core)
+        if call.slopes != None:  # noqa: E711
+            self.slopes = nl.ndarray((P, call.columns), dtype=nl.float32)
+            self._load_members(self.slopes, call.slopes, members, 0.0)
+            nisa.tensor_scalar(dst=self.slopes, data=self.slopes, op0=nl.multiply, operand0=-1.0)
+        nisa.memset(dst=self.lowest_key, value=-LEAST)
+        if call.sinks == None:  # noqa: E711
+            nisa.memset(dst=self.total, value=0.0)
+            return
+        self._load_members(self.lowest, call.sinks, members, LEAST)
+        nisa.tensor_scalar(dst=self.total, data=self.lowest, op0=nl.greater, operand0=LEAST)
+        nisa.tensor_scalar(
+            dst=self.lowest, data=self.lowest, op0=nl.maximum, operand0=LEAST, op1=nl.multiply, operand1=-1.0
+        )
+
+    def _load_units(self, units, base, first, core):
+        """Load rows of units, of all kv heads."""
+        call = self.call
+        of_first_head = nl.ndarray((P, call.unit_tiles), dtype=nl.int32)
+        pattern = [[1, P], [P, call.unit_tiles]]
+        nisa.dma_copy(dst=of_first_head, src=call.of_tile(base, pattern, 0, first, core))
+        wide = of_first_head.reshape((P, call.unit_tiles, 1)).broadcast(2, call.num_kv_heads)
+        heads = call.head_units.reshape((P, 1, call.num_kv_heads)).broadcast(1, call.unit_tiles)
+        nisa.tensor_tensor(dst=units, data1=wide, data2=heads, op=nl.add)  # of int32: exact
+
+    def _load_members(self, dst, base, members, otherwise):
+        """Load what the members of a group have of their own."""
+        call = self.call
+        nisa.memset(dst=dst, value=otherwise)
+        pattern = [[call.member_rows, P], [1, call.member_rows]]
+        for head in range(call.num_kv_heads):
+            for n in range(call.unit_tiles):
+                rows = members[:, n, head : head + 1]
+                column = head * call.row_tiles + n * call.member_rows
+                source = base.ap(pattern=pattern, offset=0, vector_offset=rows, indirect_dim=0)
+                mine = dst[:, column : column + call.member_rows]
+                nisa.dma_copy(dst=mine, src=source, oob_mode=nisa.oob_mode.skip)
+
+    def _load_queries(self, head, n):
+        """Load the queries of 128 units, and turn them."""
+        call = self.call
+        count, width = call.member_rows, call.query.shape[1]
+        part = nl.ndarray((P, count, call.head_dim), dtype=call.dtype)
+        nisa.memset(dst=part, value=0.0, engine=nisa.engine.gpsimd)
+        rows = self.units[:, n, head : head + 1]
+        source = call.query.ap(pattern=[[width, P], [1, width]], offset=0, vector_offset=rows, indirect_dim=0)
+        nisa.dma_copy(dst=part.reshape((P, width)), src=source, oob_mode=nisa.oob_mode.skip)
+        column = head * call.row_tiles + n * count
+        for i in range(len(self.queries)):
+            lanes = self.queries[i].shape[0]
+            turned = nl.ndarray((lanes, count, P), dtype=call.dtype, buffer=nl.psum)
+            for t in range(count):
+                nisa.nc_transpose(dst=turned[:, t, :], data=part[:, t, i * P : i * P + lanes])
+            nisa.tensor_copy(dst=self.queries[i][:, column : column + count, :], src=turned, engine=_engine(head + i))
+
+    def add(self, walk, steps, again):
+        """Attend to the next chunk of a source."""
+        call, source = self.call, walk.source
+        chunk = source.chunk(walk, steps)
+        seen = walk.seen(steps)
+        valid = source.valid(walk, steps) if again else None
+        distances = None if call.slopes == None else walk.distances(steps)  # noqa: E711
+        shared = []
+        if source.mask != None and call.mask_heads == 1:  # noqa: E711
+            for n in range(call.unit_tiles):
+                shared.append(walk.shown(steps, 0, n, 0))
+        waiting = None
+        fetched = source.fetch(chunk, 0, steps)
+        for head in range(call.num_kv_heads):
+            keys, values = fetched
+            if head + 1 < call.num_kv_heads:
+                fetched = source.fetch(chunk, head + 1, steps)
+            turned = self._turn_keys(keys, steps)
+            values = self._clean(values, seen, again)
+            for n in range(call.unit_tiles):
+                shown = shared[n] if shared else None
+                if source.mask != None and call.mask_heads == call.num_kv_heads and not shared:  # noqa: E711
+                    shown = walk.shown(steps, head, n, 0)
+                for t in range(call.member_rows):
+                    if source.mask != None and call.mask_heads > call.num_kv_heads:  # noqa: E711
+                        shown = walk.shown(steps, head, n, t)
+                    predicate = _both(shown, valid, steps)
+                    column = head * call.row_tiles + n * call.member_rows + t
+                    item = self._weights(walk, head, n, column, turned, distances, predicate, steps, again)
+                    if waiting != None:  # noqa: E711
+                        self._weigh(waiting, source, steps)
+                    waiting = (column, head, item, values)
+        self._weigh(waiting, source, steps)
+        walk.advance()
+
+    def _turn_keys(self, keys, steps):
+        """Return keys (P, steps * KEY_UNIT, ..), for each 128 lanes, as (lanes, steps, STEP_KEYS), in order."""
+        call, found = self.call, []
+        for i in range(len(self.queries)):
+            lanes = self.queries[i].shape[0]
+            turned = nl.ndarray((lanes, steps, P, KEY_UNIT), dtype=call.dtype)
+            for s in range(steps):
+                product = nl.ndarray((lanes, KEY_UNIT, P), dtype=call.dtype, buffer=nl.psum)
+                for j in range(KEY_UNIT):
+                    data = keys[:, s * KEY_UNIT + j, i * P : i * P + lanes]
+                    nisa.nc_transpose(dst=product[:, j, :], data=data)
+                ordered = turned[:, s, :, :].permute((0, 2, 1))
+                nisa.tensor_copy(dst=ordered, src=product, engine=_engine(s))
+            found.append(turned.reshape((lanes, steps, STEP_KEYS)))
+        return found
+
+    def _clean(self, values, seen, again):
+        """Return values that spoil no row which does not see them, and what is to be added for infinities."""
+        call = self.call
+        values = values[:, :, 0 : call.value_dim]
+        words = nl.int32 if call.dtype == nl.float32 else nl.int16
+        rows = seen.shape[1] * KEY_UNIT
+        mask = seen.reshape((P, rows, 1)).broadcast(2, call.value_dim)
+        if not again:
+            kept = values.view(words)
+            nisa.tensor_tensor(dst=kept, data1=kept, data2=mask, op=nl.bitwise_and)
+            return (values, None, None)
+        kept = nl.ndarray(values.shape, dtype=call.dtype)
+        nisa.tensor_tensor(dst=kept.view(words), data1=values.view(words), data2=mask, op=nl.bitwise_and)
+        strange, sign = nl.ndarray(kept.shape, dtype=nl.float32), nl.ndarray(kept.shape, dtype=nl.float32)
+        nisa.tensor_tensor(dst=strange, data1=kept, data2=kept, op=nl.not_equal)  # NaN
+        infinities = []
+        for factor in (1.0, -1.0):
+            nisa.tensor_scalar(
+                dst=sign, data=kept, op0=nl.multiply, operand0=factor, op1=nl.greater, operand1=-nl.fp32.min
+            )
+            found = nl.ndarray(kept.shape, dtype=nl.bfloat16)
+            nisa.scalar_tensor_tensor(dst=sign, data=sign, op0=nl.add, operand0=0.0, op1=nl.maximum, operand1=strange)
+            nisa.tensor_scalar(dst=found, data=sign, op0=nl.multiply, operand0=factor * HUGE)
+            infinities.append(found)
+        bits = nl.ndarray(kept.shape, dtype=words)
+        nisa.tensor_scalar(dst=strange, data=kept, op0=nl.multiply, operand0=0.0)
+        nisa.tensor_scalar(dst=bits, data=strange, op0=nl.equal, operand0=0.0, op1=nl.multiply, operand1=-1.0)
+        nisa.tensor_tensor(dst=kept.view(words), data1=kept.view(words), data2=bits, op=nl.bitwise_and)
+        return (kept, infinities[0], infinities[1])
+
+    def _weights(self, walk, head, n, column, turned, distances, predicate, steps, again):
+        """Return the weights of a chunk's keys for 128 rows, the factor of what came before, and what is visible."""
+        call, source = self.call, walk.source
+        low, high = walk.bounds[:, n, 0:1], walk.bounds[:, n, 1:2]
+        selected = nl.ndarray((P, steps, STEP_KEYS), dtype=nl.float32)
+        largest = nl.ndarray((P, steps), dtype=nl.float32)
+        scale = source.scale(head)
+        for s in range(steps):
+            logits = nl.ndarray((P, STEP_KEYS), dtype=nl.float32, buffer=nl.psum)
+            for i in range(len(turned)):
+                nisa.nc_matmul(
+                    dst=logits, stationary=self.queries[i][:, column, :], moving=turned[i][:, s, :], accumulate=i > 0
+                )
+            if call.early:
+                logits = self._scaled(logits, scale, column, distances, n, s)
+            nisa.range_select(
+                dst=selected[:, s, :],
+                on_true_tile=logits,
+                comp_op0=nl.greater_equal,
+                comp_op1=nl.less,
+                bound0=low,
+                bound1=high,
+                reduce_cmd=nisa.reduce_cmd.reset_reduce,
+                reduce_res=largest[:, s : s + 1],
+                reduce_op=nl.maximum,
+                range_start=s * STEP_KEYS,
+            )
+            if predicate != None:  # noqa: E711
+                nisa.select_reduce(
+                    dst=selected[:, s, :],
+                    predicate=predicate[:, s, :],
+                    on_true=selected[:, s, :],
+                    on_false=nl.fp32.min,
+                    reduce_res=largest[:, s : s + 1],
+                    reduce_cmd=nisa.reduce_cmd.reset_reduce,
+                    reduce_op=nl.maximum,
+                )
+        if steps > 1:
+            of_steps = largest
+            largest = nl.ndarray((P, 1), dtype=nl.float32)
+            nisa.tensor_reduce(dst=largest, op=nl.maximum, data=of_steps, axis=1)
+        late, negated = source.late_scale(head), source.negated_scale(head)
+        before = self.lowest[:, column : column + 1]
+        lowest, factor = nl.ndarray((P, 1), dtype=nl.float32), nl.ndarray((P, 1), dtype=nl.float32)
+        nisa.tensor_scalar(dst=lowest, data=largest, op0=nl.multiply, operand0=negated, op1=nl.minimum, operand1=before)
+        nisa.activation(dst=factor, op=nl.exp, data=before, scale=-1.0, bias=lowest)
+        nisa.tensor_copy(dst=before, src=lowest)
+        if call.sinks != None:  # noqa: E711
+            key = self.lowest_key[:, column : column + 1]
+            nisa.tensor_scalar(dst=key, data=largest, op0=nl.multiply, operand0=negated, op1=nl.minimum, operand1=key)
+        weights = nl.ndarray((P, steps, P, KEY_UNIT), dtype=call.dtype)
+        part = nl.ndarray((P, 1), dtype=nl.float32)
+        nisa.activation(
+            dst=weights.reshape((P, steps * STEP_KEYS)),
+            op=nl.exp,
+            data=selected.reshape((P, steps * STEP_KEYS)),
+            bias=lowest,
+            scale=late,
+            reduce_op=nl.add,
+            reduce_res=part,
+            reduce_cmd=nisa.reduce_cmd.reset_reduce,
+        )
+        total = self.total[:, column : column + 1]
+        nisa.tensor_scalar(dst=total, data=total, op0=nl.multiply, operand0=factor, op1=nl.add, operand1=part)
+        visible = self._visible(low, high, predicate, steps) if again else None
+        return (weights, factor, visible)
+
+    def _scaled(self, products, scale, column, distances, n, s):
+        """Return logits (P, STEP_KEYS) of a step, as far as they are not a positive multiple of the products."""
+        call = self.call
+        logits = nl.ndarray(products.shape, dtype=nl.float32)
+        operator = nl.copy if call.soft_cap == 0.0 else nl.tanh
+        nisa.activation(dst=logits, op=operator, data=products, scale=scale)
+        if call.slopes != None:  # noqa: E711
+            if call.soft_cap != 0.0:
+                nisa.tensor_scalar(dst=logits, data=logits, op0=nl.multiply, operand0=call.soft_cap)
+            nisa.scalar_tensor_tensor(
+                dst=logits,
+                data=distances[:, n, s * STEP_KEYS : (s + 1) * STEP_KEYS],
+                op0=nl.multiply,
+                operand0=self.slopes[:, column : column + 1],
+                op1=nl.add,
+                operand1=logits,
+            )
+        return logits
+
+    def _visible(self, low, high, predicate, steps):
+        """Return (P, steps, P, KEY_UNIT) bfloat16: ``HUGE`` where a row sees a key, else 0."""
+        found = nl.ndarray((P, steps, P, KEY_UNIT), dtype=nl.bfloat16)
+        for s in range(steps):
+            within = nl.ndarray((P, STEP_KEYS), dtype=nl.float32)
+            nisa.range_select(
+                dst=within,
+                on_true_tile=self.call.huge,
+                comp_op0=nl.greater_equal,
+                comp_op1=nl.less,
+                bound0=low,
+                bound1=high,
+                reduce_cmd=nisa.reduce_cmd.idle,
+                range_start=s * STEP_KEYS,
+            )
+            mine = found.reshape((P, steps, STEP_KEYS))[:, s, :]
+            nisa.tensor_scalar(dst=mine, data=within, op0=nl.maximum, operand0=0.0)
+            if predicate != None:  # noqa: E711
+                nisa.tensor_tensor(dst=mine, data1=mine, data2=predicate[:, s, :], op=nl.multiply)
+        return found
+
+    def _weigh(self, item, source, steps):
+        """Multiply weights and values, and add them to what came before."""
+        call = self.call
+        column, head, (weights, factor, visible), (values, positive, negative) = item
+        product = self._product(weights, values, steps)
+        sums = self.sums[:, column, :]
+        scale = source.value_scale(head)
+        if scale != None:  # noqa: E711
+            scaled = nl.ndarray(product.shape, dtype=nl.float32)
+            nisa.activation(dst=scaled, op=nl.copy, data=product, scale=scale)
+            product = scaled
+        nisa.scalar_tensor_tensor(dst=sums, data=sums, op0=nl.multiply, operand0=factor, op1=nl.add, operand1=product)
+        if visible != None:  # noqa: E711
+            for infinities in (positive, negative):
+                product = self._product(visible, infinities, steps)
+                nisa.tensor_tensor(dst=sums, data1=sums, data2=product, op=nl.add)
+
+    def _product(self, weights, values, steps):
+        """Return weights (P rows, steps, P, KEY_UNIT) times values (P, steps * KEY_UNIT, DV) in PSUM."""
+        product = nl.ndarray((P, values.shape[2]), dtype=nl.float32, buffer=nl.psum)
+        ahead = self._turn_weights(weights, 0)
+        for s in range(steps):
+            turned = ahead
+            if s + 1 < steps:
+                ahead = self._turn_weights(weights, s + 1)
+            for j in range(KEY_UNIT):
+                k = s * KEY_UNIT + j
+                nisa.nc_matmul(dst=product, stationary=turned[:, j, :], moving=values[:, k, :], accumulate=k > 0)
+        return product
+
+    def _turn_weights(self, weights, step):
+        """Return the weights of a step as (P keys, KEY_UNIT, P rows)."""
+        product = nl.ndarray((P, KEY_UNIT, P), dtype=weights.dtype, buffer=nl.psum)
+        for j in range(KEY_UNIT):
+            nisa.nc_transpose(dst=product[:, j, :], data=weights[:, step, :, j])
+        turned = nl.ndarray((P, KEY_UNIT, P), dtype=weights.dtype)
+        nisa.tensor_copy(dst=turned, src=product, engine=_engine(step))
+        return turned
+
+    def finish(self):
+        """Write results; a row that saw no key has zeros, and -inf where there is no sink either."""
+        call = self.call
+        total, factor = nl.ndarray(self.total.shape, dtype=nl.float32), nl.ndarray(self.total.shape, dtype=nl.float32)
+        nisa.tensor_scalar(dst=total, data=self.total, op0=nl.maximum, operand0=SMALLEST)
+        nisa.reciprocal(dst=factor, data=total)
+        stats = nl.ndarray((P, call.columns, 2), dtype=nl.float32)
+        nisa.activation(dst=total, op=nl.log, data=total)
+        nisa.tensor_tensor(dst=stats[:, :, 0], data1=total, data2=self.lowest, op=nl.subtract)
+        nisa.tensor_scalar(dst=stats[:, :, 1], data=self.lowest_key, op0=nl.multiply, operand0=-1.0)
+        nothing = nl.ndarray(stats.shape, dtype=nl.uint8)
+        nisa.tensor_scalar(dst=nothing, data=stats, op0=nl.less_equal, operand0=LEAST / 2)
+        nisa.tensor_copy_predicated(dst=stats, src=float("-inf"), predicate=nothing)
+        checks = nl.ndarray((P, call.columns), dtype=nl.float32)
+        width = call.member_rows * call.value_dim
+        for head in range(call.num_kv_heads):
+            for n in range(call.unit_tiles):
+                rows = self.units[:, n, head : head + 1]
+                result = nl.ndarray((P, call.member_rows, call.value_dim), dtype=call.dtype)
+                first = head * call.row_tiles + n * call.member_rows
+                for t in range(call.member_rows):
+                    column = slice(first + t, first + t + 1)
+                    nisa.activation(  # a zero of either sign gives 0.0, so that steps without keys change no bit
+                        dst=result[:, t, :],
+                        op=nl.copy,
+                        data=self.sums[:, first + t, :],
+                        scale=factor[:, column],
+                        bias=0.0,
+                        reduce_op=nl.add,
+                        reduce_res=checks[:, column],
+                        reduce_cmd=nisa.reduce_cmd.reset_reduce,
+                    )
+                dst = call.out.ap(pattern=[[width, P], [1, width]], offset=0, vector_offset=rows, indirect_dim=0)
+                nisa.dma_copy(dst=dst, src=result.reshape((P, width)), oob_mode=nisa.oob_mode.skip)
+                pattern = [[2 * call.member_rows, P], [1, 2 * call.member_rows]]
+                dst = call.found.ap(pattern=pattern, offset=0, vector_offset=rows, indirect_dim=0)
+                part = stats[:, first : first + call.member_rows, :]
+                nisa.dma_copy(dst=dst, src=part, oob_mode=nisa.oob_mode.skip)
+        nisa.tensor_scalar(dst=checks, data=checks, op0=nl.multiply, operand0=0.0, op1=nl.not_equal, operand1=0.0)
+        spoilt = nl.ndarray((P, 1), dtype=nl.float32)
+        nisa.tensor_reduce(dst=spoilt, op=nl.maximum, data=checks, axis=1)
+        nisa.tensor_tensor(dst=call.spoilt, data1=call.spoilt, data2=spoilt, op=nl.maximum)
+
+
+def _both(shown, valid, steps):
+    """Return (P, steps, STEP_KEYS) uint8: what the mask shows and the cache holds; None: everything."""
+    if valid == None:  # noqa: E711
+        return shown
+    found = nl.ndarray((P, steps, STEP_KEYS), dtype=nl.uint8)
+    wide = valid.reshape((P, steps * P, 1)).broadcast(2, KEY_UNIT)
+    mine = found.reshape((P, steps * P, KEY_UNIT))
+    if shown == None:  # noqa: E711
+        nisa.tensor_copy(dst=mine, src=wide)
+    else:
+        nisa.tensor_tensor(dst=mine, data1=wide, data2=shown.reshape((P, steps * P, KEY_UNIT)), op=nl.multiply)
+    return found

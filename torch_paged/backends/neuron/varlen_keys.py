@@ -1,0 +1,314 @@
+"""Where the keys of packed queries come from: the cache, by rows of units; new tokens beside it, by their numbers."""
+
+import nki.isa as nisa
+import nki.language as nl
+
+from torch_paged.backends.neuron.plan_varlen import CHUNK_KEYS, CHUNK_STEPS, KEY_UNIT, STEP_KEYS
+
+P = 128
+NEW_BYTES = 1024  # of a new token that are fetched at once, from heads that follow each other
+
+
+def _spread(row):
+    """Return a row of HBM on every partition."""
+    found = nl.ndarray((P, row.shape[1]), dtype=row.dtype)
+    nisa.dma_copy(dst=found, src=row.ap(pattern=[[0, P], [1, row.shape[1]]], offset=0))
+    return found
+
+
+def _constant(value):
+    found = nl.ndarray((P, 1), dtype=nl.int32)
+    nisa.memset(dst=found, value=value)
+    return found
+
+
+def _clamped(rows, last):
+    """Keep int32 rows within [0, last]."""
+    for bound, op in ((0, nl.maximum), (last, nl.minimum)):
+        wide = _constant(bound)
+        flat = rows.reshape((P, rows.size // P))
+        nisa.tensor_tensor(dst=flat, data1=flat, data2=wide.broadcast(1, rows.size // P), op=op)
+
+
+class Walk(nl.NKIObject):
+    """Where a tile is among the keys of a source; all positions are counted from the chunk that comes next."""
+
+    def __init__(self, call, source, first, core):
+        self.call, self.source = call, source
+        tiles, number = call.unit_tiles, source.number
+        self.bounds = nl.ndarray((P, tiles, 3), dtype=nl.float32)  # seen from, seen to, own position
+        pattern = [[6, P], [6 * P, tiles], [1, 3]]
+        nisa.dma_copy(dst=self.bounds, src=call.of_tile(call.rows, pattern, 3 * number, first, core))
+        self.live = nl.ndarray((P, 2), dtype=nl.float32)
+        nisa.dma_copy(dst=self.live, src=call.of_tile(call.live, [[0, P], [1, 2]], 2 * number, first, core))
+        self.start = nl.ndarray((P, 1), dtype=nl.int32)
+        nisa.dma_copy(dst=self.start, src=call.of_tile(call.starts, [[0, P], [1, 1]], number, first, core))
+        if source.mask != None:  # noqa: E711
+            self.mask_rows = nl.ndarray((P, tiles), dtype=nl.int32)
+            pattern = [[1, P], [P, tiles]]
+            nisa.dma_copy(
+                dst=self.mask_rows, src=call.of_tile(call.mask_rows, pattern, number * tiles * P, first, core)
+            )
+
+    def advance(self):
+        """Go to the next chunk; behind the last one that a tile needs, to keys that it does not see."""
+        for places in (self.bounds, self.live):
+            nisa.tensor_scalar(dst=places, data=places, op0=nl.subtract, operand0=float(CHUNK_KEYS))
+        nisa.tensor_scalar(
+            dst=self.start,
+            data=self.start,
+            op0=nl.add,
+            operand0=float(self.source.stride),
+            op1=nl.minimum,
+            operand1=float(self.source.end),
+        )
+        if self.source.mask != None:  # noqa: E711
+            one = self.source.one.broadcast(1, self.call.unit_tiles)
+            nisa.tensor_tensor(dst=self.mask_rows, data1=self.mask_rows, data2=one, op=nl.add)
+
+    def seen(self, steps):
+        """Return (P, steps, KEY_UNIT) integers as wide as a value: all bits set for keys that the tile sees."""
+        places = self.call.key_places[:, 0:steps, :]
+        low, seen = nl.ndarray(places.shape, dtype=nl.float32), nl.ndarray(places.shape, dtype=nl.float32)
+        nisa.tensor_scalar(dst=low, data=places, op0=nl.greater_equal, operand0=self.live[:, 0:1])
+        nisa.scalar_tensor_tensor(
+            dst=seen, data=places, op0=nl.less, operand0=self.live[:, 1:2], op1=nl.multiply, operand1=low
+        )
+        bits = nl.ndarray(places.shape, dtype=nl.int32 if self.call.dtype == nl.float32 else nl.int16)
+        nisa.tensor_scalar(dst=bits, data=seen, op0=nl.multiply, operand0=-1.0)
+        return bits
+
+    def distances(self, steps):
+        """Return (P, unit tiles, keys) float32: how far each key is from a row."""
+        keys = steps * STEP_KEYS
+        found = nl.ndarray((P, self.call.unit_tiles, keys), dtype=nl.float32)
+        for n in range(self.call.unit_tiles):
+            own, places = self.bounds[:, n, 2:3], self.call.places[:, 0:keys]
+            nisa.activation(dst=found[:, n, :], op=nl.abs, data=places, scale=-1.0, bias=own)
+        return found
+
+    def shown(self, steps, head, n, member):
+        """Return (P, steps, STEP_KEYS) uint8: what the mask shows to the rows of a head."""
+        source, keys = self.source, steps * STEP_KEYS
+        rows = nl.ndarray((P, 1), dtype=nl.int32)
+        column = head * self.call.member_rows + member
+        head_row = source.mask_head_rows[:, column : column + 1]
+        nisa.tensor_tensor(dst=rows, data1=self.mask_rows[:, n : n + 1], data2=head_row, op=nl.add)
+        _clamped(rows, source.mask.shape[0] - 1)
+        found = nl.ndarray((P, steps, STEP_KEYS), dtype=nl.uint8)
+        pattern = [[CHUNK_KEYS, P], [1, keys]]
+        mine = source.mask.ap(pattern=pattern, offset=0, vector_offset=rows, indirect_dim=0)
+        nisa.dma_copy(dst=found.reshape((P, keys)), src=mine)
+        return found
+
+
+def _lay_out_mask(source):
+    """Lay out what finds the rows of a source's mask."""
+    call = source.call
+    source.one = _constant(1)
+    if source.mask == None:  # noqa: E711
+        return
+    rows = source.mask.shape[0] // call.mask_heads
+    by_head, by_member = 0, 0
+    if call.mask_heads > call.num_kv_heads:
+        by_head, by_member = rows * call.group, rows
+    elif call.mask_heads == call.num_kv_heads:
+        by_head = rows
+    source.mask_head_rows = nl.ndarray((P, call.num_kv_heads * call.member_rows), dtype=nl.int32)
+    nisa.iota(dst=source.mask_head_rows, pattern=[[by_head, call.num_kv_heads], [by_member, call.member_rows]])
+
+
+class Cache(nl.NKIObject):
+    """Keys in the cache."""
+
+    def __init__(self, call, cache, key_units, mask, token_scales, table):
+        self.call, self.cache, self.key_units, self.mask = call, cache, key_units, mask
+        self.token_scales, self.table = token_scales, None
+        if table != None:  # noqa: E711
+            self.table = _spread(table)
+        self.number, self.stride, self.end = 0, CHUNK_STEPS, key_units.shape[0] - CHUNK_STEPS
+        self.stored_dim = cache.shape[1] // KEY_UNIT
+
+    def lay_out_constants(self, head_scales, sides, parts):
+        """Lay out rows of heads, and scales; with one side, values lie in the lanes of keys."""
+        call, heads = self.call, self.call.num_kv_heads
+        _lay_out_mask(self)
+        self.sides = sides
+        self.head_rows = nl.ndarray((P, sides, heads), dtype=nl.int32)
+        side = self.cache.shape[0] // sides
+        nisa.iota(dst=self.head_rows, pattern=[[side, sides], [parts, heads]])
+        self.value_scales, self.scales, self.negated = None, None, None
+        if head_scales == None:  # noqa: E711
+            return
+        stored = _spread(head_scales)
+        self.value_scales = stored[:, heads : 2 * heads]
+        self.scales, self.negated = nl.ndarray((P, heads), dtype=nl.float32), nl.ndarray((P, heads), dtype=nl.float32)
+        for found, factor in ((self.scales, call.scale), (self.negated, -call.scale)):
+            nisa.tensor_scalar(dst=found, data=stored[:, 0:heads], op0=nl.multiply, operand0=factor)
+
+    def scale(self, head):
+        """Return the factor of a head's products, a number or (P, 1)."""
+        return self.call.scale if self.scales == None else self.scales[:, head : head + 1]  # noqa: E711
+
+    def late_scale(self, head):
+        """Return the factor of what is selected."""
+        return self.call.late_scale if self.call.early else self.scale(head)
+
+    def negated_scale(self, head):
+        """Return the negated factor of what is selected."""
+        if self.call.early or self.scales == None:  # noqa: E711
+            return -self.late_scale(head)
+        return self.negated[:, head : head + 1]
+
+    def value_scale(self, head):
+        """Return the factor of a head's values (P, 1), or None."""
+        return None if self.value_scales == None else self.value_scales[:, head : head + 1]  # noqa: E711
+
+    def chunk(self, walk, steps):
+        """Return the rows of a chunk's units (P, sides * KH, steps), some row for those that hold no keys."""
+        units = nl.ndarray((P, 1, steps), dtype=nl.int32)
+        start = walk.start[0:1, :]
+        mine = self.key_units.ap(pattern=[[1, P], [P, steps]], offset=0, scalar_offset=start, indirect_dim=0)
+        nisa.dma_copy(dst=units, src=mine)
+        columns = self.sides * self.call.num_kv_heads
+        rows = nl.ndarray((P, columns, steps), dtype=nl.int32)
+        of_heads = self.head_rows.reshape((P, columns, 1)).broadcast(2, steps)
+        nisa.tensor_tensor(dst=rows, data1=units.broadcast(1, columns), data2=of_heads, op=nl.add)  # of int32: exact
+        _clamped(rows, self.cache.shape[0] - 1)
+        return rows
+
+    def valid(self, walk, steps):
+        """Return (P, steps * P) uint8: 1 for units that hold keys, on every partition."""
+        units = nl.ndarray((P, steps * P), dtype=nl.int32)
+        start = walk.start[0:1, :]
+        pattern = [[0, P], [1, steps * P]]
+        mine = self.key_units.ap(pattern=pattern, offset=0, scalar_offset=start, indirect_dim=0)
+        nisa.dma_copy(dst=units, src=mine)
+        nisa.tensor_scalar(dst=units, data=units, op0=nl.right_shift, operand0=31)
+        found = nl.ndarray(units.shape, dtype=nl.uint8)
+        nisa.tensor_scalar(dst=found, data=units, op0=nl.multiply, operand0=-1.0, op1=nl.add, operand1=1.0)
+        return found
+
+    def fetch(self, rows, head, steps):
+        """Return keys and values of a head (P, steps * KEY_UNIT, DS) in the dtype of the queries."""
+        found = []
+        for side in range(self.sides):
+            column = side * self.call.num_kv_heads + head
+            found.append(
+                self._gathered(rows[:, column, :], steps, nisa.engine.scalar if side == 0 else nisa.engine.gpsimd)
+            )
+        return (found[0], found[self.sides - 1])
+
+    def _gathered(self, rows, steps, engine):
+        call, count = self.call, steps * KEY_UNIT
+        stored = self._fetched(self.cache, rows, steps)
+        found = stored
+        if self.table != None:  # noqa: E711
+            places = nl.ndarray(stored.shape, dtype=nl.uint32)
+            nisa.tensor_copy(dst=places, src=stored, engine=engine)
+            found = nl.ndarray(stored.shape, dtype=call.dtype)
+            nisa.nc_n_gather(dst=found, data=self.table, indices=places)
+        if self.token_scales != None:  # noqa: E711
+            scales = self._fetched(self.token_scales, rows, steps)
+            wide = scales.reshape((P, count, 1)).broadcast(2, self.stored_dim)
+            shape = (P, count, self.stored_dim)
+            scaled = nl.ndarray(shape, dtype=call.dtype)
+            nisa.tensor_tensor(dst=scaled, data1=found.reshape(shape), data2=wide, op=nl.multiply)
+            return scaled
+        if found.dtype != call.dtype:
+            found = nl.ndarray(stored.shape, dtype=call.dtype)
+            nisa.tensor_copy(dst=found, src=stored, engine=engine)
+        return found.reshape((P, count, self.stored_dim))
+
+    def _fetched(self, base, rows, steps):
+        """Return rows of a tensor in HBM (P, steps, W)."""
+        width = base.shape[1]
+        found = nl.ndarray((P, steps, width), dtype=base.dtype)
+        for s in range(steps):
+            pattern = [[width, P], [1, width]]
+            mine = base.ap(pattern=pattern, offset=0, vector_offset=rows[:, s : s + 1], indirect_dim=0)
+            nisa.dma_copy(dst=found[:, s, :], src=mine)
+        return found
+
+
+class _Tokens(nl.NKIObject):
+    """New tokens of a chunk, and what was fetched of them: some heads that follow each other."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.keys, self.values = None, None
+
+
+class NewKeys(nl.NKIObject):
+    """Keys beside the cache."""
+
+    def __init__(self, call, key, value, mask):
+        self.call, self.key, self.mask = call, key, mask
+        self.value, self.latent = value, value == None  # noqa: E711
+        self.number, self.stride, self.end = 1, CHUNK_KEYS, key.shape[0]
+        heads, size = call.num_kv_heads, 4 if call.dtype == nl.float32 else 2
+        self.heads = heads  # that are fetched at once
+        while heads % self.heads or (self.heads > 1 and self.heads * key.shape[1] // heads * size > NEW_BYTES):
+            self.heads -= 1
+
+    def lay_out_constants(self):
+        """Lay out the numbers of a chunk's tokens."""
+        _lay_out_mask(self)
+        self.tokens = nl.ndarray((P, CHUNK_STEPS, KEY_UNIT), dtype=nl.int32)
+        pattern = [[STEP_KEYS, CHUNK_STEPS], [1, KEY_UNIT]]
+        nisa.iota(dst=self.tokens, pattern=pattern, channel_multiplier=KEY_UNIT)
+
+    def scale(self, head):
+        """Return the factor of a head's products."""
+        return self.call.scale
+
+    def late_scale(self, head):
+        """Return the factor of what is selected."""
+        return self.call.late_scale if self.call.early else self.call.scale
+
+    def negated_scale(self, head):
+        """Return the negated factor of what is selected."""
+        return -self.late_scale(head)
+
+    def value_scale(self, head):
+        """Return None: values are as they are."""
+        return None
+
+    def chunk(self, walk, steps):
+        """Return the tokens of a chunk, the last token in place of those behind it."""
+        rows = nl.ndarray((P, steps, KEY_UNIT), dtype=nl.int32)
+        start = walk.start.reshape((P, 1, 1)).broadcast(1, steps).broadcast(2, KEY_UNIT)
+        nisa.tensor_tensor(dst=rows, data1=self.tokens[:, 0:steps, :], data2=start, op=nl.add)
+        _clamped(rows, self.key.shape[0] - 1)
+        return _Tokens(rows.reshape((P, steps * KEY_UNIT)))
+
+    def valid(self, walk, steps):
+        """Return None: all tokens hold keys."""
+        return None
+
+    def fetch(self, tokens, head, steps):
+        """Return keys and values of a head (P, steps * KEY_UNIT, lanes)."""
+        if head % self.heads == 0:
+            tokens.keys = self._fetched(self.key, tokens.rows, head)
+            tokens.values = tokens.keys
+            if not self.latent:
+                tokens.values = self._fetched(self.value, tokens.rows, head)
+        return (self._of_head(tokens.keys, head), self._of_head(tokens.values, head))
+
+    def _fetched(self, base, rows, head):
+        width = base.shape[1] // self.call.num_kv_heads * self.heads
+        found = nl.ndarray((P, rows.shape[1], width), dtype=base.dtype)
+        for k in range(rows.shape[1]):
+            mine = base.ap(
+                pattern=[[base.shape[1], P], [1, width]],
+                offset=head // self.heads * width,
+                vector_offset=rows[:, k : k + 1],
+                indirect_dim=0,
+            )
+            nisa.dma_copy(dst=found[:, k, :], src=mine)
+        return found
+
+    def _of_head(self, fetched, head):
+        width = fetched.shape[2] // self.heads
+        place = head % self.heads * width
+        return fetched[:, :, place : place + width]
