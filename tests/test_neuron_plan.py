@@ -1,12 +1,37 @@
-"""The plan of a decode step against a walk over every key."""
+"""The plan of a decode step against a walk over every key, and how long a plan is remembered."""
+
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from torch_paged.backends.neuron.plan import CHUNK_UNITS, decode_plan, unit_tokens
+from torch_paged.backends.neuron import plan_memory
+from torch_paged.backends.neuron.plan import (
+    CHUNK_UNITS,
+    NOTHING,
+    DecodePlan,
+    DecodeSizes,
+    decode_plan,
+    merge_groups,
+    turn_tiles,
+    unit_tokens,
+)
+from torch_paged.backends.neuron.plan_memory import remembered
 
 BLOCKS, HEADS, BLOCK_SIZE = 200, 3, 16
 LENS = (0, 1, 777, 1120, 5000, -3)
+SIZES = DecodeSizes(
+    sides=2,
+    num_blocks=BLOCKS,
+    num_heads=2 * HEADS,
+    num_kv_heads=HEADS,
+    block_size=BLOCK_SIZE,
+    unit=4,
+    mask_units=None,
+    sliding_window=None,
+    attention_chunk=None,
+    cores=1,
+)
 
 
 def tables() -> torch.Tensor:
@@ -14,6 +39,18 @@ def tables() -> torch.Tensor:
     found = torch.randint(0, BLOCKS, (len(LENS), 70), generator=generator, dtype=torch.int32)
     found[1, 3], found[2, 0], found[3, 69] = -1, BLOCKS, 2**31 - 1
     return found
+
+
+def lens() -> torch.Tensor:
+    return torch.tensor(LENS, dtype=torch.int32)
+
+
+def slots_of_rows(plan: DecodePlan, num_rows: int) -> torch.Tensor:
+    """Return (rows, chunks): where the merging kernel finds the partial results of each row."""
+    groups = merge_groups(num_rows, 1)
+    turns = plan.places.reshape(groups, -1, 128, 8).transpose(1, 2).reshape(groups * 128, -1)
+    assert (turns[num_rows:] == NOTHING).all()
+    return turns[:num_rows]
 
 
 def seen(length: int, window: int | None, chunk: int | None) -> list[int]:
@@ -26,57 +63,149 @@ def seen(length: int, window: int | None, chunk: int | None) -> list[int]:
     ]
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("sides", [1, 2])
 @pytest.mark.parametrize("unit", [1, 4, 16])
 @pytest.mark.parametrize(("window", "chunk"), [(None, None), (37, None), (None, 50), (600, 2000), (2**40, 2**40)])
-def test_each_key_that_is_seen_is_in_one_slot_in_order(unit: int, window: int | None, chunk: int | None) -> None:
-    block_tables, lens = tables(), torch.tensor(LENS, dtype=torch.int32)
-    plan = decode_plan(
-        *(block_tables, lens),
-        num_blocks=BLOCKS,
-        num_kv_heads=HEADS,
-        block_size=BLOCK_SIZE,
-        unit=unit,
-        sliding_window=window,
-        attention_chunk=chunk,
-    )
-    parts = BLOCK_SIZE // unit
-    slots = plan.slots[plan.slots >= 0].tolist()
+def test_each_key_that_is_seen_is_in_one_slot_in_order(
+    unit: int, window: int | None, chunk: int | None, sides: int, cores: int
+) -> None:
+    block_tables = tables()
+    sizes = replace(SIZES, sides=sides, unit=unit, mask_units=90, cores=cores)
+    plan = decode_plan(block_tables, lens(), replace(sizes, sliding_window=window, attention_chunk=chunk))
+    parts, heads = BLOCK_SIZE // unit, sizes.num_heads
+    places = slots_of_rows(plan, len(LENS) * heads)
+    slots = (places[::heads][places[::heads] >= 0] // heads).tolist()
     assert slots == list(range(len(slots)))
-    assert int(plan.num_tiles) == -(-len(slots) // 4)
+    tiles = turn_tiles(HEADS)
+    turns = plan.turns[0].tolist()
+    assert turns[-1] == -(-len(slots) // (4 * cores)) == sum(map(int.__mul__, turns[:-1], tiles))
+    assert int(plan.merge_turns) == -(-int((places >= 0).sum(1).max()) // 8)
+    assert plan.mask_rows is not None
     for seq, length in enumerate(LENS):
+        length = min(max(length, 0), 70 * BLOCK_SIZE)
         wanted = {}
-        for key in seen(min(max(length, 0), 70 * BLOCK_SIZE), window, chunk):
+        for key in seen(length, window, chunk):
             block = int(block_tables[seq, key // BLOCK_SIZE])
             if 0 <= block < BLOCKS:
                 wanted[key] = (block * HEADS * parts + key % BLOCK_SIZE // unit, key % unit)
         found = {}
-        for slot in (int(slot) for slot in plan.slots[seq] if slot >= 0):
-            assert int(plan.sequences[slot]) == seq
-            for place in range(slot * CHUNK_UNITS, (slot + 1) * CHUNK_UNITS):
-                keys, values = plan.units[place].tolist()
-                low, high = map(int, plan.bounds[place])
+        for place in (int(place) for place in places[seq * heads] if place >= 0):
+            slot = place // heads
+            rows = plan.query_rows[slot * heads : (slot + 1) * heads, 0].tolist()
+            assert rows == list(range(seq * heads, (seq + 1) * heads))
+            for row in range(slot * CHUNK_UNITS, (slot + 1) * CHUNK_UNITS):
+                keys, values = plan.units[row].tolist()
+                low, high = map(int, plan.bounds[row])
                 assert (keys < 0) == (values < 0) == (low >= high)
-                assert keys < 0 or values - keys == BLOCKS * HEADS * parts
-                found |= {int(plan.positions[place]) + token: (keys, token) for token in range(low, high)}
+                first = length - 1 - int(plan.distances[row])
+                masked = keys >= 0 and first // unit < 90
+                assert int(plan.mask_rows[row]) == (seq * 90 + first // unit if masked else NOTHING)
+                assert keys < 0 or values - keys == (sides - 1) * BLOCKS * HEADS * parts
+                found |= {first + token: (keys, token) for token in range(low, high)}
         assert found == wanted
         assert list(found) == sorted(found)
 
 
 def test_a_sequence_is_cut_alike_in_any_batch() -> None:
-    block_tables, lens = tables(), torch.tensor(LENS, dtype=torch.int32)
-    options = {"num_blocks": BLOCKS, "num_kv_heads": HEADS, "block_size": BLOCK_SIZE, "unit": 4}
-    options |= {"sliding_window": None, "attention_chunk": None}
-    together = decode_plan(block_tables, lens, **options)
-    alone = decode_plan(block_tables[3:4], lens[3:4], **options)
-    mine = together.slots[3][together.slots[3] >= 0]
-    assert mine.numel() == (alone.slots >= 0).sum()
-    for name in ("units", "bounds", "positions"):
+    together = decode_plan(tables(), lens(), SIZES)
+    alone = decode_plan(tables()[3:4], lens()[3:4], SIZES)
+    mine = slots_of_rows(together, len(LENS) * SIZES.num_heads)[3 * SIZES.num_heads]
+    mine = mine[mine >= 0] // SIZES.num_heads
+    assert mine.numel() == (slots_of_rows(alone, SIZES.num_heads)[0] >= 0).sum()
+    for name in ("units", "bounds", "distances"):
         rows = getattr(together, name).reshape(-1, CHUNK_UNITS, getattr(together, name).shape[1])[mine]
         assert torch.equal(rows.flatten(0, 1), getattr(alone, name)[: rows.shape[0] * CHUNK_UNITS])
 
 
+def test_slots_of_no_chunk_read_nothing() -> None:
+    plan = decode_plan(tables(), lens(), SIZES)
+    used = int((slots_of_rows(plan, len(LENS) * SIZES.num_heads)[:: SIZES.num_heads] >= 0).sum())
+    assert (plan.units[used * CHUNK_UNITS :] == NOTHING).all()
+    assert (plan.query_rows[used * SIZES.num_heads :] == NOTHING).all()
+
+
 @pytest.mark.parametrize(
-    ("block_size", "row_bytes", "tokens"), [(16, 256, 16), (32, 256, 16), (8, 128, 8), (16, 8192, 1)]
+    ("block_size", "stored_row_bytes", "row_bytes", "head_bytes", "tokens"),
+    [
+        (16, 256, 256, 64, 16),
+        (32, 256, 256, 64, 16),
+        (8, 128, 128, 64, 8),
+        (16, 8192, 8192, 64, 1),
+        (128, 128, 256, 64, 32),
+        (128, 64, 256, 64, 32),
+        (128, 1, 2, 8, 32),
+        (64, 128, 256, 256, 16),
+    ],
 )
-def test_units_fill_a_descriptor(block_size: int, row_bytes: int, tokens: int) -> None:
-    assert unit_tokens(block_size, row_bytes) == tokens
+def test_units_fill_a_descriptor(
+    block_size: int, stored_row_bytes: int, row_bytes: int, head_bytes: int, tokens: int
+) -> None:
+    assert unit_tokens(block_size, stored_row_bytes, row_bytes, head_bytes) == tokens
+
+
+@pytest.mark.parametrize(
+    ("heads", "tiles"), [(1, (64, 32, 16, 8, 4, 2, 1)), (8, (8, 4, 2, 1)), (20, (2, 1)), (64, (1,)), (100, (1,))]
+)
+def test_turns_take_the_same_number_of_heads(heads: int, tiles: tuple[int, ...]) -> None:
+    assert turn_tiles(heads) == tiles
+
+
+class Counter:
+    """Adds up tensors, and counts how often."""
+
+    calls = 0
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor, sizes: int) -> torch.Tensor:
+        self.calls += 1
+        return a + b + sizes
+
+
+def test_a_plan_is_made_again_for_other_tensors_other_versions_and_other_sizes() -> None:
+    make, a, b = Counter(), torch.ones(3), torch.ones(3)
+    first = remembered(make, (a, b), 1)
+    assert remembered(make, (a, b), 1) is first
+    assert make.calls == 1
+    assert remembered(make, (a, b), 2)[0] == 4
+    assert remembered(make, (a, b.clone()), 1)[0] == 3
+    assert remembered(make, (b, a), 1)[0] == 3
+    assert make.calls == 4
+    assert remembered(make, (a, b), 1) is first
+    a.add_(1)
+    assert remembered(make, (a, b), 1)[0] == 4
+    a[1:].copy_(b[1:])  # a view changes the version too
+    assert remembered(make, (a, b), 1)[1] == 3
+    assert remembered(Counter(), (a, b), 1)[1] == 3
+    assert make.calls == 6
+
+
+def test_a_plan_of_tensors_that_count_no_changes_is_made_each_time() -> None:
+    make = Counter()
+    with torch.inference_mode():
+        a = torch.ones(3)
+        for _ in range(3):
+            assert remembered(make, (a, a), 1)[0] == 2 * a[0] + 1
+            a.add_(1)
+    assert make.calls == 3
+
+
+def test_few_plans_are_kept_and_none_of_tensors_that_are_gone() -> None:
+    make = Counter()
+    kept = [torch.ones(1) for _ in range(2 * plan_memory.ENTRIES)]
+    for tensor in kept:
+        remembered(make, (tensor, tensor), 1)
+    assert len(plan_memory._entries) == plan_memory.ENTRIES
+    remembered(make, (kept[-1], kept[-1]), 1)
+    assert make.calls == len(kept)
+    kept.clear()
+    del tensor
+    last = torch.ones(1)
+    remembered(make, (last, last), 1)
+    assert len(plan_memory._entries) == 1
+
+
+def test_the_plan_of_a_step_depends_on_no_value_in_its_shapes() -> None:
+    short, long = (decode_plan(tables(), torch.full((len(LENS),), length), SIZES) for length in (1, 1000))
+    for field in fields(DecodePlan):
+        a, b = getattr(short, field.name), getattr(long, field.name)
+        assert a is b is None or (a.shape, a.dtype) == (b.shape, b.dtype)
