@@ -1,10 +1,10 @@
 """The plan of packed ragged queries, laid out by torch ops on the device (``plan`` is that of decode).
 
 A *row* is a query token and a member of its group; ``member_rows`` rows of neighbouring members are a *unit*, which
-takes a partition. A *tile* is ``PARTITIONS * unit_tiles`` units of one sequence; all kv heads have the same tiles. A row
-sees an interval of key positions, so that a tile needs one too, cut into *chunks* of ``CHUNK_KEYS`` keys of a source,
-from its first key: the softmax of a row moves on by whole chunks, so that a sequence is cut in the same way in any batch.
-A chunk is four *steps*, of which a tile's last chunk computes those alone that it needs.
+takes a partition. A *tile* is ``PARTITIONS * unit_tiles`` units of one sequence; all kv heads have the same tiles. A
+row sees an interval of key positions, so that a tile needs one too, cut into *chunks* of ``CHUNK_KEYS`` keys of a
+source, from its first key: the softmax of a row moves on by whole chunks, so that a sequence is cut in the same way in
+any batch. A chunk is four *steps* of ``STEP_KEYS`` keys, of which a tile's last one computes those alone that it needs.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,13 @@ from torch.nn.functional import pad
 
 from torch_paged.backends.neuron.plan import NOTHING, PARTITIONS
 
-KEY_UNIT = 4
-"""Tokens that a descriptor fetches; prefill computes longer than it fetches."""
-STEP_KEYS = PARTITIONS * KEY_UNIT
-CHUNK_STEPS = 4
-CHUNK_KEYS = CHUNK_STEPS * STEP_KEYS
+KEY_UNIT = 8
+"""Tokens of a descriptor, as many as the smallest block has; prefill computes longer than it fetches."""
+GATHER_KEYS = PARTITIONS * KEY_UNIT
+CHUNK_GATHERS = 2
+CHUNK_KEYS = CHUNK_GATHERS * GATHER_KEYS
+STEP_KEYS = 512
+"""Keys whose products with 128 rows fill a bank of PSUM."""
 BODIES = (4, 2, 1)
 """Steps of a chunk for which the kernel has a loop's body; all chunks of a tile but the last take the first."""
 FAR = 2**31 - 1
@@ -92,21 +94,21 @@ class VarlenPlan:
         member_units: (X, U) int32: the unit's place in its group; ``NOTHING``: none, or of a padding token.
         rows: (X, U * 6) float32: for each unit and source the key positions that it sees, from and to (exclusive), and
             its own, all counted from the tile's first chunk of the source.
-        live: (X, 4) float32: for each source the key positions that the tile sees, counted likewise.
+        ends: (X, 2) int32: for each source the position behind the keys that the tile sees, counted likewise.
         starts: (X, 2) int32: row of ``key_units``, and new key, with which the tile's first chunk begins.
         mask_rows: (X, 2 * U) int32: for each source the row of a unit's first chunk in its mask, seen as rows of chunks
             of a token, of the first head; None without a mask.
         turns: (X, 2 * (len(BODIES) + 1)) int32: for each source how often each of ``BODIES`` runs, and the chunks; of
             all tiles that the cores compute at the same time.
         counts: (1, 2) int32: tiles of a core; 1 where some block id that is needed holds no keys.
-        key_units: (B * steps + CHUNK_STEPS, PARTITIONS) int32: row of a step's units of keys in the cache, seen as rows
-            of ``KEY_UNIT`` tokens of a head, of head 0; ``NOTHING``: no keys. None without a cache.
+        key_units: (B * gathers + CHUNK_GATHERS, PARTITIONS) int32: rows of ``GATHER_KEYS`` keys of a sequence in the
+            cache, seen as rows of ``KEY_UNIT`` tokens of a head, of head 0; ``NOTHING``: no keys. None without a cache.
     """
 
     query_units: Tensor
     member_units: Tensor
     rows: Tensor
-    live: Tensor
+    ends: Tensor
     starts: Tensor
     mask_rows: Tensor | None
     turns: Tensor
@@ -168,7 +170,7 @@ def varlen_plan(
     low, high = torch.where(seeing, low, 0), torch.where(seeing, high, 0)
     begin, end = torch.where(seeing, low, FAR).amin(1), high.amax(1)
     context = contexts[seq]
-    rows, lives, turns, firsts = [], [], [], []
+    rows, tile_ends, turns, firsts = [], [], [], []
     for origin, begin_of, end_of in (
         (torch.zeros_like(context), begin, torch.minimum(end, context)),
         (context, (begin - context).clamp(min=0), end - context),
@@ -178,14 +180,14 @@ def varlen_plan(
         start = (origin + first * CHUNK_KEYS)[:, None]
         stop = torch.minimum(high, context[:, None]) if not rows else high
         rows.append(torch.stack((low - start, stop - start, position.float() - start.float()), -1))
-        lives.append(torch.stack((begin_of - first * CHUNK_KEYS, end_of - first * CHUNK_KEYS), -1))
+        tile_ends.append(end_of - first * CHUNK_KEYS)
         steps = -(-(end_of - (first + chunks - 1) * CHUNK_KEYS) // STEP_KEYS)  # of the last chunk
         turns.append(_turns(chunks, steps, cores))
         firsts.append(first)
 
-    table_steps = -(-block_tables.shape[1] * sizes.block_size // STEP_KEYS)
+    gathers = -(-block_tables.shape[1] * sizes.block_size // GATHER_KEYS)
     new_starts = first_new[seq] + firsts[1] * CHUNK_KEYS
-    starts = torch.stack((seq * table_steps + firsts[0] * CHUNK_STEPS, new_starts), -1)
+    starts = torch.stack((seq * gathers + firsts[0] * CHUNK_GATHERS, new_starts), -1)
     mask_rows = None
     if sizes.mask_heads is not None:
         mask_token = place
@@ -201,7 +203,7 @@ def varlen_plan(
         query_units=query_units.to(torch.int32),
         member_units=member_units.to(torch.int32),
         rows=torch.stack(rows, 2).reshape(most, -1).to(torch.float32),
-        live=torch.cat(lives, 1).to(torch.float32),
+        ends=torch.stack(tile_ends, 1).to(torch.int32),
         starts=starts.to(torch.int32),
         mask_rows=None if mask_rows is None else mask_rows.to(torch.int32),
         turns=torch.cat(turns, 1).to(torch.int32),
@@ -248,8 +250,8 @@ def _key_units(
         high: (B,) the position behind the last.
         sizes: of the call.
     """
-    num_seqs, columns = block_tables.shape
-    units = -(-columns * sizes.block_size // STEP_KEYS) * PARTITIONS
+    columns = block_tables.shape[1]
+    units = -(-columns * sizes.block_size // GATHER_KEYS) * PARTITIONS
     position = torch.arange(units, dtype=torch.int32, device=block_tables.device) * KEY_UNIT
     block = block_tables[:, (position // sizes.block_size).clamp(max=columns - 1)]  # (B, units)
     end = torch.minimum(contexts, high)[:, None]
@@ -259,4 +261,4 @@ def _key_units(
     rows = block * (sizes.num_kv_heads * parts) + position % sizes.block_size // KEY_UNIT
     rows = torch.where(needed & held, rows, NOTHING).reshape(-1, PARTITIONS).to(torch.int32)
     missing = (needed & ~held).any().reshape(1).to(torch.int32)
-    return pad(rows, (0, 0, 0, CHUNK_STEPS), value=NOTHING), missing
+    return pad(rows, (0, 0, 0, CHUNK_GATHERS), value=NOTHING), missing

@@ -102,7 +102,7 @@ def flash_attn_varlen(launch: Launch, arguments: Arguments) -> tuple[Tensor, Ten
         plan.query_units,
         plan.member_units,
         plan.rows,
-        plan.live,
+        plan.ends,
         plan.starts,
         plan.turns,
         plan.counts,

@@ -8,8 +8,7 @@ tensor engine into the order of their positions, once for all rows of the tile. 
 largest. The scalar engine takes exponentials of the whole chunk, with their sums. Weights are turned back, so that keys
 lie on partitions, and multiplied by the values. Rows of 128 keep maximum, sum and weighted values in SBUF.
 
-Values of keys that no row of the tile sees are ANDed with zeros: a weight of 0 does not hide a NaN. One that is not
-finite, and seen by some rows alone, spoils all rows of its tile; where a result is not finite, all tiles are computed
+Values behind the keys of a tile are zeros: a weight of 0 does not hide a NaN. A value that is not finite, and seen by some rows alone, spoils all rows of its tile; where a result is not finite, all tiles are computed
 again: values that are not finite as zeros, and added as infinities, of both signs for NaN, to the rows that see them.
 """
 
@@ -17,13 +16,14 @@ import nki
 import nki.isa as nisa
 import nki.language as nl
 
-from torch_paged.backends.neuron.plan_varlen import BODIES, CHUNK_KEYS, CHUNK_STEPS, KEY_UNIT, STEP_KEYS
-from torch_paged.backends.neuron.varlen_keys import Cache, NewKeys, Walk
+from torch_paged.backends.neuron.plan_varlen import BODIES, CHUNK_KEYS, GATHER_KEYS, KEY_UNIT, STEP_KEYS
+from torch_paged.backends.neuron.varlen_keys import Cache, NewKeys, Walk, gathers_of
 
 P = 128
 LEAST = -1e24  # a maximum below which no logit counts; its product with any scale that is folded stays above fp32.min
 SMALLEST = 2.0**-60  # less than the sum of any row that sees a key, and within the logarithm's range
 LEAST_SCALE = 1e-6  # of the logits: smaller ones, and those that are not positive, are multiplied before the selection
+TURNED = 4  # transposes that share a bank of PSUM and a copy
 HUGE = 2.0**100  # its square overflows
 
 
@@ -37,7 +37,7 @@ def attend_tiles(
     query_units,  # (X, U) int32, U units in a tile
     member_units,  # (X, U) int32
     rows,  # (X, U * 6) float32
-    live,  # (X, 4) float32
+    ends,  # (X, 2) int32
     starts,  # (X, 2) int32
     turns,  # (X, 2 * (len(BODIES) + 1)) int32
     counts,  # (1, 2) int32
@@ -68,7 +68,7 @@ def attend_tiles(
         query_units,
         member_units,
         rows,
-        live,
+        ends,
         starts,
         turns,
         mask_rows,
@@ -135,7 +135,7 @@ class _Call(nl.NKIObject):
         query_units,
         member_units,
         rows,
-        live,
+        ends,
         starts,
         turns,
         mask_rows,
@@ -152,7 +152,7 @@ class _Call(nl.NKIObject):
         soft_cap,
     ):
         self.query, self.query_units, self.member_units = query, query_units, member_units
-        self.rows, self.live, self.starts, self.turns, self.mask_rows = rows, live, starts, turns, mask_rows
+        self.rows, self.ends, self.starts, self.turns, self.mask_rows = rows, ends, starts, turns, mask_rows
         self.sinks, self.slopes, self.out, self.found = sinks, slopes, out, found
         self.num_heads, self.num_kv_heads, self.member_rows = num_heads, num_kv_heads, member_rows
         self.group = num_heads // num_kv_heads
@@ -172,8 +172,6 @@ class _Call(nl.NKIObject):
         self.late_scale = soft_cap if soft_cap != 0.0 and slopes == None else 1.0  # noqa: E711
 
     def lay_out_constants(self):
-        self.key_places = nl.ndarray((P, CHUNK_STEPS, KEY_UNIT), dtype=nl.float32)  # of a partition's keys
-        nisa.iota(dst=self.key_places, pattern=[[STEP_KEYS, CHUNK_STEPS], [1, KEY_UNIT]], channel_multiplier=KEY_UNIT)
         self.head_units = nl.ndarray((P, self.num_kv_heads), dtype=nl.int32)
         nisa.iota(dst=self.head_units, pattern=[[self.group_units, self.num_kv_heads]])
         if self.slopes != None:  # noqa: E711
@@ -319,7 +317,8 @@ class _State(nl.NKIObject):
         """Attend to the next chunk of a source."""
         call, source = self.call, walk.source
         chunk = source.chunk(walk, steps)
-        seen = walk.seen(steps)
+        end = nisa.register_alloc()
+        nisa.register_load(end, walk.end)
         valid = source.valid(walk, steps) if again else None
         distances = None if call.slopes == None else walk.distances(steps)  # noqa: E711
         shared = []
@@ -327,13 +326,13 @@ class _State(nl.NKIObject):
             for n in range(call.unit_tiles):
                 shared.append(walk.shown(steps, 0, n, 0))
         waiting = None
-        fetched = source.fetch(chunk, 0, steps)
+        fetched = source.fetch(chunk, 0)
         for head in range(call.num_kv_heads):
             keys, values = fetched
             if head + 1 < call.num_kv_heads:
-                fetched = source.fetch(chunk, head + 1, steps)
+                fetched = source.fetch(chunk, head + 1)
             turned = self._turn_keys(keys, steps)
-            values = self._clean(values, seen, again)
+            values = self._clean(values, end, again)
             for n in range(call.unit_tiles):
                 shown = shared[n] if shared else None
                 if source.mask != None and call.mask_heads == call.num_kv_heads and not shared:  # noqa: E711
@@ -345,56 +344,61 @@ class _State(nl.NKIObject):
                     column = head * call.row_tiles + n * call.member_rows + t
                     item = self._weights(walk, head, n, column, turned, distances, predicate, steps, again)
                     if waiting != None:  # noqa: E711
-                        self._weigh(waiting, source, steps)
+                        self._weigh(waiting, source)
                     waiting = (column, head, item, values)
-        self._weigh(waiting, source, steps)
+        self._weigh(waiting, source)
         walk.advance()
 
     def _turn_keys(self, keys, steps):
-        """Return keys (P, steps * KEY_UNIT, ..), for each 128 lanes, as (lanes, steps, STEP_KEYS), in order."""
+        """Return keys (parts, gathers * KEY_UNIT, ..), for each 128 lanes, as (lanes, steps, STEP_KEYS), in order."""
         call, found = self.call, []
+        parts, gathers = keys.shape[0], keys.shape[1] // KEY_UNIT
         for i in range(len(self.queries)):
             lanes = self.queries[i].shape[0]
-            turned = nl.ndarray((lanes, steps, P, KEY_UNIT), dtype=call.dtype)
-            for s in range(steps):
-                product = nl.ndarray((lanes, KEY_UNIT, P), dtype=call.dtype, buffer=nl.psum)
-                for j in range(KEY_UNIT):
-                    data = keys[:, s * KEY_UNIT + j, i * P : i * P + lanes]
-                    nisa.nc_transpose(dst=product[:, j, :], data=data)
-                ordered = turned[:, s, :, :].permute((0, 2, 1))
-                nisa.tensor_copy(dst=ordered, src=product, engine=_engine(s))
+            turned = nl.ndarray((lanes, gathers, parts, KEY_UNIT), dtype=call.dtype)
+            for k in range(0, gathers * KEY_UNIT, TURNED):
+                product = nl.ndarray((lanes, TURNED, parts), dtype=call.dtype, buffer=nl.psum)
+                for j in range(TURNED):
+                    nisa.nc_transpose(dst=product[:, j, :], data=keys[:, k + j, i * P : i * P + lanes])
+                place = k % KEY_UNIT
+                ordered = turned[:, k // KEY_UNIT, :, place : place + TURNED].permute((0, 2, 1))
+                nisa.tensor_copy(dst=ordered, src=product, engine=_engine(k // TURNED))
             found.append(turned.reshape((lanes, steps, STEP_KEYS)))
         return found
 
-    def _clean(self, values, seen, again):
-        """Return values that spoil no row which does not see them, and what is to be added for infinities."""
+    def _clean(self, values, end, again):
+        """Return values, zeros behind the keys of the tile; ``again``: finite, and what is to be added to them."""
         call = self.call
         values = values[:, :, 0 : call.value_dim]
-        words = nl.int32 if call.dtype == nl.float32 else nl.int16
-        rows = seen.shape[1] * KEY_UNIT
-        mask = seen.reshape((P, rows, 1)).broadcast(2, call.value_dim)
+        nisa.affine_select(
+            dst=values,
+            pattern=[[-GATHER_KEYS, values.shape[1] // KEY_UNIT], [-1, KEY_UNIT], [0, call.value_dim]],
+            channel_multiplier=-KEY_UNIT,
+            on_true_tile=values,
+            on_false_value=0.0,
+            cmp_op=nl.greater,
+            offset=end,
+        )
         if not again:
-            kept = values.view(words)
-            nisa.tensor_tensor(dst=kept, data1=kept, data2=mask, op=nl.bitwise_and)
             return (values, None, None)
-        kept = nl.ndarray(values.shape, dtype=call.dtype)
-        nisa.tensor_tensor(dst=kept.view(words), data1=values.view(words), data2=mask, op=nl.bitwise_and)
-        strange, sign = nl.ndarray(kept.shape, dtype=nl.float32), nl.ndarray(kept.shape, dtype=nl.float32)
-        nisa.tensor_tensor(dst=strange, data1=kept, data2=kept, op=nl.not_equal)  # NaN
+        words = nl.int32 if call.dtype == nl.float32 else nl.int16
+        strange, sign = nl.ndarray(values.shape, dtype=nl.float32), nl.ndarray(values.shape, dtype=nl.float32)
+        nisa.tensor_tensor(dst=strange, data1=values, data2=values, op=nl.not_equal)  # NaN
         infinities = []
         for factor in (1.0, -1.0):
             nisa.tensor_scalar(
-                dst=sign, data=kept, op0=nl.multiply, operand0=factor, op1=nl.greater, operand1=-nl.fp32.min
+                dst=sign, data=values, op0=nl.multiply, operand0=factor, op1=nl.greater, operand1=-nl.fp32.min
             )
-            found = nl.ndarray(kept.shape, dtype=nl.bfloat16)
+            found = nl.ndarray(values.shape, dtype=nl.bfloat16)
             nisa.scalar_tensor_tensor(dst=sign, data=sign, op0=nl.add, operand0=0.0, op1=nl.maximum, operand1=strange)
             nisa.tensor_scalar(dst=found, data=sign, op0=nl.multiply, operand0=factor * HUGE)
             infinities.append(found)
-        bits = nl.ndarray(kept.shape, dtype=words)
-        nisa.tensor_scalar(dst=strange, data=kept, op0=nl.multiply, operand0=0.0)
+        bits = nl.ndarray(values.shape, dtype=words)
+        nisa.tensor_scalar(dst=strange, data=values, op0=nl.multiply, operand0=0.0)
         nisa.tensor_scalar(dst=bits, data=strange, op0=nl.equal, operand0=0.0, op1=nl.multiply, operand1=-1.0)
-        nisa.tensor_tensor(dst=kept.view(words), data1=kept.view(words), data2=bits, op=nl.bitwise_and)
-        return (kept, infinities[0], infinities[1])
+        finite = nl.ndarray(values.shape, dtype=call.dtype)
+        nisa.tensor_tensor(dst=finite.view(words), data1=values.view(words), data2=bits, op=nl.bitwise_and)
+        return (finite, infinities[0], infinities[1])
 
     def _weights(self, walk, head, n, column, turned, distances, predicate, steps, again):
         """Return the weights of a chunk's keys for 128 rows, the factor of what came before, and what is visible."""
@@ -442,11 +446,12 @@ class _State(nl.NKIObject):
         lowest, factor = nl.ndarray((P, 1), dtype=nl.float32), nl.ndarray((P, 1), dtype=nl.float32)
         nisa.tensor_scalar(dst=lowest, data=largest, op0=nl.multiply, operand0=negated, op1=nl.minimum, operand1=before)
         nisa.activation(dst=factor, op=nl.exp, data=before, scale=-1.0, bias=lowest)
-        nisa.tensor_copy(dst=before, src=lowest)
+        nisa.tensor_copy(dst=before, src=lowest, engine=nisa.engine.gpsimd)
         if call.sinks != None:  # noqa: E711
             key = self.lowest_key[:, column : column + 1]
             nisa.tensor_scalar(dst=key, data=largest, op0=nl.multiply, operand0=negated, op1=nl.minimum, operand1=key)
-        weights = nl.ndarray((P, steps, P, KEY_UNIT), dtype=call.dtype)
+        parts, gathers = gathers_of(steps)
+        weights = nl.ndarray((P, gathers, parts, KEY_UNIT), dtype=call.dtype)
         part = nl.ndarray((P, 1), dtype=nl.float32)
         nisa.activation(
             dst=weights.reshape((P, steps * STEP_KEYS)),
@@ -483,8 +488,9 @@ class _State(nl.NKIObject):
         return logits
 
     def _visible(self, low, high, predicate, steps):
-        """Return (P, steps, P, KEY_UNIT) bfloat16: ``HUGE`` where a row sees a key, else 0."""
-        found = nl.ndarray((P, steps, P, KEY_UNIT), dtype=nl.bfloat16)
+        """Return (P, gathers, parts, KEY_UNIT) bfloat16: ``HUGE`` where a row sees a key, else 0."""
+        parts, gathers = gathers_of(steps)
+        found = nl.ndarray((P, gathers, parts, KEY_UNIT), dtype=nl.bfloat16)
         for s in range(steps):
             within = nl.ndarray((P, STEP_KEYS), dtype=nl.float32)
             nisa.range_select(
@@ -503,11 +509,10 @@ class _State(nl.NKIObject):
                 nisa.tensor_tensor(dst=mine, data1=mine, data2=predicate[:, s, :], op=nl.multiply)
         return found
 
-    def _weigh(self, item, source, steps):
+    def _weigh(self, item, source):
         """Multiply weights and values, and add them to what came before."""
-        call = self.call
         column, head, (weights, factor, visible), (values, positive, negative) = item
-        product = self._product(weights, values, steps)
+        product = self._product(weights, values)
         sums = self.sums[:, column, :]
         scale = source.value_scale(head)
         if scale != None:  # noqa: E711
@@ -517,29 +522,30 @@ class _State(nl.NKIObject):
         nisa.scalar_tensor_tensor(dst=sums, data=sums, op0=nl.multiply, operand0=factor, op1=nl.add, operand1=product)
         if visible != None:  # noqa: E711
             for infinities in (positive, negative):
-                product = self._product(visible, infinities, steps)
+                product = self._product(visible, infinities)
                 nisa.tensor_tensor(dst=sums, data1=sums, data2=product, op=nl.add)
 
-    def _product(self, weights, values, steps):
-        """Return weights (P rows, steps, P, KEY_UNIT) times values (P, steps * KEY_UNIT, DV) in PSUM."""
+    def _product(self, weights, values):
+        """Return weights (P rows, gathers, parts, KEY_UNIT) times values (parts, gathers * KEY_UNIT, DV) in PSUM."""
         product = nl.ndarray((P, values.shape[2]), dtype=nl.float32, buffer=nl.psum)
         ahead = self._turn_weights(weights, 0)
-        for s in range(steps):
+        for k in range(0, values.shape[1], TURNED):
             turned = ahead
-            if s + 1 < steps:
-                ahead = self._turn_weights(weights, s + 1)
-            for j in range(KEY_UNIT):
-                k = s * KEY_UNIT + j
-                nisa.nc_matmul(dst=product, stationary=turned[:, j, :], moving=values[:, k, :], accumulate=k > 0)
+            if k + TURNED < values.shape[1]:
+                ahead = self._turn_weights(weights, k + TURNED)
+            for j in range(TURNED):
+                stationary, moving = turned[:, j, :], values[:, k + j, :]
+                nisa.nc_matmul(dst=product, stationary=stationary, moving=moving, accumulate=k + j > 0)
         return product
 
-    def _turn_weights(self, weights, step):
-        """Return the weights of a step as (P keys, KEY_UNIT, P rows)."""
-        product = nl.ndarray((P, KEY_UNIT, P), dtype=weights.dtype, buffer=nl.psum)
-        for j in range(KEY_UNIT):
-            nisa.nc_transpose(dst=product[:, j, :], data=weights[:, step, :, j])
-        turned = nl.ndarray((P, KEY_UNIT, P), dtype=weights.dtype)
-        nisa.tensor_copy(dst=turned, src=product, engine=_engine(step))
+    def _turn_weights(self, weights, k):
+        """Return the weights of some tokens of each unit as (parts, TURNED, P rows)."""
+        shape = (weights.shape[2], TURNED, P)
+        product = nl.ndarray(shape, dtype=weights.dtype, buffer=nl.psum)
+        for j in range(TURNED):
+            nisa.nc_transpose(dst=product[:, j, :], data=weights[:, k // KEY_UNIT, :, k % KEY_UNIT + j])
+        turned = nl.ndarray(shape, dtype=weights.dtype)
+        nisa.tensor_copy(dst=turned, src=product, engine=_engine(k // TURNED))
         return turned
 
     def finish(self):
@@ -591,10 +597,11 @@ def _both(shown, valid, steps):
     if valid == None:  # noqa: E711
         return shown
     found = nl.ndarray((P, steps, STEP_KEYS), dtype=nl.uint8)
-    wide = valid.reshape((P, steps * P, 1)).broadcast(2, KEY_UNIT)
-    mine = found.reshape((P, steps * P, KEY_UNIT))
+    units = valid.shape[1]
+    wide = valid.reshape((P, units, 1)).broadcast(2, KEY_UNIT)
+    mine = found.reshape((P, units, KEY_UNIT))
     if shown == None:  # noqa: E711
         nisa.tensor_copy(dst=mine, src=wide)
     else:
-        nisa.tensor_tensor(dst=mine, data1=wide, data2=shown.reshape((P, steps * P, KEY_UNIT)), op=nl.multiply)
+        nisa.tensor_tensor(dst=mine, data1=wide, data2=shown.reshape((P, units, KEY_UNIT)), op=nl.multiply)
     return found

@@ -3,10 +3,10 @@
 import nki.isa as nisa
 import nki.language as nl
 
-from torch_paged.backends.neuron.plan_varlen import CHUNK_KEYS, CHUNK_STEPS, KEY_UNIT, STEP_KEYS
+from torch_paged.backends.neuron.plan_varlen import CHUNK_GATHERS, CHUNK_KEYS, GATHER_KEYS, KEY_UNIT, STEP_KEYS
 
 P = 128
-NEW_BYTES = 1024  # of a new token that are fetched at once, from heads that follow each other
+NEW_BYTES = 2048  # of a new token that are fetched at once, from heads that follow each other
 
 
 def _spread(row):
@@ -22,12 +22,17 @@ def _constant(value):
     return found
 
 
-def _clamped(rows, last):
-    """Keep int32 rows within [0, last]."""
-    for bound, op in ((0, nl.maximum), (last, nl.minimum)):
-        wide = _constant(bound)
-        flat = rows.reshape((P, rows.size // P))
-        nisa.tensor_tensor(dst=flat, data1=flat, data2=wide.broadcast(1, rows.size // P), op=op)
+def gathers_of(steps):
+    """Return the partitions that hold keys of so many steps, and how many units of keys each has."""
+    parts = min(P, steps * STEP_KEYS // KEY_UNIT)
+    return (parts, steps * STEP_KEYS // (parts * KEY_UNIT))
+
+
+def _clamp(rows, bound, op):
+    """Bound int32 rows; what is compared as integers keeps its bits."""
+    wide = nl.ndarray(rows.shape, dtype=nl.int32)
+    nisa.memset(dst=wide, value=bound, engine=nisa.engine.gpsimd)
+    nisa.tensor_tensor(dst=rows, data1=rows, data2=wide, op=op)
 
 
 class Walk(nl.NKIObject):
@@ -39,8 +44,8 @@ class Walk(nl.NKIObject):
         self.bounds = nl.ndarray((P, tiles, 3), dtype=nl.float32)  # seen from, seen to, own position
         pattern = [[6, P], [6 * P, tiles], [1, 3]]
         nisa.dma_copy(dst=self.bounds, src=call.of_tile(call.rows, pattern, 3 * number, first, core))
-        self.live = nl.ndarray((P, 2), dtype=nl.float32)
-        nisa.dma_copy(dst=self.live, src=call.of_tile(call.live, [[0, P], [1, 2]], 2 * number, first, core))
+        self.end = nl.ndarray((1, 1), dtype=nl.int32)  # behind the last key that a row of the tile sees
+        nisa.dma_copy(dst=self.end, src=call.of_tile(call.ends, [[1, 1], [1, 1]], number, first, core))
         self.start = nl.ndarray((P, 1), dtype=nl.int32)
         nisa.dma_copy(dst=self.start, src=call.of_tile(call.starts, [[0, P], [1, 1]], number, first, core))
         if source.mask != None:  # noqa: E711
@@ -52,7 +57,7 @@ class Walk(nl.NKIObject):
 
     def advance(self):
         """Go to the next chunk; behind the last one that a tile needs, to keys that it does not see."""
-        for places in (self.bounds, self.live):
+        for places in (self.bounds, self.end):
             nisa.tensor_scalar(dst=places, data=places, op0=nl.subtract, operand0=float(CHUNK_KEYS))
         nisa.tensor_scalar(
             dst=self.start,
@@ -65,18 +70,6 @@ class Walk(nl.NKIObject):
         if self.source.mask != None:  # noqa: E711
             one = self.source.one.broadcast(1, self.call.unit_tiles)
             nisa.tensor_tensor(dst=self.mask_rows, data1=self.mask_rows, data2=one, op=nl.add)
-
-    def seen(self, steps):
-        """Return (P, steps, KEY_UNIT) integers as wide as a value: all bits set for keys that the tile sees."""
-        places = self.call.key_places[:, 0:steps, :]
-        low, seen = nl.ndarray(places.shape, dtype=nl.float32), nl.ndarray(places.shape, dtype=nl.float32)
-        nisa.tensor_scalar(dst=low, data=places, op0=nl.greater_equal, operand0=self.live[:, 0:1])
-        nisa.scalar_tensor_tensor(
-            dst=seen, data=places, op0=nl.less, operand0=self.live[:, 1:2], op1=nl.multiply, operand1=low
-        )
-        bits = nl.ndarray(places.shape, dtype=nl.int32 if self.call.dtype == nl.float32 else nl.int16)
-        nisa.tensor_scalar(dst=bits, data=seen, op0=nl.multiply, operand0=-1.0)
-        return bits
 
     def distances(self, steps):
         """Return (P, unit tiles, keys) float32: how far each key is from a row."""
@@ -94,7 +87,8 @@ class Walk(nl.NKIObject):
         column = head * self.call.member_rows + member
         head_row = source.mask_head_rows[:, column : column + 1]
         nisa.tensor_tensor(dst=rows, data1=self.mask_rows[:, n : n + 1], data2=head_row, op=nl.add)
-        _clamped(rows, source.mask.shape[0] - 1)
+        _clamp(rows, 0, nl.maximum)
+        _clamp(rows, source.mask.shape[0] - 1, nl.minimum)
         found = nl.ndarray((P, steps, STEP_KEYS), dtype=nl.uint8)
         pattern = [[CHUNK_KEYS, P], [1, keys]]
         mine = source.mask.ap(pattern=pattern, offset=0, vector_offset=rows, indirect_dim=0)
@@ -126,7 +120,7 @@ class Cache(nl.NKIObject):
         self.token_scales, self.table = token_scales, None
         if table != None:  # noqa: E711
             self.table = _spread(table)
-        self.number, self.stride, self.end = 0, CHUNK_STEPS, key_units.shape[0] - CHUNK_STEPS
+        self.number, self.stride, self.end = 0, CHUNK_GATHERS, key_units.shape[0] - CHUNK_GATHERS
         self.stored_dim = cache.shape[1] // KEY_UNIT
 
     def lay_out_constants(self, head_scales, sides, parts):
@@ -165,23 +159,27 @@ class Cache(nl.NKIObject):
         return None if self.value_scales == None else self.value_scales[:, head : head + 1]  # noqa: E711
 
     def chunk(self, walk, steps):
-        """Return the rows of a chunk's units (P, sides * KH, steps), some row for those that hold no keys."""
-        units = nl.ndarray((P, 1, steps), dtype=nl.int32)
+        """Return the rows of a chunk's units (parts, sides * KH, gathers), negative for those that hold no keys."""
+        parts, gathers = gathers_of(steps)
+        units = nl.ndarray((parts, 1, gathers), dtype=nl.int32)
         start = walk.start[0:1, :]
-        mine = self.key_units.ap(pattern=[[1, P], [P, steps]], offset=0, scalar_offset=start, indirect_dim=0)
+        mine = self.key_units.ap(pattern=[[1, parts], [P, gathers]], offset=0, scalar_offset=start, indirect_dim=0)
         nisa.dma_copy(dst=units, src=mine)
-        columns = self.sides * self.call.num_kv_heads
-        rows = nl.ndarray((P, columns, steps), dtype=nl.int32)
-        of_heads = self.head_rows.reshape((P, columns, 1)).broadcast(2, steps)
+        heads = self.call.num_kv_heads
+        columns = self.sides * heads
+        rows = nl.ndarray((parts, columns, gathers), dtype=nl.int32)
+        of_heads = self.head_rows.reshape((P, columns, 1))[0:parts, :, :].broadcast(2, gathers)
         nisa.tensor_tensor(dst=rows, data1=units.broadcast(1, columns), data2=of_heads, op=nl.add)  # of int32: exact
-        _clamped(rows, self.cache.shape[0] - 1)
+        if self.sides == 2:  # keys that no row sees may be any; where values lie in their lanes, they may not
+            _clamp(rows[:, 0:heads, :], 0, nl.maximum)
         return rows
 
     def valid(self, walk, steps):
-        """Return (P, steps * P) uint8: 1 for units that hold keys, on every partition."""
-        units = nl.ndarray((P, steps * P), dtype=nl.int32)
+        """Return (P, units of the chunk) uint8: 1 for units that hold keys, on every partition."""
+        parts, gathers = gathers_of(steps)
+        units = nl.ndarray((P, gathers * parts), dtype=nl.int32)
         start = walk.start[0:1, :]
-        pattern = [[0, P], [1, steps * P]]
+        pattern = [[0, P], [1, gathers * parts]]
         mine = self.key_units.ap(pattern=pattern, offset=0, scalar_offset=start, indirect_dim=0)
         nisa.dma_copy(dst=units, src=mine)
         nisa.tensor_scalar(dst=units, data=units, op0=nl.right_shift, operand0=31)
@@ -189,45 +187,45 @@ class Cache(nl.NKIObject):
         nisa.tensor_scalar(dst=found, data=units, op0=nl.multiply, operand0=-1.0, op1=nl.add, operand1=1.0)
         return found
 
-    def fetch(self, rows, head, steps):
-        """Return keys and values of a head (P, steps * KEY_UNIT, DS) in the dtype of the queries."""
-        found = []
-        for side in range(self.sides):
-            column = side * self.call.num_kv_heads + head
-            found.append(
-                self._gathered(rows[:, column, :], steps, nisa.engine.scalar if side == 0 else nisa.engine.gpsimd)
-            )
-        return (found[0], found[self.sides - 1])
+    def fetch(self, rows, head):
+        """Return keys and values of a head (parts, gathers * KEY_UNIT, DS) in the dtype of the queries."""
+        heads = self.call.num_kv_heads
+        keys = self._gathered(rows[:, head, :], self.sides == 1, nisa.engine.scalar)
+        if self.sides == 1:
+            return (keys, keys)
+        return (keys, self._gathered(rows[:, heads + head, :], True, nisa.engine.gpsimd))
 
-    def _gathered(self, rows, steps, engine):
-        call, count = self.call, steps * KEY_UNIT
-        stored = self._fetched(self.cache, rows, steps)
-        found = stored
+    def _gathered(self, rows, zeroed, engine):
+        call, count = self.call, rows.shape[1] * KEY_UNIT
+        stored = self._fetched(self.cache, rows, zeroed)
+        found, shape = stored, (rows.shape[0], count, self.stored_dim)
         if self.table != None:  # noqa: E711
             places = nl.ndarray(stored.shape, dtype=nl.uint32)
             nisa.tensor_copy(dst=places, src=stored, engine=engine)
             found = nl.ndarray(stored.shape, dtype=call.dtype)
-            nisa.nc_n_gather(dst=found, data=self.table, indices=places)
+            nisa.nc_n_gather(dst=found, data=self.table[0 : rows.shape[0], :], indices=places)
         if self.token_scales != None:  # noqa: E711
-            scales = self._fetched(self.token_scales, rows, steps)
-            wide = scales.reshape((P, count, 1)).broadcast(2, self.stored_dim)
-            shape = (P, count, self.stored_dim)
+            scales = self._fetched(self.token_scales, rows, zeroed)
+            wide = scales.reshape((rows.shape[0], count, 1)).broadcast(2, self.stored_dim)
             scaled = nl.ndarray(shape, dtype=call.dtype)
             nisa.tensor_tensor(dst=scaled, data1=found.reshape(shape), data2=wide, op=nl.multiply)
             return scaled
         if found.dtype != call.dtype:
             found = nl.ndarray(stored.shape, dtype=call.dtype)
             nisa.tensor_copy(dst=found, src=stored, engine=engine)
-        return found.reshape((P, count, self.stored_dim))
+        return found.reshape(shape)
 
-    def _fetched(self, base, rows, steps):
-        """Return rows of a tensor in HBM (P, steps, W)."""
-        width = base.shape[1]
-        found = nl.ndarray((P, steps, width), dtype=base.dtype)
-        for s in range(steps):
-            pattern = [[width, P], [1, width]]
-            mine = base.ap(pattern=pattern, offset=0, vector_offset=rows[:, s : s + 1], indirect_dim=0)
-            nisa.dma_copy(dst=found[:, s, :], src=mine)
+    def _fetched(self, base, rows, zeroed):
+        """Return rows of a tensor in HBM (parts, gathers, W), zeros where there is none."""
+        (parts, gathers), width = rows.shape, base.shape[1]
+        found = nl.ndarray((parts, gathers, width), dtype=base.dtype)
+        if zeroed:
+            zero = 0 if base.dtype == nl.int8 or base.dtype == nl.uint8 else 0.0
+            nisa.memset(dst=found, value=zero, engine=nisa.engine.gpsimd)
+        for g in range(gathers):
+            pattern = [[width, parts], [1, width]]
+            mine = base.ap(pattern=pattern, offset=0, vector_offset=rows[:, g : g + 1], indirect_dim=0)
+            nisa.dma_copy(dst=found[:, g, :], src=mine, oob_mode=nisa.oob_mode.skip)
         return found
 
 
@@ -254,8 +252,8 @@ class NewKeys(nl.NKIObject):
     def lay_out_constants(self):
         """Lay out the numbers of a chunk's tokens."""
         _lay_out_mask(self)
-        self.tokens = nl.ndarray((P, CHUNK_STEPS, KEY_UNIT), dtype=nl.int32)
-        pattern = [[STEP_KEYS, CHUNK_STEPS], [1, KEY_UNIT]]
+        self.tokens = nl.ndarray((P, CHUNK_GATHERS, KEY_UNIT), dtype=nl.int32)
+        pattern = [[GATHER_KEYS, CHUNK_GATHERS], [1, KEY_UNIT]]
         nisa.iota(dst=self.tokens, pattern=pattern, channel_multiplier=KEY_UNIT)
 
     def scale(self, head):
@@ -276,18 +274,19 @@ class NewKeys(nl.NKIObject):
 
     def chunk(self, walk, steps):
         """Return the tokens of a chunk, the last token in place of those behind it."""
-        rows = nl.ndarray((P, steps, KEY_UNIT), dtype=nl.int32)
-        start = walk.start.reshape((P, 1, 1)).broadcast(1, steps).broadcast(2, KEY_UNIT)
-        nisa.tensor_tensor(dst=rows, data1=self.tokens[:, 0:steps, :], data2=start, op=nl.add)
-        _clamped(rows, self.key.shape[0] - 1)
-        return _Tokens(rows.reshape((P, steps * KEY_UNIT)))
+        parts, gathers = gathers_of(steps)
+        rows = nl.ndarray((parts, gathers, KEY_UNIT), dtype=nl.int32)
+        start = walk.start.reshape((P, 1, 1))[0:parts, :, :].broadcast(1, gathers).broadcast(2, KEY_UNIT)
+        nisa.tensor_tensor(dst=rows, data1=self.tokens[0:parts, 0:gathers, :], data2=start, op=nl.add)
+        _clamp(rows, self.key.shape[0] - 1, nl.minimum)
+        return _Tokens(rows.reshape((parts, gathers * KEY_UNIT)))
 
     def valid(self, walk, steps):
         """Return None: all tokens hold keys."""
         return None
 
-    def fetch(self, tokens, head, steps):
-        """Return keys and values of a head (P, steps * KEY_UNIT, lanes)."""
+    def fetch(self, tokens, head):
+        """Return keys and values of a head (parts, gathers * KEY_UNIT, lanes)."""
         if head % self.heads == 0:
             tokens.keys = self._fetched(self.key, tokens.rows, head)
             tokens.values = tokens.keys
@@ -296,15 +295,11 @@ class NewKeys(nl.NKIObject):
         return (self._of_head(tokens.keys, head), self._of_head(tokens.values, head))
 
     def _fetched(self, base, rows, head):
-        width = base.shape[1] // self.call.num_kv_heads * self.heads
-        found = nl.ndarray((P, rows.shape[1], width), dtype=base.dtype)
-        for k in range(rows.shape[1]):
-            mine = base.ap(
-                pattern=[[base.shape[1], P], [1, width]],
-                offset=head // self.heads * width,
-                vector_offset=rows[:, k : k + 1],
-                indirect_dim=0,
-            )
+        (parts, count), width = rows.shape, base.shape[1] // self.call.num_kv_heads * self.heads
+        found = nl.ndarray((parts, count, width), dtype=base.dtype)
+        for k in range(count):
+            pattern, offset = [[base.shape[1], parts], [1, width]], head // self.heads * width
+            mine = base.ap(pattern=pattern, offset=offset, vector_offset=rows[:, k : k + 1], indirect_dim=0)
             nisa.dma_copy(dst=found[:, k, :], src=mine)
         return found
 
