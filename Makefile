@@ -28,6 +28,8 @@ CONFORMANCE := $(OPS:%=tests/test_%.py) $(patsubst %,tests/test_%.py,semantics s
 # Cases that run on a simulated TPU too: rings of buffers, empty sequences, all that is copied beside the pages.
 SIMULATED := tests/test_tpu_interpret.py tests/test_paged_attention.py tests/test_flash_attn_varlen.py -k "tpu_interpret or \
   odd_lengths or (plain and bfloat16) or (mask_heads and not group) or int8_scales_4 or window_17_ or shuffled or padding_rows"
+# NKI's kernels on the simulator of tests/nki_sim, for a generation and the cores that share a kernel.
+NKI = TORCH_PAGED_NKI_SIM=1 NEURON_PLATFORM_TARGET_OVERRIDE=$(1) NEURON_LOGICAL_NC_CONFIG=$(2) $(BIN)/python -m pytest
 CROSS ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64
 KERNELS := $(wildcard csrc_shims/*.cpp csrc_shims/*.h csrc_shims/cpu/*.cpp csrc_shims/cpu/*.h)
@@ -35,6 +37,7 @@ LIBRARY := torch_paged/_C.abi3.so
 
 .PRECIOUS: .venv-transformers-%/.ready
 .PHONY: demo test test-transformers test-tpu test-tpu-xla test-tpu-device lint bench bench-tpu tpu-matrix mutants-tpu
+.PHONY: test-neuron test-neuron-device bench-neuron mutants-neuron
 .PHONY: instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
 .DELETE_ON_ERROR:
 
@@ -45,6 +48,8 @@ help:
 	@echo "make test-tpu           the TPU's kernels, interpreted on every case, and compiled for its chips (hours)"
 	@echo "make test-tpu-xla       the TPU's kernels through torch_xla, without a TPU (a download of 8 GB)"
 	@echo "make test-tpu-device    the cases of the tests on the TPU of this machine"
+	@echo "make test-neuron        the NKI kernels, simulated on every case for Trainium 2 and 3 (hours)"
+	@echo "make test-neuron-device the cases of the tests on the NeuronCores of this machine"
 	@echo "make lint               ruff, mypy, clang-format"
 	@echo "make bench              measure the kernels beside peers and limits (ARGS=--quick: minutes)"
 	@echo "make instructions       count the kernels' instructions and compare them with committed figures"
@@ -52,6 +57,8 @@ help:
 	@echo "make tpu-matrix         compile the TPU kernels for every chip, dtype and shape, without a TPU"
 	@echo "make bench-tpu          static estimates of the TPU kernels beside those of jax"
 	@echo "make mutants-tpu        plant faults in the TPU kernels and see the tests catch them"
+	@echo "make bench-neuron       the NKI kernels' cost by a model, beside its limits and other schemes"
+	@echo "make mutants-neuron     plant faults in the NKI kernels and see the tests catch them"
 	@echo "make wheel              build dist/*.whl"
 	@echo "make test-wheel         install the wheel into a fresh environment and use it"
 	@echo "make test-torch29       the same with torch 2.9.0 (a download of several GB)"
@@ -134,6 +141,21 @@ test-tpu-device:
 	@PYTHONPATH=. $(PYTHON) tests/tpu_device.py $(OPS:%=tests/test_%.py) tests/test_semantics.py \
 	  -W ignore::DeprecationWarning -W ignore::UserWarning $(ARGS)
 
+# The kernels' and the simulator's own tests; then the shared tests on CPU tensors, simulated. Where two cores share a
+# kernel, the cases of the ops. Left out are programs without a kernel, and caches that this backend refuses.
+test-neuron: $(LIBRARY)
+	$(BIN)/python -m pytest $(wildcard tests/test_neuron_*.py tests/test_nki_sim_*.py) $(ARGS)
+	TORCH_PAGED_DEBUG=1 $(call NKI,trn2,1) tests/test_bad_input.py $(ARGS)
+	$(call NKI,trn2,1) $(CONFORMANCE) $(ARGS)
+	$(call NKI,trn3,1) $(CONFORMANCE) $(ARGS)
+	$(call NKI,trn2,2) $(OPS:%=tests/test_%.py) $(ARGS)
+	$(call NKI,trn3,2) $(OPS:%=tests/test_%.py) $(ARGS)
+
+# In the environment that is active: the one with torch-neuronx.
+test-neuron-device:
+	@PYTHONPATH=. $(PYTHON) tests/neuron_device.py $(OPS:%=tests/test_%.py) tests/test_semantics.py \
+	  -W ignore::DeprecationWarning -W ignore::UserWarning $(ARGS)
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -157,6 +179,12 @@ bench-tpu: $(LIBRARY) $(VENV)/.bench
 
 mutants-tpu: $(LIBRARY)
 	$(BIN)/python tests/mutants_tpu.py $(ARGS)
+
+bench-neuron: $(LIBRARY) $(VENV)/.bench
+	$(BIN)/python -m benchmarks neuron $(ARGS)
+
+mutants-neuron: $(LIBRARY)
+	$(BIN)/python tests/mutants_neuron.py $(ARGS)
 
 wheel: $(VENV)/.ready
 	rm -rf dist build/bdist.*

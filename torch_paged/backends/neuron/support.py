@@ -6,17 +6,15 @@ import os
 import re
 from pathlib import Path
 
-import torch
-
 from torch_paged.backends import Arguments, Variant
 
 LIMITS = {
-    "query dtypes": "float32, bfloat16",
+    "query dtypes": "float32, bfloat16, float16",
     "cache dtypes": "the query's, int8, float8_e4m3fn, float8_e5m2",
     "scales": "per tensor, per head, per token and head",
     "head_dim, block size, H / KH": "head_dim up to 256; blocks of a power of two of tokens from 8 on; any H / KH",
     "cache strides": "contiguous",
-    "latent caches": "no",
+    "latent caches": "yes",
     "windows, chunks, soft caps, sinks, ALiBi": "yes",
     "masks, query positions, statistics": "yes",
     "batch-invariant results": "as simulated",
@@ -44,7 +42,6 @@ _MAX_HEAD_DIM = 256
 _SMALLEST_BLOCK = 8
 _MAX_ROWS = 2**30
 """Rows of a cache: the kernels count them in int32, with room for marks."""
-_HALVES = ("query", "key", "outs", "kv_cache")
 _WRITING = ("reshape_and_cache", "quantize_and_cache", "copy_blocks")
 
 
@@ -135,19 +132,14 @@ def refusal(op: str, arguments: Arguments) -> str | None:
 
 def _unsupported(op: str, arguments: Arguments) -> tuple[str, str, str] | None:
     """Return what is not supported, what is, and what to do; None where the call can be done."""
-    for name in _HALVES:
-        if arguments.get(name) is not None and arguments[name].dtype == torch.float16:
-            return f"{name} of float16", "float32 or bfloat16", "convert it to bfloat16"
     rows = arguments.get("query", arguments.get("key"))
     if rows is not None and rows.size(-1) > _MAX_HEAD_DIM:
         limit = f"at most {_MAX_HEAD_DIM}"
-        return f"head_dim {rows.size(-1)}", limit, "use another backend, or attend to halves of the head"
+        return f"head_dim {rows.size(-1)}", limit, "run it on another backend"
     kv_cache = arguments.get("kv_cache")
     if kv_cache is None:
         return None
-    sides, _, _, block_size, _ = kv_cache.shape
-    if sides == 1:
-        return "latent caches", "keys and values", "expand the latent rows into keys and values"
+    block_size = kv_cache.size(3)
     if block_size < _SMALLEST_BLOCK or block_size & (block_size - 1):
         sizes = f"a power of two from {_SMALLEST_BLOCK} on"
         return f"kv_cache with S = {block_size}", sizes, "allocate it with such a block size"
@@ -155,7 +147,7 @@ def _unsupported(op: str, arguments: Arguments) -> tuple[str, str, str] | None:
         return f"kv_cache with strides {tuple(kv_cache.stride())}", "contiguous", "pass kv_cache.contiguous()"
     rows_of_cache = kv_cache.shape[:-1].numel()
     if rows_of_cache >= _MAX_ROWS:
-        thing = f"kv_cache with 2 * N * KH * S = {rows_of_cache}"
+        thing = f"kv_cache with C * N * KH * S = {rows_of_cache}"
         return thing, "less than 2^30", "use fewer blocks, or a cache for each group of layers"
     if op in _WRITING and kv_cache.device.type == "xla":
         lost = "what a kernel writes to its arguments is lost there"

@@ -1,0 +1,194 @@
+"""The ways to the NKI kernels: the simulator on CPU tensors, TorchNeuron on a stand-in device, torch_xla's call.
+
+Each process has the settings and packages of its own; kernels run on the simulator in all of them.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from stand_in_packages import install
+
+from torch_paged.backends.neuron import bridge_torch_xla
+from torch_paged.testing.processes import SOURCE, run_python
+
+TESTS = SOURCE / "tests"
+PATH = os.pathsep.join(map(str, (SOURCE, TESTS, TESTS / "nki_sim")))
+INPUTS = """
+import sys, torch, torch_paged
+from torch_paged import dispatch, reference
+imported = "nki" in sys.modules
+torch.manual_seed(0)
+kv_cache = torch.full((2, 4, 1, 8, 16), float("nan"))
+tables = torch.tensor([[2, 1], [-1, -1]], dtype=torch.int32)
+lengths = torch.tensor([9, 0], dtype=torch.int32)
+key, query = torch.randn(9, 1, 16), torch.randn(2, 2, 16)
+slots = torch.tensor([*range(16, 24), 8])
+
+def step(query, key, kv_cache, slots, tables, lengths):
+    torch_paged.reshape_and_cache(key, -key, kv_cache, slots)
+    return torch_paged.paged_attention(query, kv_cache, tables, lengths)
+
+expected_cache = kv_cache.clone()
+reference.reshape_and_cache(key, -key, expected_cache, slots)
+expected = reference.paged_attention(query, expected_cache, tables, lengths)
+"""
+SIMULATED = (
+    INPUTS
+    + """
+print(dispatch.served(), imported, torch_paged.explain("paged_attention", query=query, kv_cache=kv_cache,
+    block_tables=tables, context_lens=lengths))
+for run in (step, torch.compile(step, fullgraph=True)):
+    cache = kv_cache.clone()
+    torch.testing.assert_close(run(query, key, cache, slots, tables, lengths), expected)
+    torch.testing.assert_close(cache, expected_cache, equal_nan=True)
+"""
+)
+STAND_IN = (
+    """
+import neuron_stand_in
+"""
+    + INPUTS
+)
+ON_DEVICE = """
+tensors = [x.to("neuron") for x in (query, key, kv_cache, slots, tables, lengths)]
+"""
+
+
+def simulated(code: str, *, check: bool = True, **settings: str) -> tuple[list[str], str]:
+    """Run code with the simulator on its path; return the lines of its output, and the last one of its errors."""
+    done = run_python(code, check=check, **{"PYTHONPATH": PATH, "TORCH_PAGED_NKI_SIM": "1"} | settings)  # type: ignore[arg-type]
+    return done.stdout.splitlines(), (done.stderr.splitlines() or [""])[-1]
+
+
+@pytest.fixture
+def torch_neuron(tmp_path: Path) -> dict[str, str]:
+    """Settings of a process with TorchNeuron, as far as the stand-in goes, on a machine with Trainium 2."""
+    install(
+        tmp_path, "torch-neuronx", "2.13.3.0", module="torch_neuronx", source="from neuron_stand_in import wrap_nki\n"
+    )
+    path = f"{PATH}{os.pathsep}{tmp_path}"
+    return {"PYTHONPATH": path, "NEURON_PLATFORM_TARGET_OVERRIDE": "trn2", "TORCH_PAGED_NKI_SIM": "0"}
+
+
+@pytest.mark.parametrize(("generation", "cores"), [("trn2", "1"), ("trn3", "2")])
+def test_public_functions_and_compiled_ones_run_the_kernels(generation: str, cores: str) -> None:
+    lines, _ = simulated(SIMULATED, NEURON_PLATFORM_TARGET_OVERRIDE=generation, NEURON_LOGICAL_NC_CONFIG=cores)
+    assert lines == [
+        "{'cpu': 'neuron'} False paged_attention on cpu: neuron, decode, "
+        + f"{generation}, interpreted, cache: float32"
+    ]
+
+
+@pytest.mark.parametrize("value", ["0", ""])
+def test_the_setting_can_say_no(value: str) -> None:
+    code = "from torch_paged import dispatch; import torch_paged; print(dispatch.served()['cpu'])"
+    assert simulated(code, TORCH_PAGED_NKI_SIM=value) == (["cpu"], "")
+
+
+def test_a_wrong_setting_makes_each_call_raise() -> None:
+    code = INPUTS.partition("expected_cache")[0] + "step(query, key, kv_cache, slots, tables, lengths)"
+    for settings, says in (
+        ({"TORCH_PAGED_NKI_SIM": "yes"}, "TORCH_PAGED_NKI_SIM must be 0 or 1, got 'yes'"),
+        ({"NEURON_LOGICAL_NC_CONFIG": "4"}, "NEURON_LOGICAL_NC_CONFIG must be 1 or 2, got '4'"),
+    ):
+        assert simulated(code, check=False, **settings)[1] == f"ValueError: torch_paged: {says}"
+
+
+def test_what_cannot_be_simulated_makes_the_import_fail() -> None:
+    asked = "ImportError: torch_paged: TORCH_PAGED_NKI_SIM=1 cannot be served: "
+    for settings, says in (
+        ({"NEURON_PLATFORM_TARGET_OVERRIDE": "trn1"}, "it needs Trainium 2 or 3 (trn2, trn3), got trn1: "),
+        ({"PYTHONPATH": str(SOURCE)}, "it needs nki >= 0.6, which is not installed: "),
+    ):
+        assert simulated("import torch_paged", check=False, **settings)[1].startswith(asked + says)
+    both = simulated("import torch_paged", check=False, TORCH_PAGED_TPU_INTERPRET="1")[1]
+    assert both.endswith(
+        "TORCH_PAGED_TPU_INTERPRET=1 and TORCH_PAGED_NKI_SIM=1 contradict each other: unset one of them"
+    )
+
+
+def test_values_are_checked_when_debugging() -> None:
+    code = INPUTS + "tables[0, 1] = 4\nstep(query, key, kv_cache, slots, tables, lengths)"
+    rule = "block_tables must lie in [0, N = 4) where used, got 4 at index (0, 1)"
+    assert simulated(code, check=False, TORCH_PAGED_DEBUG="1")[1] == f"ValueError: paged_attention: {rule}"
+
+
+def test_ops_on_the_device_run_wrapped_kernels_on_the_cores_of_the_machine(torch_neuron: dict[str, str]) -> None:
+    code = (
+        STAND_IN
+        + ON_DEVICE
+        + """
+print(sorted(dispatch.served().items()), imported)
+out = step(*tensors)
+torch.testing.assert_close(out.cpu(), expected)
+torch.testing.assert_close(tensors[2].cpu(), expected_cache, equal_nan=True)
+print(out.device, {cores for _, cores in neuron_stand_in.ran}, len(neuron_stand_in.ran) >= 2)
+print(torch_paged.explain("paged_attention", query=out, kv_cache=tensors[2], block_tables=tensors[4],
+    context_lens=tensors[5]))
+"""
+    )
+    served = "[('cpu', 'cpu'), ('neuron', 'neuron')] False"
+    lines, _ = simulated(code, **torch_neuron)
+    assert lines == [
+        served,
+        "neuron:0 {2} True",
+        "paged_attention on neuron: neuron, decode, trn2, compiled, cache: float32",
+    ]
+    assert simulated(code, **torch_neuron, NEURON_LOGICAL_NC_CONFIG="1")[0][1] == "neuron:0 {1} True"
+
+
+def test_a_graph_of_four_layers_has_their_kernels_and_one_plan(torch_neuron: dict[str, str]) -> None:
+    code = (
+        STAND_IN
+        + ON_DEVICE
+        + """
+from collections import Counter
+from torch._dynamo.backends.common import aot_autograd
+seen = []
+def record(graph, inputs):
+    seen.append(Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function"))
+    return graph.forward
+
+def layers(query, kv_cache, tables, lengths):
+    for _ in range(4):
+        query = query + torch_paged.paged_attention(query, kv_cache, tables, lengths)
+    return query
+
+on_host = (query, expected_cache, tables, lengths)
+on_device = [x.to("neuron") for x in on_host]
+with torch.no_grad():
+    for arguments in (on_device, on_host):
+        compiled = torch.compile(layers, backend=aot_autograd(fw_compiler=record), fullgraph=True)
+        torch.testing.assert_close(compiled(*arguments).cpu(), layers(*on_host))
+graph, of_cpu = seen
+print(graph["stand_in.nki.default"], graph["aten.cumsum.default"], sum("paged" in name for name in graph))
+print(of_cpu["paged.paged_attention.default"])
+written = torch.compile(step, backend=aot_autograd(fw_compiler=record), fullgraph=True)
+with torch.no_grad():
+    torch.testing.assert_close(written(*tensors).cpu(), expected)
+torch.testing.assert_close(tensors[2].cpu(), expected_cache, equal_nan=True)
+print([name for name in seen[-1] if "paged" in name or "functionalized" in name])
+"""
+    )
+    lines, _ = simulated(code, **torch_neuron)
+    assert lines == ["8 1 0", "4", "['auto_functionalized_v2']"]
+
+
+def test_a_generation_without_these_kernels_is_one_sentence(torch_neuron: dict[str, str]) -> None:
+    settings = torch_neuron | {"NEURON_PLATFORM_TARGET_OVERRIDE": "inf2"}
+    says = "it needs Trainium 2 or 3 (trn2, trn3), got inf2: set NEURON_PLATFORM_TARGET_OVERRIDE"
+    assert simulated(STAND_IN + ON_DEVICE + "step(*tensors)", check=False, **settings)[1] == (
+        "NotImplementedError: reshape_and_cache: no backend serves device 'neuron' (available backends: cpu); backend "
+        f"'neuron' is off because {says}"
+    )
+
+
+def test_torch_xla_gets_the_kernel_with_its_tensors_and_numbers() -> None:
+    class Kernel:
+        def __getitem__(self, cores: int) -> object:
+            return lambda *arguments: (cores, arguments)
+
+    tensor = torch.zeros(2)
+    assert bridge_torch_xla.run(Kernel(), 2, tensor, 3, None) == (2, (tensor, 3, None))
