@@ -10,7 +10,20 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import cache_write, decode, generate, isa, machine, overhead, plots, prefill, report, scaling, tpu
+from benchmarks import (
+    cache_write,
+    decode,
+    generate,
+    isa,
+    machine,
+    neuron,
+    overhead,
+    plots,
+    prefill,
+    report,
+    scaling,
+    tpu,
+)
 from benchmarks.work import DTYPES, Row, Settings, Work
 
 SUBJECTS: dict[str, tuple[Callable[[Settings], Iterable[Callable[[], Work]]], str]] = {
@@ -112,6 +125,8 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(do=measure)
     static = subjects.add_parser("tpu", help="static estimates of the TPU kernels beside those of jax")
     tpu.add_arguments(static)
+    model = subjects.add_parser("neuron", help="model of the Neuron kernels' cost beside other schemes")
+    neuron.add_arguments(model)
     everything = subjects.add_parser("all", parents=[common, measured], help="all of them, and the goals (default)")
     everything.set_defaults(do=measure)
     again = subjects.add_parser("report", parents=[common], help="write README.md and the plots of --out again")

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 if importlib.util.find_spec("nki") is None:
     sys.path.append(str(Path(__file__).parents[1] / "tests" / "nki_sim"))
@@ -98,9 +100,10 @@ class Recorder:
             operands = {**dict(zip(names, args, strict=False)), **kwargs}
             tensors = {name: value for name, value in operands.items() if isinstance(value, NkiTensor)}
             for name, old in before.items():
-                work = _work(core, name) - old
-                if work.any():
-                    key = _described(function.__name__, name, tensors, *work.tolist())
+                new = _work(core, name)
+                if new != old:
+                    work = [after - former for after, former in zip(new, old, strict=True)]
+                    key = _described(function.__name__, name, tensors, *work)
                     mine.instructions[key] = mine.instructions.get(key, 0) + 1
             return result
 
@@ -160,32 +163,49 @@ def recorded(bodies: dict[Any, Counts] | None = None) -> Iterator[Recorder]:
             setattr(module, name, function)
 
 
-class Counted:
-    """A launch that keeps the counts of the kernels it runs.
+class Counted(TorchDispatchMode):
+    """A launch that keeps the counts of the kernels it runs; as a context, also the operations of torch around them.
 
     Attributes:
+        sizes: bytes that each operation of torch reads and writes, views left out.
         bodies: what is known of the loops of each kernel, and what is learnt; None: every loop turns.
         kernels: name and counts of each kernel, the busiest core's, in the order in which they ran.
         launch: hand it to an op of the backend.
     """
 
     def __init__(self, generation: str, cores: int, bodies: dict[str, dict[Any, Counts]] | None) -> None:
+        super().__init__()
         self.kernels: list[tuple[str, Counts]] = []
+        self.sizes: list[int] = []
         self.bodies = bodies
         self.launch = Launch(generation, cores, self._run)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation of torch, and keep its bytes."""
+        result = func(*args, **(kwargs or {}))
+        read, written = _storages((args, kwargs)), _storages(result)
+        if not written.keys() <= read.keys() or func._schema.is_mutable:
+            self.sizes.append(sum(read.values()) + sum(written.values()))
+        return result
 
     def _run(self, kernel: Any, cores: int, *arguments: Any) -> Any:
         before = {name: os.environ.get(name) for name in VARIABLES}
         os.environ.update(dict(zip(VARIABLES, (self.launch.generation, str(cores)), strict=True)))
         try:
             bodies = None if self.bodies is None else self.bodies.setdefault(kernel.__name__, {})
-            with recorded(bodies) as recorder:
+            with recorded(bodies) as recorder, _disable_current_modes():
                 results = run(kernel, cores, *arguments)
         finally:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
         self.kernels.append((kernel.__name__, recorder.busiest))
         return results if self.bodies is None else _defined(results)
+
+
+def _storages(values: Any) -> dict[int, int]:
+    """Return the bytes of the tensors among some values, by where they are."""
+    tensors = [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+    return {x.untyped_storage().data_ptr(): x.numel() * x.element_size() for x in tensors}
 
 
 def _defined(results: Any) -> Any:
@@ -197,9 +217,9 @@ def _defined(results: Any) -> Any:
     return torch.zeros_like(results) if isinstance(results, torch.Tensor) else results
 
 
-def _work(core: Core, engine: str) -> np.ndarray[Any, Any]:
+def _work(core: Core, engine: str) -> tuple[int, int, int]:
     work = core.counters[engine]
-    return np.array([work.instructions, work.bytes, work.descriptors])
+    return work.instructions, work.bytes, work.descriptors
 
 
 def _described(

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The scheme of the kernel that this project grew from, written for the simulator so that its work can be counted.
 
 One flat list of context blocks for all sequences, new tokens beside the cache, and a mask of every new token against

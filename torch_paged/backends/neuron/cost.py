@@ -35,7 +35,7 @@ START_OF_DMA_US, STARTERS = 0.6, 2
 TURN_US = 10.4
 """Of a turn of a dynamic loop: 17.9 us where an unrolled one takes 7.5; of four tiles, 4 * (10.2 - 7.5) (LOOPS)."""
 START_US = 2.0
-"""Latency of a kernel's first DMA; another one for its last."""
+"""Latency of the first DMA of a kernel, or of an operation of torch that was not fused; another one for its last."""
 BARRIER_US = 2.0
 """Of a wait for the other core: no document names it; assumed to be the latency of a DMA."""
 GATHERED_ROW_NS = 26.5
@@ -133,7 +133,7 @@ class Cost:
 
     Attributes:
         engines: of each of ``ENGINES``, and ``"dma"``.
-        turns_us, barriers_us, start_us: what overlaps with nothing.
+        turns_us, barriers_us, start_us: of loops, of waits for the other core, of the kernel.
         gather_us: what GpSimd takes to make descriptors of gathers, which no document names and ``engines`` leave out.
     """
 
@@ -149,15 +149,19 @@ class Cost:
         return max(self.engines, key=lambda name: self.engines[name])
 
     @property
+    def fixed_us(self) -> float:
+        """What overlaps with nothing."""
+        return self.turns_us + self.barriers_us + self.start_us
+
+    @property
     def us(self) -> float:
         """All of it."""
-        return self.engines[self.bound] + self.turns_us + self.barriers_us + self.start_us
+        return self.engines[self.bound] + self.fixed_us
 
     @property
     def us_with_descriptors(self) -> float:
         """All of it where GpSimd makes the descriptors of gathers, at the measured rate."""
-        busiest = max(self.engines[self.bound], self.engines["gpsimd"] + self.gather_us)
-        return busiest + self.turns_us + self.barriers_us + self.start_us
+        return max(self.engines[self.bound], self.engines["gpsimd"] + self.gather_us) + self.fixed_us
 
 
 def cost(counts: Counts, chip: Chip) -> Cost:
@@ -175,12 +179,14 @@ def cost(counts: Counts, chip: Chip) -> Cost:
     return Cost(engines, counts.turns * TURN_US, counts.barriers * BARRIER_US, 2 * START_US, gathered)
 
 
-def together(costs: Iterable[Cost]) -> Cost:
-    """Return kernels that run one after the other."""
-    found = list(costs)
-    engines = {name: sum(one.engines[name] for one in found) for name in (*ENGINES, "dma")}
-    names = ("turns_us", "barriers_us", "start_us", "gather_us")
-    return Cost(engines, *(sum(getattr(one, name) for one in found) for name in names))
+def torch_us(sizes: Iterable[int], chip: Chip) -> float:
+    """Return what operations of torch take, one after the other.
+
+    Args:
+        sizes: bytes that each operation reads and writes.
+        chip: that runs them.
+    """
+    return sum(2 * START_US + size / chip.hbm_bytes * 1e6 for size in sizes)
 
 
 def efficiency(size: float) -> float:
