@@ -1,11 +1,14 @@
 """The ops that write, copy and gather the cache: which rows they are about, for kernels that move them."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from torch_paged.backends import Arguments
+from torch_paged.backends.neuron.copy_kernel import copy_rows
+from torch_paged.backends.neuron.gather_kernel import gather_units
 from torch_paged.backends.neuron.launch import Launch
+from torch_paged.backends.neuron.plan_memory import remembered
+from torch_paged.backends.neuron.write_kernel import write_tokens
 
 OUTSIDE = -1
 """A row that no tensor has: kernels skip it."""
@@ -13,20 +16,18 @@ UNIT_BYTES = 4096
 """Bytes moved by one descriptor where blocks are large enough: DMA engines lose little with that much."""
 
 
-def reshape_and_cache(launch: Launch, arguments: dict[str, Any]) -> None:
+def reshape_and_cache(launch: Launch, arguments: Arguments) -> None:
     """Write new keys and values to their slots, in place."""
     scales = arguments["kv_scales"]
     _write(launch, arguments, None if scales is None else scales.reshape(1, -1), None)
 
 
-def quantize_and_cache(launch: Launch, arguments: dict[str, Any]) -> None:
+def quantize_and_cache(launch: Launch, arguments: Arguments) -> None:
     """Write new keys and values with a scale for each token and head, in place."""
     _write(launch, arguments, None, arguments["kv_scales"].view(-1, 1))
 
 
-def _write(launch: Launch, arguments: dict[str, Any], scales: Tensor | None, token_scales: Tensor | None) -> None:
-    from torch_paged.backends.neuron.write_kernel import write_tokens
-
+def _write(launch: Launch, arguments: Arguments, scales: Tensor | None, token_scales: Tensor | None) -> None:
     key, value, kv_cache = arguments["key"], arguments["value"], arguments["kv_cache"]
     if key.numel() == 0 or kv_cache.numel() == 0:
         return
@@ -35,14 +36,14 @@ def _write(launch: Launch, arguments: dict[str, Any], scales: Tensor | None, tok
         key.flatten(1).contiguous(),
         None if value is None else value.flatten(1).contiguous(),
         _stored(kv_cache).view(-1, kv_cache.size(-1)),
-        _rows_of_slots(arguments["slot_mapping"], kv_cache),
+        remembered(_rows_of_slots, (arguments["slot_mapping"],), kv_cache.shape[:4]),
         scales,
         token_scales,
         kv_cache.size(2),
     )
 
 
-def copy_blocks(launch: Launch, arguments: dict[str, Any]) -> None:
+def copy_blocks(launch: Launch, arguments: Arguments) -> None:
     """Copy whole blocks, in place; all sources are read before the first write."""
     kv_cache, kv_scales = arguments["kv_cache"], arguments["kv_scales"]
     if arguments["src_blocks"].numel() == 0 or kv_cache.numel() == 0:
@@ -52,10 +53,8 @@ def copy_blocks(launch: Launch, arguments: dict[str, Any]) -> None:
         _copy(launch, arguments, kv_scales[..., None])
 
 
-def _copy(launch: Launch, arguments: dict[str, Any], blocks: Tensor) -> None:
+def _copy(launch: Launch, arguments: Arguments, blocks: Tensor) -> None:
     """Copy blocks of a tensor (C, N, KH, S, W), some tokens of a head at a time."""
-    from torch_paged.backends.neuron.copy_kernel import copy_rows
-
     sides, num_blocks, kv_heads, block_size, width = blocks.shape
     unit = _unit_tokens(blocks)
     parts = block_size // unit
@@ -75,10 +74,8 @@ def _copy(launch: Launch, arguments: dict[str, Any], blocks: Tensor) -> None:
     )
 
 
-def gather_cache(launch: Launch, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def gather_cache(launch: Launch, arguments: Arguments) -> tuple[Tensor, Tensor]:
     """Gather dense keys and values (B, KH, max_len, DS); zeros where there is no token."""
-    from torch_paged.backends.neuron.gather_kernel import gather_units
-
     kv_cache, kv_scales, max_len = arguments["kv_cache"], arguments["kv_scales"], arguments["max_len"]
     sides, _, kv_heads, _, stored_dim = kv_cache.shape
     num_seqs, width = arguments["block_tables"].shape
@@ -96,15 +93,15 @@ def gather_cache(launch: Launch, arguments: dict[str, Any]) -> tuple[Tensor, Ten
     rows, counts = _units(arguments, unit)
     row_scales, token_scales = None, None
     if kv_scales is not None and kv_scales.dim() == 4:
-        token_scales = kv_scales.view(-1, unit)
+        token_scales = kv_scales.reshape(-1, unit)
     elif kv_scales is not None:
         of_heads = kv_scales.reshape(sides, -1).expand(sides, kv_heads).T  # (KH, C)
         units = max_len // unit
         row_scales = of_heads[None, :, None].expand(num_seqs, kv_heads, units, sides).reshape(-1, sides)
     table = None
     if kv_cache.dtype == torch.float8_e4m3fn and launch.generation == "trn2":
-        table = torch.arange(256, dtype=torch.uint8, device=kv_cache.device).view(torch.float8_e4m3fn)
-        table, kv_cache = table.to(torch.float32).reshape(1, 256), _stored(kv_cache)
+        values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        table, kv_cache = values.reshape(1, 256).to(kv_cache.device), _stored(kv_cache)
     cache = kv_cache.view(-1, unit * stored_dim)
     dense = launch(gather_units, cache, rows, counts, row_scales, token_scales, table, unit)
     if sides == 1:
@@ -112,7 +109,7 @@ def gather_cache(launch: Launch, arguments: dict[str, Any]) -> tuple[Tensor, Ten
     return dense[0].reshape(shape), dense[1].reshape(shape)
 
 
-def _units(arguments: dict[str, Any], unit: int) -> tuple[Tensor, Tensor]:
+def _units(arguments: Arguments, unit: int) -> tuple[Tensor, Tensor]:
     """Return for each sequence, head and ``unit`` columns of the result: what lies there.
 
     Returns:
@@ -143,9 +140,9 @@ def _stored(kv_cache: Tensor) -> Tensor:
     return kv_cache.view(torch.uint8) if kv_cache.dtype == torch.float8_e4m3fn else kv_cache
 
 
-def _rows_of_slots(slot_mapping: Tensor, kv_cache: Tensor) -> Tensor:
+def _rows_of_slots(slot_mapping: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
     """Return (T, C * KH) int32: row of (C * N * KH * S, DS) for each token, side and head; -1 for slots outside."""
-    sides, num_blocks, kv_heads, block_size, _ = kv_cache.shape
+    sides, num_blocks, kv_heads, block_size = sizes
     inside = (slot_mapping >= 0) & (slot_mapping < num_blocks * block_size)
     slots = torch.where(inside, slot_mapping, 0).to(torch.int32)
     first = slots // block_size * (kv_heads * block_size) + slots % block_size

@@ -1,20 +1,18 @@
 """Merging attention over parts of the keys into attention over their union."""
 
-from typing import Any
-
 from torch import Tensor
 
+from torch_paged.backends import Arguments
 from torch_paged.backends.neuron.launch import Launch
+from torch_paged.backends.neuron.merge_states_kernel import merge_states
 
 PARTITIONS = 128
 LANES = 2048
 """Of a partition: enough bytes for a descriptor."""
 
 
-def merge_attention_states(launch: Launch, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def merge_attention_states(launch: Launch, arguments: Arguments) -> tuple[Tensor, Tensor]:
     """Return out (T, H, D) in the dtype of ``outs`` and lse (T, H) float32."""
-    from torch_paged.backends.neuron.merge_states_kernel import merge_states
-
     outs, lses, sinks = arguments["outs"], arguments["lses"], arguments["sinks"]
     num_parts, num_tokens, num_heads, width = outs.shape
     if num_tokens == 0:
