@@ -1,21 +1,12 @@
 """Plant one fault at a time in the TPU kernels and see the tests catch it: ``make mutants-tpu``.
 
-Each mutant is a copy of the tree with one replacement, which must match exactly once; the kernels are interpreted. A
-mutant that no test catches is a hole in the tests: exit status 1.
+The kernels are interpreted. A mutant that no test catches is a hole in the tests: exit status 1.
 """
 
-import argparse
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
-from mutants import ROOT, Mutant
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
+from mutants import Mutant
+from planting import Planting
 
 DECODE, KNOWN = "tests/test_tpu_decode.py::test_", "tests/test_tpu_known_bugs.py::test_"
 COPIES = (f"{DECODE}copies_of_many_blocks_at_once_and_as_late_as_they_may",)
@@ -23,8 +14,6 @@ WINDOW = (f"{KNOWN}a_window_ends_where_it_says",)
 FLOAT = (f"{DECODE}generic_interpreter",)
 VARLEN = "tests/test_tpu_varlen.py::test_"
 PACKED = (f"{VARLEN}copies_and_races[both-on_wait]",)
-SECONDS = 300
-"""A test that lasts longer waits for a copy that was never started."""
 # fmt: off
 MUTANTS = [
     Mutant("a full buffer is not awaited", "pages.py",
@@ -78,67 +67,7 @@ MUTANTS = [
 ]
 # fmt: on
 
-
-def prepare(folder: Path) -> None:
-    for name in ("torch_paged", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".hypothesis"))
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy2(ROOT / name, folder / name)
-
-
-def catcher(folder: Path, tests: tuple[str, ...]) -> str | None:
-    """Return the first test that fails, or what else happened; None where all pass."""
-    environment = {**os.environ, "PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu", "TORCH_PAGED_TPU_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
-    try:
-        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return f"a test did not end in {SECONDS} s"
-    failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED tests/", "ERROR tests/"))]
-    if result.returncode not in (0, 1) and not failed:
-        return f"the run ended with status {result.returncode}"
-    return failed[0].split(" - ")[0].removeprefix("FAILED tests/") if failed else None
-
-
-def caught_by(mutant: Mutant, folder: Path) -> str | None:
-    path = folder / "torch_paged" / "backends" / "tpu" / mutant.file
-    original = path.read_text()
-    if original.count(mutant.old) != 1:
-        raise SystemExit(
-            f"mutants_tpu: '{mutant.name}' must match once in {mutant.file}, got {original.count(mutant.old)}"
-        )
-    path.write_text(original.replace(mutant.old, mutant.new))
-    try:
-        return catcher(folder, mutant.tests)
-    finally:
-        path.write_text(original)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="make mutants-tpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="run the mutants whose name or file contains this")
-    parser.add_argument("--trusting", action="store_true", help="do not run the tests without a fault first")
-    parser.add_argument("--part", default="0/1", help="of the mutants, such as 1/4: the second quarter")
-    args = parser.parse_args()
-    part, parts = map(int, args.part.split("/"))
-    chosen = [mutant for mutant in MUTANTS if args.only in mutant.name or args.only in mutant.file][part::parts]
-    console = Console(width=160)
-    survivors = 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder)
-        tests = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
-        without_fault = None if args.trusting else catcher(folder, tests)
-        if without_fault is not None:
-            raise SystemExit(f"mutants_tpu: the tests fail without a fault: {without_fault}")
-        for mutant in track(chosen, description="mutants", console=Console(stderr=True)):
-            test = caught_by(mutant, folder)
-            survivors += test is None
-            caught = escape(test) if test else "[red]caught by nothing[/red]"
-            console.print(f"{mutant.file}: {mutant.name}: {caught}")
-    print(f"{len(chosen) - survivors} of {len(chosen)} faults caught")
-    return 1 if survivors else 0
-
+PLANTING = Planting("tpu", {"JAX_PLATFORMS": "cpu", "TORCH_PAGED_TPU_INTERPRET": "1"}, seconds=300)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(PLANTING.run(MUTANTS, "Plant one fault at a time in the TPU kernels and see the tests catch it."))

@@ -78,8 +78,28 @@ ATTENTION = [
     AttentionCase("decode, bfloat16", context_lens=(17, 0, 40), dtype=BF16, group=3, head_dim=80, sinks=True),
     AttentionCase("decode, float16", context_lens=(17, 0, 40), dtype=F16, cache_dtype=E4M3, scales_rank=2),
     AttentionCase("latent", context_lens=(17, 0, 40), latent=True, value_dim=48, num_kv_heads=1),
+    AttentionCase(
+        "decode, window",
+        context_lens=(17, 0, 40),
+        sliding_window=9,
+        alibi=True,
+        logits_soft_cap=3.0,
+        mask="heads",
+    ),
+    AttentionCase("decode, chunk", context_lens=(17, 0, 40), attention_chunk=12, cache_dtype=INT8, scales_rank=4),
+    AttentionCase("decode, chunks of keys", context_lens=(600, 0, 3), num_kv_heads=1, group=2, block_size=8),
     AttentionCase("cache", context_lens=(17, 0, 40), query_lens=QUERIES),
     AttentionCase("both", context_lens=(17, 0, 40), query_lens=QUERIES, new_lens=QUERIES, dtype=BF16, sinks=True),
+    AttentionCase(
+        "window",
+        context_lens=(17, 0, 40),
+        query_lens=QUERIES,
+        sliding_window=9,
+        alibi=True,
+        logits_soft_cap=3.0,
+        mask="kv_heads",
+        positions="shuffled",
+    ),
 ]
 
 

@@ -1,0 +1,66 @@
+"""Plant one fault at a time in the NKI kernels and their plans and see the tests catch it: ``make mutants-neuron``.
+
+The kernels run on the simulator. A mutant that no test catches is a hole in the tests: exit status 1.
+"""
+
+import sys
+
+from mutants import Mutant
+from planting import Planting
+
+CASES = "tests/test_neuron_cases.py::test_"
+
+
+def attention(case: str) -> tuple[str, ...]:
+    """Return the test of a case of attention, simulated for Trainium 2 on one core."""
+    return (f"{CASES}attention[{case}-trn2-1]",)
+
+
+WRITES = (f"{CASES}writes[rows-trn2-1]",)
+MOVES = (f"{CASES}copies_gathers_and_merges[trn2-1]",)
+# fmt: off
+MUTANTS = [
+    Mutant("decode's window sees one key more", "plan.py", "begin = (end - min(sizes.sliding_window,",
+           "begin = (end - 1 - min(sizes.sliding_window,", attention("decode, window")),
+    Mutant("decode's chunk begins one key late", "plan.py", "begin = torch.maximum(begin, position - position %",
+           "begin = torch.maximum(begin, 1 + position - position %", attention("decode, chunk")),
+    Mutant("wild block ids are followed", "plan.py", " & (block >= 0) & (block < sizes.num_blocks)", "",
+           ("tests/test_neuron_plan.py",)),
+    Mutant("ALiBi counts from behind the query", "plan.py", "distances=(seen_to - 1)", "distances=(seen_to - 0)",
+           attention("decode, window")),
+    Mutant("partial results of another head", "plan.py", "* sizes.num_heads + head[:, None]",
+           "* sizes.num_heads + 0 * head[:, None]", attention("decode")),
+    Mutant("a sum is not rescaled", "merge_kernel.py",
+           "dst=self.total, data=self.total, op0=nl.multiply, operand0=old,",
+           "dst=self.total, data=self.total, op0=nl.multiply, operand0=1.0,", attention("decode, chunks of keys")),
+    Mutant("a sink counted twice", "merge_kernel.py", "nisa.activation(dst=self.total, op=nl.exp, data=sink)",
+           "nisa.memset(dst=self.total, value=2.0)", attention("decode, bfloat16")),
+    Mutant("a soft cap that does not scale back", "decode_kernel.py", "op0=nl.multiply, operand0=self.soft_cap)",
+           "op0=nl.multiply, operand0=1.0)", attention("decode, window")),
+    Mutant("values of stale slots stay", "decode_kernel.py", "data1=words, data2=mask, op=nl.bitwise_and",
+           "data1=words, data2=words, op=nl.bitwise_and", attention("decode")),
+    Mutant("the scale of another head", "decode_kernel.py", "self.head_scales[own, head : head + 1]",
+           "self.head_scales[own, 0:1]", attention("decode, float16")),
+    Mutant("causality shows the next key", "plan_varlen.py", "high = torch.where(position >= last, last, position + 1)",
+           "high = torch.where(position >= last - 1, last, position + 2)", attention("cache")),
+    Mutant("varlen's window sees one key more", "plan_varlen.py", "position - window + 1, 0)", "position - window, 0)",
+           attention("window")),
+    Mutant("new keys of another sequence", "plan_varlen.py", "new_starts = first_new[seq] +",
+           "new_starts = 0 * first_new[seq] +", attention("both")),
+    Mutant("packed queries lose their sink", "varlen_kernel.py",
+           "self._load_members(self.lowest, call.sinks, members, LEAST)",
+           "nisa.memset(dst=self.lowest, value=LEAST)", attention("both")),
+    Mutant("slot -1 is written", "cache.py", "inside = (slot_mapping >= 0)", "inside = (slot_mapping >= -1)", WRITES),
+    Mutant("a copy from block -1", "cache.py", "live = (src >= 0) & (src < num_blocks)",
+           "live = (src >= -1) & (src < num_blocks)", MOVES),
+    Mutant("gather ignores the left padding", "cache.py", "position = position - starts[:, None]",
+           "position = position - 0 * starts[:, None]", MOVES),
+    Mutant("values of a part without keys count", "merge_states_kernel.py",
+           "data2=self._wide(seen, part), op=nl.bitwise_and", "data2=bits, op=nl.bitwise_and", MOVES),
+]
+# fmt: on
+
+PLANTING = Planting("neuron", {}, seconds=900)
+
+if __name__ == "__main__":
+    sys.exit(PLANTING.run(MUTANTS, "Plant one fault at a time in the NKI kernels and see the tests catch it."))
