@@ -13,10 +13,10 @@ CASES = "tests/test_neuron_cases.py::test_"
 
 def attention(case: str) -> tuple[str, ...]:
     """Return the test of a case of attention, simulated for Trainium 2 on one core."""
-    return (f"{CASES}attention[{case}-trn2-1]",)
+    return (f"{CASES}attention[trn2-1-{case}]",)
 
 
-WRITES = (f"{CASES}writes[rows-trn2-1]",)
+WRITES = (f"{CASES}writes[trn2-1-rows]",)
 MOVES = (f"{CASES}copies_gathers_and_merges[trn2-1]",)
 # fmt: off
 MUTANTS = [
