@@ -1,8 +1,10 @@
 """The plan of packed ragged queries, laid out by torch ops on the device (``plan`` is that of decode).
 
-A *row* is a query token and a member of its group; ``member_rows`` rows of neighbouring members are a *unit*, which
-takes a partition. A *tile* is ``PARTITIONS * unit_tiles`` units of one sequence; all kv heads have the same tiles. A
-row sees an interval of key positions, so that a tile needs one too, cut into *chunks* of ``CHUNK_KEYS`` keys of a
+A *row* is a query token and a member of its group; some rows of neighbouring members are a *unit*, which takes a
+partition. A *tile* is ``PARTITIONS`` units of one sequence, or a multiple; all kv heads have the same tiles. Most rows
+of a long sequence are in wide tiles, which turn keys once for many rows, the rest in narrow ones of a row a unit.
+
+A row sees an interval of key positions, so that a tile needs one too, cut into *chunks* of ``CHUNK_KEYS`` keys of a
 source, from its first key: the softmax of a row moves on by whole chunks, so that a sequence is cut in the same way in
 any batch. A chunk is four *steps* of ``STEP_KEYS`` keys, of which a tile's last one computes those alone that it needs.
 """
@@ -28,6 +30,32 @@ FAR = 2**31 - 1
 
 
 @dataclass(frozen=True)
+class TileShape:
+    """The shape of a tile.
+
+    Attributes:
+        member_rows: of a unit; divides the group.
+        unit_tiles: ``PARTITIONS`` units each.
+    """
+
+    member_rows: int
+    unit_tiles: int
+
+    @property
+    def units(self) -> int:
+        """Units of a tile."""
+        return PARTITIONS * self.unit_tiles
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return self.units * self.member_rows
+
+
+NARROW = TileShape(1, 1)
+
+
+@dataclass(frozen=True)
 class VarlenSizes:
     """What a plan of packed queries depends on beside lengths, tables and positions.
 
@@ -38,8 +66,7 @@ class VarlenSizes:
         num_heads: H.
         num_kv_heads: KH.
         block_size: S.
-        member_rows: of a unit; divides the group.
-        unit_tiles: partitions' worth of units in a tile.
+        wide: shape of wide tiles; None: all tiles are narrow.
         mask_heads: heads that have a mask of their own; None: no mask.
         mask_columns: C.
         causal: as the op takes it.
@@ -54,8 +81,7 @@ class VarlenSizes:
     num_heads: int
     num_kv_heads: int
     block_size: int
-    member_rows: int
-    unit_tiles: int
+    wide: TileShape | None
     mask_heads: int | None
     mask_columns: int
     causal: bool
@@ -68,26 +94,16 @@ class VarlenSizes:
         """Query heads of a kv head."""
         return self.num_heads // self.num_kv_heads
 
-    @property
-    def group_units(self) -> int:
-        """Units of a token and kv head."""
-        return self.group // self.member_rows
-
     def mask_chunks(self, columns: int) -> tuple[int, int]:
         """Return the chunks of a token in the masks of the sources, with so many columns in the block tables."""
         keys = columns * self.block_size, self.num_new_keys
         most, least = (max(1, -(-min(self.mask_columns, count) // CHUNK_KEYS)) for count in keys)
         return most, least
 
-    @property
-    def tile_units(self) -> int:
-        """Units of a tile."""
-        return PARTITIONS * self.unit_tiles
-
 
 @dataclass(frozen=True)
-class VarlenPlan:
-    """The tiles of packed queries; ``X`` tiles of ``U`` units. Sources are the cache (0) and the new keys (1).
+class VarlenTiles:
+    """Tiles of one shape; ``X`` tiles of ``U`` units. Sources are the cache (0) and the new keys (1).
 
     Attributes:
         query_units: (X, U) int32: row of a unit of kv head 0 in (T * H / member rows, ..); ``NOTHING``: none.
@@ -100,9 +116,7 @@ class VarlenPlan:
             of a token, of the first head; None without a mask.
         turns: (X, 2 * (len(BODIES) + 1)) int32: for each source how often each of ``BODIES`` runs, and the chunks; of
             all tiles that the cores compute at the same time.
-        counts: (1, 2) int32: tiles of a core; 1 where some block id that is needed holds no keys.
-        key_units: (B * gathers + CHUNK_GATHERS, PARTITIONS) int32: rows of ``GATHER_KEYS`` keys of a sequence in the
-            cache, seen as rows of ``KEY_UNIT`` tokens of a head, of head 0; ``NOTHING``: no keys. None without a cache.
+        count: (1,) int32: tiles of a core.
     """
 
     query_units: Tensor
@@ -112,8 +126,49 @@ class VarlenPlan:
     starts: Tensor
     mask_rows: Tensor | None
     turns: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True)
+class VarlenPlan:
+    """The tiles of packed queries.
+
+    Attributes:
+        wide: the wide tiles, or None.
+        narrow: the others.
+        counts: (1, 3) int32: wide and narrow tiles of a core; 1 where some block id that is needed holds no keys.
+        key_units: (B * gathers + CHUNK_GATHERS, PARTITIONS) int32: rows of ``GATHER_KEYS`` keys of a sequence in the
+            cache, seen as rows of ``KEY_UNIT`` tokens of a head, of head 0; ``NOTHING``: no keys. None without a cache.
+    """
+
+    wide: VarlenTiles | None
+    narrow: VarlenTiles
     counts: Tensor
     key_units: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Lengths and what tokens see; the last sequence is that of the padding tokens.
+
+    Attributes:
+        begins: (B + 1,) the first token of a sequence.
+        rows: (B + 1,) rows of a sequence.
+        contexts: (B + 1,) its keys in the cache.
+        first_new: (B + 1,) its first new key.
+        low, high: (T,) key positions that a token sees, from and to (exclusive).
+        position: (T,) its own.
+        columns: M.
+    """
+
+    begins: Tensor
+    rows: Tensor
+    contexts: Tensor
+    first_new: Tensor
+    low: Tensor
+    high: Tensor
+    position: Tensor
+    columns: int
 
 
 def varlen_plan(
@@ -148,67 +203,89 @@ def varlen_plan(
     low_of_seq = (nothing + FAR).scatter_reduce(0, owner, torch.where(seen, low, FAR), "amin")[:-1]
     high_of_seq = nothing.scatter_reduce(0, owner, torch.where(seen, high, 0), "amax")[:-1]
 
-    size, group_units = sizes.tile_units, sizes.group_units
-    counts = (lens * group_units + size - 1) // size
+    key_units, missing = None, torch.zeros(1, dtype=torch.int32, device=device)
+    if sizes.num_blocks and block_tables.shape[1]:
+        key_units, missing = _key_units(block_tables, contexts[:-1], low_of_seq, high_of_seq, sizes)
+    rows = lens * sizes.group
+    batch = _Batch(begins[:-1], rows, contexts, first_new, low, high, position, block_tables.shape[1])
+    wide, wide_rows = None, torch.zeros_like(rows)
+    if sizes.wide is not None:
+        wide_tiles = (rows + sizes.wide.rows // 2 - 1) // sizes.wide.rows  # a rest of up to a half is for narrow ones
+        wide_rows = wide_tiles * sizes.wide.rows
+        wide = _tiles(batch, torch.zeros_like(rows), wide_tiles, sizes.wide, sizes)
+    narrow_tiles = ((rows - wide_rows).clamp(min=0) + NARROW.rows - 1) // NARROW.rows
+    narrow = _tiles(batch, wide_rows, narrow_tiles, NARROW, sizes)
+    counts = (torch.zeros_like(missing) if wide is None else wide.count, narrow.count, missing)
+    return VarlenPlan(wide, narrow, torch.stack(counts, 1), key_units)
+
+
+def _tiles(batch: _Batch, first_rows: Tensor, counts: Tensor, shape: TileShape, sizes: VarlenSizes) -> VarlenTiles:
+    """Return the tiles of one shape.
+
+    Args:
+        batch: the sequences.
+        first_rows: (B + 1,) the row of a sequence with which its first tile begins.
+        counts: (B + 1,) how many tiles it has.
+        shape: of a tile.
+        sizes: of the call.
+    """
+    device, num_seqs, num_tokens, cores = counts.device, counts.shape[0], sizes.num_tokens, sizes.cores
+    group_units = sizes.group // shape.member_rows
     ends = counts.cumsum(0, dtype=torch.int32)
-    cores = sizes.cores
-    most = num_tokens * group_units // size + lens.shape[0]
+    most = num_tokens * sizes.group // shape.rows + num_seqs
+    if shape == NARROW and sizes.wide is not None:
+        most = min(most, num_seqs * (sizes.wide.rows // 2 // shape.rows))
     most = -(-most // cores) * cores
     tile = torch.arange(most, dtype=torch.int32, device=device)
     seq = (tile[:, None] >= ends).sum(1)
-    live = seq < lens.shape[0]
-    seq = seq.clamp(max=lens.shape[0] - 1)
-    unit = (tile - (ends - counts)[seq])[:, None] * size + torch.arange(size, dtype=torch.int32, device=device)
-    used = live[:, None] & (unit < (lens * group_units)[seq][:, None])  # (X, U)
-    place = (begins[:-1][seq][:, None] + unit // group_units).clamp(0, num_tokens - 1)
+    live = seq < num_seqs
+    seq = seq.clamp(max=num_seqs - 1)
+    row = first_rows[seq] + (tile - (ends - counts)[seq]) * shape.rows
+    unit = row[:, None] // shape.member_rows + torch.arange(shape.units, dtype=torch.int32, device=device)
+    used = live[:, None] & (unit * shape.member_rows < batch.rows[seq][:, None])  # (X, U)
+    place = (batch.begins[seq][:, None] + unit // group_units).clamp(0, num_tokens - 1)
     member = unit % group_units
     query_units = torch.where(used, place * (sizes.num_kv_heads * group_units) + member, NOTHING)
-    member_units = torch.where(used & (seq < lens.shape[0] - 1)[:, None], member, NOTHING)
+    member_units = torch.where(used & (seq < num_seqs - 1)[:, None], member, NOTHING)
 
-    low, high, position = low[place], high[place], position[place]
+    low, high, position = batch.low[place], batch.high[place], batch.position[place].float()
     seeing = used & (low < high)
     low, high = torch.where(seeing, low, 0), torch.where(seeing, high, 0)
     begin, end = torch.where(seeing, low, FAR).amin(1), high.amax(1)
-    context = contexts[seq]
+    context = batch.contexts[seq]
     rows, tile_ends, turns, firsts = [], [], [], []
-    for origin, begin_of, end_of in (
-        (torch.zeros_like(context), begin, torch.minimum(end, context)),
-        (context, (begin - context).clamp(min=0), end - context),
+    for origin, begin_of, end_of, stop in (
+        (torch.zeros_like(context), begin, torch.minimum(end, context), torch.minimum(high, context[:, None])),
+        (context, (begin - context).clamp(min=0), end - context, high),
     ):
         first = torch.where(end_of > begin_of, begin_of, 0) // CHUNK_KEYS
         chunks = torch.where(end_of > begin_of, -(-end_of // CHUNK_KEYS) - first, 0)
         start = (origin + first * CHUNK_KEYS)[:, None]
-        stop = torch.minimum(high, context[:, None]) if not rows else high
-        rows.append(torch.stack((low - start, stop - start, position.float() - start.float()), -1))
+        rows.append(torch.stack((low - start, stop - start, position - start.float()), -1))
         tile_ends.append(end_of - first * CHUNK_KEYS)
         steps = -(-(end_of - (first + chunks - 1) * CHUNK_KEYS) // STEP_KEYS)  # of the last chunk
         turns.append(_turns(chunks, steps, cores))
         firsts.append(first)
 
-    gathers = -(-block_tables.shape[1] * sizes.block_size // GATHER_KEYS)
-    new_starts = first_new[seq] + firsts[1] * CHUNK_KEYS
+    gathers = -(-batch.columns * sizes.block_size // GATHER_KEYS)
+    new_starts = batch.first_new[seq] + firsts[1] * CHUNK_KEYS
     starts = torch.stack((seq * gathers + firsts[0] * CHUNK_GATHERS, new_starts), -1)
     mask_rows = None
     if sizes.mask_heads is not None:
         mask_token = place
         if sizes.mask_heads > sizes.num_kv_heads:
-            mask_token = place + member * (sizes.member_rows * num_tokens)
-        chunks_of = sizes.mask_chunks(block_tables.shape[1])
-        mask_rows = torch.cat([mask_token * chunks_of[source] + firsts[source][:, None] for source in range(2)], 1)
-    key_units, missing = None, torch.zeros(1, dtype=torch.int32, device=device)
-    if sizes.num_blocks and block_tables.shape[1]:
-        key_units, missing = _key_units(block_tables, contexts[:-1], low_of_seq, high_of_seq, sizes)
-    tiles = (ends[-1:] + cores - 1) // cores
-    return VarlenPlan(
+            mask_token = place + member * (shape.member_rows * num_tokens)
+        chunks_of = sizes.mask_chunks(batch.columns)
+        mask_rows = [mask_token * chunks_of[source] + firsts[source][:, None] for source in range(2)]
+    return VarlenTiles(
         query_units=query_units.to(torch.int32),
         member_units=member_units.to(torch.int32),
         rows=torch.stack(rows, 2).reshape(most, -1).to(torch.float32),
         ends=torch.stack(tile_ends, 1).to(torch.int32),
         starts=starts.to(torch.int32),
-        mask_rows=None if mask_rows is None else mask_rows.to(torch.int32),
+        mask_rows=None if mask_rows is None else torch.cat(mask_rows, 1).to(torch.int32),
         turns=torch.cat(turns, 1).to(torch.int32),
-        counts=torch.stack((tiles, missing), 1).to(torch.int32),
-        key_units=key_units,
+        count=((ends[-1:] + cores - 1) // cores).to(torch.int32),
     )
 
 

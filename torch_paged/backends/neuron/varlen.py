@@ -12,7 +12,15 @@ from torch_paged.backends import Arguments
 from torch_paged.backends.neuron.launch import Launch
 from torch_paged.backends.neuron.plan import PARTITIONS
 from torch_paged.backends.neuron.plan_memory import remembered
-from torch_paged.backends.neuron.plan_varlen import CHUNK_KEYS, KEY_UNIT, VarlenPlan, VarlenSizes, varlen_plan
+from torch_paged.backends.neuron.plan_varlen import (
+    CHUNK_KEYS,
+    KEY_UNIT,
+    TileShape,
+    VarlenPlan,
+    VarlenSizes,
+    VarlenTiles,
+    varlen_plan,
+)
 from torch_paged.backends.neuron.varlen_kernel import attend_tiles
 
 ROW_TILES = 4
@@ -48,7 +56,7 @@ def flash_attn_varlen(launch: Launch, arguments: Arguments) -> tuple[Tensor, Ten
     sides, num_blocks, block_size = (0, 0, 1) if kv_cache is None else (*kv_cache.shape[:2], kv_cache.shape[3])
     num_kv_heads = key.shape[1] if kv_cache is None else kv_cache.shape[2]
     group, lanes = num_heads // num_kv_heads, -(-head_dim // PARTITIONS) * PARTITIONS
-    member_rows, unit_tiles = _tile_shape(
+    wide = _wide_tiles(
         group,
         arguments["max_seqlen_q"] * group,
         num_kv_heads * (lanes * query.dtype.itemsize + value_dim * 4),
@@ -60,8 +68,7 @@ def flash_attn_varlen(launch: Launch, arguments: Arguments) -> tuple[Tensor, Ten
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         block_size=block_size,
-        member_rows=member_rows,
-        unit_tiles=unit_tiles,
+        wide=wide,
         mask_heads=None if attn_mask is None else 1 if attn_mask.dim() == 2 else attn_mask.shape[0],
         mask_columns=0 if attn_mask is None else attn_mask.shape[-1],
         causal=arguments["causal"],
@@ -94,23 +101,18 @@ def flash_attn_varlen(launch: Launch, arguments: Arguments) -> tuple[Tensor, Ten
             head_scales = kv_scales.reshape(sides, -1).expand(2, num_kv_heads).reshape(1, -1)
     out, found = launch(
         attend_tiles,
-        query.reshape(-1, member_rows * head_dim),
+        query.reshape(-1, head_dim),
         cache,
         plan.key_units,
         None if key is None else key.reshape(key.shape[0], -1),
         None if value is None else value.reshape(value.shape[0], -1),
-        plan.query_units,
-        plan.member_units,
-        plan.rows,
-        plan.ends,
-        plan.starts,
-        plan.turns,
+        *_tiles(plan.wide),
+        *_tiles(plan.narrow),
         plan.counts,
         mask,
         new_mask,
-        plan.mask_rows,
-        None if sinks is None else sinks.reshape(-1, member_rows),
-        None if slopes is None else slopes.reshape(-1, member_rows),
+        None if sinks is None else sinks.reshape(-1, 1),
+        None if slopes is None else slopes.reshape(-1, 1),
         head_scales,
         token_scales,
         table,
@@ -118,7 +120,7 @@ def flash_attn_varlen(launch: Launch, arguments: Arguments) -> tuple[Tensor, Ten
         num_kv_heads,
         sides,
         parts,
-        member_rows,
+        1 if wide is None else wide.member_rows,
         sizes.mask_heads or 0,
         value_dim,
         1 / math.sqrt(head_dim) if scale is None else scale,
@@ -128,17 +130,32 @@ def flash_attn_varlen(launch: Launch, arguments: Arguments) -> tuple[Tensor, Ten
     return out.reshape(num_tokens, num_heads, value_dim), lse, max_logits
 
 
-def _tile_shape(group: int, most_rows: int, row_bytes: int) -> tuple[int, int]:
-    """Return the rows of a unit, and the 128s of units of a tile.
+def _wide_tiles(group: int, most_rows: int, row_bytes: int) -> TileShape | None:
+    """Return the shape of tiles for most rows of a long sequence, or None.
 
     Args:
         group: query heads of a kv head.
         most_rows: of a sequence and kv head.
         row_bytes: that a row of each kv head takes on chip while its keys are attended to.
     """
-    wanted = max(1, min(ROW_TILES, STATE_BYTES // row_bytes, 1 << max(0, most_rows // PARTITIONS - 1).bit_length()))
-    member_rows = max(rows for rows in range(1, wanted + 1) if group % rows == 0)
-    return member_rows, wanted // member_rows
+    wanted = min(ROW_TILES, STATE_BYTES // row_bytes, 1 << max(0, most_rows // PARTITIONS - 1).bit_length())
+    member_rows = max(rows for rows in range(1, max(1, wanted) + 1) if group % rows == 0)
+    return TileShape(member_rows, wanted // member_rows) if wanted > 1 else None
+
+
+def _tiles(tiles: VarlenTiles | None) -> tuple[Tensor | None, ...]:
+    """Return the tensors of a plan that the kernel reads for tiles of one shape."""
+    if tiles is None:
+        return (None,) * 7
+    return (
+        tiles.query_units,
+        tiles.member_units,
+        tiles.rows,
+        tiles.ends,
+        tiles.starts,
+        tiles.turns,
+        tiles.mask_rows,
+    )
 
 
 def _lengths(given: tuple[Any, ...]) -> tuple[dict[str, Tensor], VarlenSizes]:

@@ -2,14 +2,15 @@
 
 A turn of the outer loop computes a tile of rows of one sequence, of all kv heads (``plan_varlen``); an inner loop, with
 the trip count of the plan, a chunk of up to 2048 keys: first those in the cache, then those beside it. Per kv head the
-units of the chunk are gathered whole, with the tokens of a unit beside each other on a partition; keys are turned by the
-tensor engine into the order of their positions, once for all rows of the tile. Products of 512 keys fill a bank of PSUM;
-``range_select`` keeps those between the bounds of a row, which length, causality, window and chunk make, and finds the
-largest. The scalar engine takes exponentials of the whole chunk, with their sums. Weights are turned back, so that keys
-lie on partitions, and multiplied by the values. Rows of 128 keep maximum, sum and weighted values in SBUF.
+units of the chunk are gathered whole, with the tokens of a unit beside each other on a partition; keys are turned by
+the tensor engine into the order of their positions, once for all rows of the tile. Products of 512 keys fill a bank of
+PSUM; ``range_select`` keeps those between the bounds of a row, which length, causality, window and chunk make, and
+finds the largest. The scalar engine takes exponentials of the whole chunk, with their sums. Weights are turned back, so
+that keys lie on partitions, and multiplied by the values. Maximum, sum and weighted values of rows stay in SBUF.
 
-Values behind the keys of a tile are zeros: a weight of 0 does not hide a NaN. A value that is not finite, and seen by some rows alone, spoils all rows of its tile; where a result is not finite, all tiles are computed
-again: values that are not finite as zeros, and added as infinities, of both signs for NaN, to the rows that see them.
+Values behind the keys of a tile are zeros: a weight of 0 does not hide a NaN. A value that is not finite, and seen by
+some rows alone, spoils all rows of its tile; where a result is not finite, all tiles are computed again: values that
+are not finite as zeros, and added as infinities, of both signs for NaN, to the rows that see them.
 """
 
 import nki
@@ -17,7 +18,7 @@ import nki.isa as nisa
 import nki.language as nl
 
 from torch_paged.backends.neuron.plan_varlen import BODIES, CHUNK_KEYS, GATHER_KEYS, KEY_UNIT, STEP_KEYS
-from torch_paged.backends.neuron.varlen_keys import Cache, NewKeys, Walk, gathers_of
+from torch_paged.backends.neuron.varlen_keys_kernel import Cache, NewKeys, Walk, gathers_of
 
 P = 128
 LEAST = -1e24  # a maximum below which no logit counts; its product with any scale that is folded stays above fp32.min
@@ -29,23 +30,30 @@ HUGE = 2.0**100  # its square overflows
 
 @nki.jit
 def attend_tiles(
-    query,  # (T * H / W, W * D), W rows in a unit
+    query,  # (T * H, D)
     cache,  # (sides * N * KH * parts, KEY_UNIT * DS), or None
-    key_units,  # (steps, P) int32, or None
+    key_units,  # (gathers, P) int32, or None
     new_key,  # (Tk, KH * D), or None
     new_value,  # (Tk, KH * DN), or None
-    query_units,  # (X, U) int32, U units in a tile
-    member_units,  # (X, U) int32
-    rows,  # (X, U * 6) float32
-    ends,  # (X, 2) int32
-    starts,  # (X, 2) int32
-    turns,  # (X, 2 * (len(BODIES) + 1)) int32
-    counts,  # (1, 2) int32
+    wide_query_units,  # (X, U) int32, U units in a tile; None with all that is wide
+    wide_member_units,  # (X, U) int32
+    wide_rows,  # (X, U * 6) float32
+    wide_ends,  # (X, 2) int32
+    wide_starts,  # (X, 2) int32
+    wide_turns,  # (X, 2 * (len(BODIES) + 1)) int32
+    wide_mask_rows,  # (X, 2 * U) int32, or None
+    query_units,
+    member_units,
+    rows,
+    ends,
+    starts,
+    turns,
+    mask_rows,
+    counts,  # (1, 3) int32
     mask,  # (mask heads * T * chunks, CHUNK_KEYS) uint8, or None
     new_mask,  # the same for new keys
-    mask_rows,  # (X, 2 * U) int32, or None
-    sinks,  # (H / W, W) float32, or None
-    slopes,  # (H / W, W) float32, or None
+    sinks,  # (H, 1) float32, or None
+    slopes,  # (H, 1) float32, or None
     head_scales,  # (1, 2 * KH) float32, or None
     token_scales,  # (sides * N * KH * parts, KEY_UNIT) float32, or None
     table,  # (1, 256) of the queries' dtype: what a byte of the cache means; None: it is cast
@@ -53,72 +61,80 @@ def attend_tiles(
     num_kv_heads,
     sides,
     parts,
-    member_rows,
+    member_rows,  # of a unit of a wide tile
     mask_heads,
     value_dim,
     softmax_scale,
     soft_cap,
 ):
-    """Return out (T * H / W, W * DV) in the queries' dtype, lse and maximum (T * H / W, W * 2) float32."""
-    num_units = query.shape[0]
-    out = nl.ndarray((num_units, member_rows * value_dim), dtype=query.dtype, buffer=nl.shared_hbm)
-    found = nl.ndarray((num_units, member_rows * 2), dtype=nl.float32, buffer=nl.shared_hbm)
-    call = _Call(
-        query,
-        query_units,
-        member_units,
-        rows,
-        ends,
-        starts,
-        turns,
-        mask_rows,
-        sinks,
-        slopes,
-        out,
-        found,
-        num_heads,
-        num_kv_heads,
-        member_rows,
-        mask_heads,
-        value_dim,
-        softmax_scale,
-        soft_cap,
-    )
-    call.lay_out_constants()
-    if cache != None:  # noqa: E711
-        source = Cache(call, cache, key_units, mask, token_scales, table)
-        source.lay_out_constants(head_scales, sides, parts)
-        call.sources.append(source)
-    if new_key != None:  # noqa: E711
-        source = NewKeys(call, new_key, new_value, new_mask)
-        source.lay_out_constants()
-        call.sources.append(source)
+    """Return out (T * H, DV) in the queries' dtype, lse and maximum (T * H, 2) float32."""
+    out = nl.ndarray((query.shape[0], value_dim), dtype=query.dtype, buffer=nl.shared_hbm)
+    found = nl.ndarray((query.shape[0], 2), dtype=nl.float32, buffer=nl.shared_hbm)
     cores, core = nl.num_programs(0), nl.program_id(0)
-    numbers = nl.ndarray((1, 2), dtype=nl.int32)
+    numbers = nl.ndarray((1, 3), dtype=nl.int32)
     nisa.dma_copy(dst=numbers, src=counts)
+    spoilt = nl.ndarray((P, 1), dtype=nl.float32)  # 1: not finite in some tile
+    nisa.memset(dst=spoilt, value=0.0)
+    sizes = (num_heads, num_kv_heads, mask_heads, value_dim, softmax_scale, soft_cap)
+    narrow = (query_units, member_units, rows, ends, starts, turns, mask_rows)
+    shapes = [(1, 1, narrow)]
+    if wide_query_units != None:  # noqa: E711
+        wide = (wide_query_units, wide_member_units, wide_rows, wide_ends, wide_starts, wide_turns, wide_mask_rows)
+        shapes.append((0, member_rows, wide))
+    calls = []
+    for number, width, plan in shapes:
+        call = _Call(query, sinks, slopes, out, found, spoilt, width, plan, sizes)
+        call.lay_out_constants()
+        if cache != None:  # noqa: E711
+            source = Cache(call, cache, key_units, mask, token_scales, table)
+            source.lay_out_constants(head_scales, sides, parts)
+            call.sources.append(source)
+        if new_key != None:  # noqa: E711
+            source = NewKeys(call, new_key, new_value, new_mask)
+            source.lay_out_constants()
+            call.sources.append(source)
+        calls.append((call, numbers[:, number : number + 1]))
+    for call, tiles in calls:
+        _attend(call, tiles, cores, core, False)
+    again = _of_any_core(spoilt, cores, core)
+    nisa.tensor_tensor(dst=again, data1=again, data2=numbers[:, 2:3], op=nl.maximum)
+    for call, tiles in calls:
+        tiles_again = nl.ndarray((1, 1), dtype=nl.int32)
+        nisa.tensor_tensor(dst=tiles_again, data1=again, data2=tiles, op=nl.multiply)
+        _attend(call, tiles_again, cores, core, True)
+    return out, found
+
+
+def _attend(call, tiles, cores, core, again):
+    """Compute all tiles of a shape; ``again``: with values that are not finite."""
     first = nl.ndarray((1, 1), dtype=nl.int32)  # tile of core 0
     nisa.memset(dst=first, value=0)
+    turns = nisa.register_alloc()
+    nisa.register_load(turns, tiles)
 
     def some_tile(turn):
-        call.attend(first, core, False)
+        call.attend(first, core, again)
         nisa.tensor_scalar(dst=first, data=first, op0=nl.add, operand0=float(cores))
 
-    def some_tile_again(turn):
-        call.attend(first, core, True)
-        nisa.tensor_scalar(dst=first, data=first, op0=nl.add, operand0=float(cores))
+    nl.fori_loop(0, turns, some_tile)
 
-    tiles = nisa.register_alloc()
-    nisa.register_load(tiles, numbers[:, 0:1])
-    nl.fori_loop(0, tiles, some_tile)
 
-    spoilt = call.spoilt_on_any_core()
-    nisa.tensor_tensor(dst=spoilt, data1=spoilt, data2=numbers[:, 1:2], op=nl.maximum)
-    nisa.tensor_tensor(dst=spoilt, data1=spoilt, data2=numbers[:, 0:1], op=nl.multiply)
-    again = nisa.register_alloc()
-    nisa.register_load(again, spoilt)
-    nisa.memset(dst=first, value=0)
-    nl.fori_loop(0, again, some_tile_again)
-    return out, found
+def _of_any_core(flags, cores, core):
+    """Return (1, 1) int32: the largest of (P, 1) flags, of all cores."""
+    turned = nl.ndarray((1, P), dtype=nl.float32, buffer=nl.psum)
+    nisa.nc_transpose(dst=turned, data=flags)
+    found = nl.ndarray((1, 1), dtype=nl.int32)
+    nisa.tensor_reduce(dst=found, op=nl.maximum, data=turned, axis=1)
+    if cores == 1:
+        return found
+    shared = nl.ndarray((1, cores), dtype=nl.int32, buffer=nl.shared_hbm)
+    nisa.dma_copy(dst=shared[:, core : core + 1], src=found)
+    nisa.core_barrier(data=shared, cores=(0, 1))
+    by_core = nl.ndarray((1, cores), dtype=nl.int32)
+    nisa.dma_copy(dst=by_core, src=shared)
+    of_any = nl.ndarray((1, 1), dtype=nl.int32)
+    nisa.tensor_reduce(dst=of_any, op=nl.maximum, data=by_core, axis=1)
+    return of_any
 
 
 def _engine(number):
@@ -127,44 +143,20 @@ def _engine(number):
 
 
 class _Call(nl.NKIObject):
-    """The arrays and sizes of a call, and what every tile reads."""
+    """The arrays and sizes of a call, and what every tile of a shape reads."""
 
-    def __init__(
-        self,
-        query,
-        query_units,
-        member_units,
-        rows,
-        ends,
-        starts,
-        turns,
-        mask_rows,
-        sinks,
-        slopes,
-        out,
-        found,
-        num_heads,
-        num_kv_heads,
-        member_rows,
-        mask_heads,
-        value_dim,
-        softmax_scale,
-        soft_cap,
-    ):
-        self.query, self.query_units, self.member_units = query, query_units, member_units
-        self.rows, self.ends, self.starts, self.turns, self.mask_rows = rows, ends, starts, turns, mask_rows
-        self.sinks, self.slopes, self.out, self.found = sinks, slopes, out, found
-        self.num_heads, self.num_kv_heads, self.member_rows = num_heads, num_kv_heads, member_rows
-        self.group = num_heads // num_kv_heads
+    def __init__(self, query, sinks, slopes, out, found, spoilt, member_rows, plan, sizes):
+        self.query_units, self.member_units, self.rows, self.ends, self.starts, self.turns, self.mask_rows = plan
+        self.num_heads, self.num_kv_heads, self.mask_heads, self.value_dim, softmax_scale, soft_cap = sizes
+        self.member_rows, self.head_dim, self.dtype, self.spoilt = member_rows, query.shape[1], query.dtype, spoilt
+        self.group = self.num_heads // self.num_kv_heads
         self.group_units = self.group // member_rows
-        self.unit_tiles = query_units.shape[1] // P
+        self.unit_tiles = self.query_units.shape[1] // P
         self.row_tiles = self.unit_tiles * member_rows  # of a kv head
-        self.columns = num_kv_heads * self.row_tiles  # of the state
-        self.num_tokens = query.shape[0] * member_rows // num_heads
-        self.mask_heads = mask_heads
-        self.head_dim, self.value_dim = query.shape[1] // member_rows, value_dim
-        self.softmax_scale, self.soft_cap = softmax_scale, soft_cap
-        self.dtype = query.dtype
+        self.columns = self.num_kv_heads * self.row_tiles  # of the state
+        self.query, self.out, self.found = self._by_unit(query), self._by_unit(out), self._by_unit(found)
+        self.sinks, self.slopes = self._by_unit(sinks), self._by_unit(slopes)
+        self.soft_cap = soft_cap
         self.sources = []
         # Logits that are more than the product times a positive scale are computed before the selection.
         self.early = soft_cap != 0.0 or slopes != None or softmax_scale < LEAST_SCALE  # noqa: E711
@@ -179,8 +171,12 @@ class _Call(nl.NKIObject):
             nisa.iota(dst=self.places, pattern=[[1, CHUNK_KEYS]])
         self.huge = nl.ndarray((P, STEP_KEYS), dtype=nl.float32)
         nisa.memset(dst=self.huge, value=HUGE)
-        self.spoilt = nl.ndarray((P, 1), dtype=nl.float32)  # 1: not finite in some tile
-        nisa.memset(dst=self.spoilt, value=0.0)
+
+    def _by_unit(self, base):
+        """Return rows of HBM, (rows, width), as rows of units; None stays None."""
+        if base == None:  # noqa: E711
+            return None
+        return base.reshape((base.shape[0] // self.member_rows, base.shape[1] * self.member_rows))
 
     def of_tile(self, base, pattern, offset, first, core):
         """Return a part of a tile's row of a tensor in HBM."""
@@ -201,33 +197,8 @@ class _Call(nl.NKIObject):
             if again:
                 column, bodies = column + bodies, 1
             for body in range(bodies):
-                steps = BODIES[body]
-                turns = nisa.register_alloc()
-                nisa.register_load(turns, numbers[:, column + body : column + body + 1])
-
-                def some_keys(turn):
-                    state.add(walk, steps, again)
-
-                nl.fori_loop(0, turns, some_keys)
+                state.add_chunks(walk, BODIES[body], again, numbers[:, column + body : column + body + 1])
         state.finish()
-
-    def spoilt_on_any_core(self):
-        """Return (1, 1) int32: 1 where some result was not finite."""
-        turned = nl.ndarray((1, P), dtype=nl.float32, buffer=nl.psum)
-        nisa.nc_transpose(dst=turned, data=self.spoilt)
-        found = nl.ndarray((1, 1), dtype=nl.int32)
-        nisa.tensor_reduce(dst=found, op=nl.maximum, data=turned, axis=1)
-        cores, core = nl.num_programs(0), nl.program_id(0)
-        if cores == 1:
-            return found
-        shared = nl.ndarray((1, cores), dtype=nl.int32, buffer=nl.shared_hbm)
-        nisa.dma_copy(dst=shared[:, core : core + 1], src=found)
-        nisa.core_barrier(data=shared, cores=(0, 1))
-        by_core = nl.ndarray((1, cores), dtype=nl.int32)
-        nisa.dma_copy(dst=by_core, src=shared)
-        of_any = nl.ndarray((1, 1), dtype=nl.int32)
-        nisa.tensor_reduce(dst=of_any, op=nl.maximum, data=by_core, axis=1)
-        return of_any
 
 
 class _State(nl.NKIObject):
@@ -312,6 +283,16 @@ class _State(nl.NKIObject):
             for t in range(count):
                 nisa.nc_transpose(dst=turned[:, t, :], data=part[:, t, i * P : i * P + lanes])
             nisa.tensor_copy(dst=self.queries[i][:, column : column + count, :], src=turned, engine=_engine(head + i))
+
+    def add_chunks(self, walk, steps, again, count):
+        """Attend to so many chunks of a source that follow each other."""
+        turns = nisa.register_alloc()
+        nisa.register_load(turns, count)
+
+        def some_keys(turn):
+            self.add(walk, steps, again)
+
+        nl.fori_loop(0, turns, some_keys)
 
     def add(self, walk, steps, again):
         """Attend to the next chunk of a source."""

@@ -270,7 +270,7 @@ class NewKeys(nl.NKIObject):
 
     def value_scale(self, head):
         """Return None: values are as they are."""
-        return None
+        return
 
     def chunk(self, walk, steps):
         """Return the tokens of a chunk, the last token in place of those behind it."""
@@ -283,7 +283,7 @@ class NewKeys(nl.NKIObject):
 
     def valid(self, walk, steps):
         """Return None: all tokens hold keys."""
-        return None
+        return
 
     def fetch(self, tokens, head):
         """Return keys and values of a head (parts, gathers * KEY_UNIT, lanes)."""
