@@ -43,8 +43,8 @@ def decode(device: str, steps: int) -> float:
         query = torch.randn(BATCH, QUERY_HEADS, HEAD_DIM, generator=generator)
         key = torch.randn(BATCH, KV_HEADS, HEAD_DIM, generator=generator)
         lengths = torch.full((BATCH,), position + 1, dtype=torch.int32)
-        inputs = [x.to(device) for x in (query, key, slots, block_tables, lengths)]
-        out = step(*inputs[:2], allocated.kv_cache, *inputs[2:])
+        queries, keys, *indices = (x.to(device) for x in (query, key, slots, block_tables, lengths))
+        out = step(queries, keys, allocated.kv_cache, *indices)
         reference.reshape_and_cache(key, key, expected_cache, slots)
         expected = reference.paged_attention(query, expected_cache, block_tables, lengths)
         largest = max(largest, (out.cpu() - expected).abs().max().item())

@@ -5,6 +5,7 @@ Each process has the settings and packages of its own; kernels run on the simula
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,14 +57,15 @@ tensors = [x.to("neuron") for x in (query, key, kv_cache, slots, tables, lengths
 """
 
 
-def simulated(code: str, *arguments: str, check: bool = True, **settings: str) -> tuple[list[str], str]:
+def simulated(code: str, *arguments: str, check: bool = True, **given: str) -> tuple[list[str], str]:
     """Run code with the simulator on its path; return the lines of its output, and the last one of its errors."""
-    done = run_python(code, *arguments, check=check, **{"PYTHONPATH": PATH, "TORCH_PAGED_NKI_SIM": "1"} | settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"PYTHONPATH": PATH, "TORCH_PAGED_NKI_SIM": "1"} | given
+    done = run_python(code, *arguments, check=check, **settings)
     return done.stdout.splitlines(), (done.stderr.splitlines() or [""])[-1]
 
 
 @pytest.fixture
-def torch_neuron(tmp_path: Path) -> dict[str, str]:
+def torch_neuron(tmp_path: Path) -> dict[str, Any]:
     """Settings of a process with TorchNeuron, as far as the stand-in goes, on a machine with Trainium 2."""
     install(
         tmp_path, "torch-neuronx", "2.13.3.0", module="torch_neuronx", source="from neuron_stand_in import wrap_nki\n"
@@ -72,13 +74,13 @@ def torch_neuron(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": path, "NEURON_PLATFORM_TARGET_OVERRIDE": "trn2", "TORCH_PAGED_NKI_SIM": "0"}
 
 
-@pytest.mark.parametrize(("generation", "cores"), [("trn2", "1"), ("trn3", "2")])
-def test_public_functions_and_compiled_ones_run_the_kernels(generation: str, cores: str) -> None:
-    lines, _ = simulated(SIMULATED, NEURON_PLATFORM_TARGET_OVERRIDE=generation, NEURON_LOGICAL_NC_CONFIG=cores)
-    assert lines == [
-        "{'cpu': 'neuron'} False paged_attention on cpu: neuron, decode, "
-        + f"{generation}, interpreted, cache: float32"
-    ]
+@pytest.mark.parametrize(("generation", "cores", "compiled"), [("trn2", "1", ("compiled",)), ("trn3", "2", ())])
+def test_public_functions_and_compiled_ones_run_the_kernels(
+    generation: str, cores: str, compiled: tuple[str, ...]
+) -> None:
+    settings = {"NEURON_PLATFORM_TARGET_OVERRIDE": generation, "NEURON_LOGICAL_NC_CONFIG": cores}
+    explained = f"paged_attention on cpu: neuron, decode, {generation}, interpreted, cache: float32"
+    assert simulated(SIMULATED, *compiled, **settings)[0] == ["{'cpu': 'neuron'} False " + explained]
 
 
 @pytest.mark.parametrize("value", ["0", ""])
@@ -89,19 +91,21 @@ def test_the_setting_can_say_no(value: str) -> None:
 
 def test_a_wrong_setting_makes_each_call_raise() -> None:
     code = INPUTS.partition("expected_cache")[0] + "step(query, key, kv_cache, slots, tables, lengths)"
-    for settings, says in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"TORCH_PAGED_NKI_SIM": "yes"}, "TORCH_PAGED_NKI_SIM must be 0 or 1, got 'yes'"),
         ({"NEURON_LOGICAL_NC_CONFIG": "4"}, "NEURON_LOGICAL_NC_CONFIG must be 1 or 2, got '4'"),
-    ):
+    )
+    for settings, says in wrong:
         assert simulated(code, check=False, **settings)[1] == f"ValueError: torch_paged: {says}"
 
 
 def test_what_cannot_be_simulated_makes_the_import_fail() -> None:
     asked = "ImportError: torch_paged: TORCH_PAGED_NKI_SIM=1 cannot be served: "
-    for settings, says in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"NEURON_PLATFORM_TARGET_OVERRIDE": "trn1"}, "it needs Trainium 2 or 3 (trn2, trn3), got trn1: "),
         ({"PYTHONPATH": str(SOURCE)}, "it needs nki >= 0.6, which is not installed: "),
-    ):
+    )
+    for settings, says in wrong:
         assert simulated("import torch_paged", check=False, **settings)[1].startswith(asked + says)
     both = simulated("import torch_paged", check=False, TORCH_PAGED_TPU_INTERPRET="1")[1]
     assert both.endswith(
@@ -115,7 +119,7 @@ def test_values_are_checked_when_debugging() -> None:
     assert simulated(code, check=False, TORCH_PAGED_DEBUG="1")[1] == f"ValueError: paged_attention: {rule}"
 
 
-def test_ops_on_the_device_run_wrapped_kernels_on_the_cores_of_the_machine(torch_neuron: dict[str, str]) -> None:
+def test_ops_on_the_device_run_wrapped_kernels_on_the_cores_of_the_machine(torch_neuron: dict[str, Any]) -> None:
     code = (
         STAND_IN
         + ON_DEVICE
@@ -139,7 +143,7 @@ print(torch_paged.explain("paged_attention", query=out, kv_cache=tensors[2], blo
     assert simulated(code, **torch_neuron, NEURON_LOGICAL_NC_CONFIG="1")[0][1] == "neuron:0 {1} True"
 
 
-def test_a_graph_of_four_layers_has_their_kernels_and_one_plan(torch_neuron: dict[str, str]) -> None:
+def test_a_graph_of_four_layers_has_their_kernels_and_one_plan(torch_neuron: dict[str, Any]) -> None:
     code = (
         STAND_IN
         + ON_DEVICE
@@ -176,7 +180,7 @@ print([name for name in seen[-1] if "paged" in name or "functionalized" in name]
     assert lines == ["8 1 0", "4", "['auto_functionalized_v2']"]
 
 
-def test_a_generation_without_these_kernels_is_one_sentence(torch_neuron: dict[str, str]) -> None:
+def test_a_generation_without_these_kernels_is_one_sentence(torch_neuron: dict[str, Any]) -> None:
     settings = torch_neuron | {"NEURON_PLATFORM_TARGET_OVERRIDE": "inf2"}
     says = "it needs Trainium 2 or 3 (trn2, trn3), got inf2: set NEURON_PLATFORM_TARGET_OVERRIDE"
     assert simulated(STAND_IN + ON_DEVICE + "step(*tensors)", check=False, **settings)[1] == (

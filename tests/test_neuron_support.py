@@ -264,8 +264,9 @@ def test_torch_xla_on_neuron_is_this_backends_and_not_the_tpus(tmp_path: Path) -
         'print(known["tpu"].why_off()); import sys; print("torch_xla" in sys.modules, "nki" in sys.modules)'
     )
     path = xla_stack(tmp_path)
-    for settings in ({}, {"PJRT_DEVICE": "NEURON"}):
-        printed = run_python(code, PYTHONPATH=path, NEURON_PLATFORM_TARGET_OVERRIDE="trn2", **settings).stdout
+    for runtime in ("", "NEURON"):
+        settings = {"PYTHONPATH": path, "NEURON_PLATFORM_TARGET_OVERRIDE": "trn2"}
+        printed = run_python(code, PJRT_DEVICE=runtime, **settings).stdout  # type: ignore[arg-type]
         served, serves, tpu, imported = printed.splitlines()
         assert served == "{'xla': 'neuron', 'cpu': 'cpu'}"
         assert serves == "('neuron', 'xla') ('tpu',)"
