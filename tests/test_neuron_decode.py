@@ -31,7 +31,7 @@ def check(case: AttentionCase, generation: str = "trn2", cores: int = 1) -> None
     assert_attention(case.op, arguments, *run(arguments, generation, cores))
 
 
-def assert_all_same(actual: Results, expected: Results) -> None:
+def assert_all_same(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
     for name, a, b in zip(("out", "lse", "max_logits"), actual, expected, strict=True):
         assert_same(a, b, name)
 
@@ -93,7 +93,7 @@ def test_a_sequence_of_nan_leaves_its_neighbours_their_bits(mask: str | None, ca
     arguments["kv_cache"].view(torch.uint8)[:, blocks] = 0xFF
     spoilt = run(arguments)
     others = torch.tensor([0, 2, 3])
-    assert_all_same(*([result[others] for result in results] for results in (spoilt, clean)))  # type: ignore[arg-type]
+    assert_all_same(tuple(x[others] for x in spoilt), tuple(x[others] for x in clean))
     assert spoilt[0][1].isnan().all()
     assert spoilt[1][1].isnan().all()
 
@@ -113,7 +113,7 @@ def test_same_bits_alone_in_any_batch_and_on_two_cores(case: AttentionCase) -> N
     assert_all_same(run(arguments, cores=2), expected)
     for order in ([case.num_seqs - 1, 0], [1], [0]):
         taken, rows = take_sequences(arguments, order)
-        assert_all_same(run(taken, cores=1 + len(order) % 2), tuple(result[rows] for result in expected))  # type: ignore[arg-type]
+        assert_all_same(run(taken, cores=1 + len(order) % 2), tuple(result[rows] for result in expected))
 
 
 @pytest.mark.parametrize("heads", [None, 2, 4])
@@ -145,7 +145,7 @@ def test_what_is_outside_of_tables_and_cache_holds_no_keys() -> None:
     arguments.update(attn_mask=mask, context_lens=torch.tensor([300, 0, 32, 64], dtype=torch.int32))
     results = list(run(outside))
     expected = run(dict(arguments, attn_mask=None, context_lens=arguments["context_lens"] * 0))
-    assert_all_same(tuple(x[1:2] for x in results), tuple(x[1:2] for x in expected))  # type: ignore[arg-type]
+    assert_all_same(tuple(x[1:2] for x in results), tuple(x[1:2] for x in expected))
     far = results[0][2], results[1][2], results[2][2]  # at another position, so that all its keys are as far as may be
     near = run(arguments)
     assert_attention(case.op, arguments, *near)

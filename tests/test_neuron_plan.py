@@ -89,7 +89,7 @@ def test_each_key_that_is_seen_is_in_one_slot_in_order(
             block = int(block_tables[seq, key // BLOCK_SIZE])
             if 0 <= block < BLOCKS:
                 wanted[key] = (block * HEADS * parts + key % BLOCK_SIZE // unit, key % unit)
-        found = {}
+        found: dict[int, tuple[int, int]] = {}
         for place in (int(place) for place in places[seq * heads] if place >= 0):
             slot = place // heads
             rows = plan.query_rows[slot * heads : (slot + 1) * heads, 0].tolist()
