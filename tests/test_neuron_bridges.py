@@ -78,7 +78,7 @@ def torch_neuron(tmp_path: Path) -> dict[str, Any]:
 def test_public_functions_and_compiled_ones_run_the_kernels(
     generation: str, cores: str, compiled: tuple[str, ...]
 ) -> None:
-    settings = {"NEURON_PLATFORM_TARGET_OVERRIDE": generation, "NEURON_LOGICAL_NC_CONFIG": cores}
+    settings: dict[str, Any] = {"NEURON_PLATFORM_TARGET_OVERRIDE": generation, "NEURON_LOGICAL_NC_CONFIG": cores}
     explained = f"paged_attention on cpu: neuron, decode, {generation}, interpreted, cache: float32"
     assert simulated(SIMULATED, *compiled, **settings)[0] == ["{'cpu': 'neuron'} False " + explained]
 
