@@ -113,14 +113,14 @@ def test_slots_outside_write_nothing(launch: Launch) -> None:
     rows, kv_cache, _ = rows_and_cache(8, torch.float32)
     slots = torch.tensor([3, -1, BLOCK_SIZE, 2**33 + 4, -5, 2**31, -(2**40) + 6, 6])
     inside = torch.tensor([3, -1, -1, -1, -1, -1, -1, 6])
-    arguments = {"key": rows, "value": rows, "kv_cache": kv_cache, "kv_scales": None}
+    arguments: dict[str, Any] = {"key": rows, "value": rows, "kv_cache": kv_cache, "kv_scales": None}
     expected = {**arguments, "kv_cache": kv_cache.clone()}
     cache.reshape_and_cache(launch, {**arguments, "slot_mapping": slots})
     reference.reshape_and_cache(**expected, slot_mapping=inside)
     assert_same(kv_cache, expected["kv_cache"])
     scales = torch.zeros(kv_cache.shape[:4])
     arguments |= {"kv_cache": kv_cache.to(INT8), "kv_scales": scales}
-    cache.quantize_and_cache(launch, {**arguments, "slot_mapping": slots.int().clamp(max=BLOCK_SIZE)})
+    cache.quantize_and_cache(launch, {**arguments, "slot_mapping": slots.clamp(-1, BLOCK_SIZE).int()})
     assert scales.count_nonzero() == 2 * 2 * 2
 
 
