@@ -12,7 +12,14 @@ from torch_paged.backends import Arguments
 from torch_paged.backends.neuron.decode_kernel import attend_chunks
 from torch_paged.backends.neuron.launch import Launch
 from torch_paged.backends.neuron.merge_kernel import merge_chunks
-from torch_paged.backends.neuron.plan import PARTITIONS, DecodeSizes, decode_plan, merge_groups, unit_tokens
+from torch_paged.backends.neuron.plan import (
+    PARTITIONS,
+    DecodeSizes,
+    decode_plan,
+    merge_groups,
+    query_parts,
+    unit_tokens,
+)
 from torch_paged.backends.neuron.plan_memory import remembered
 
 
@@ -54,6 +61,7 @@ def paged_attention(launch: Launch, arguments: Arguments) -> tuple[Tensor, Tenso
         mask_units=mask_units,
         sliding_window=arguments["sliding_window"],
         attention_chunk=arguments["attention_chunk"],
+        query_parts=query_parts(num_heads, head_dim * query.dtype.itemsize),
         cores=launch.cores,
     )
     plan = remembered(decode_plan, (tables, arguments["context_lens"]), sizes)
@@ -68,22 +76,21 @@ def paged_attention(launch: Launch, arguments: Arguments) -> tuple[Tensor, Tenso
     elif scales_rank:
         head_scales = kv_scales.reshape(sides, -1).expand(2, num_kv_heads).reshape(1, -1)
     slopes, scale = arguments["alibi_slopes"], arguments["softmax_scale"]
-    sums, stats = launch(
+    partials = launch(
         attend_chunks,
-        query.reshape(num_seqs * num_heads, head_dim),
+        query.reshape(num_seqs * sizes.query_parts, -1),
         cache,
         plan.units,
-        plan.bounds,
-        plan.distances,
         plan.query_rows,
         plan.turns,
         None if slopes is None else slopes.reshape(1, -1),
         mask,
-        plan.mask_rows,
         head_scales,
         token_scales,
         table,
+        num_heads,
         num_kv_heads,
+        head_dim,
         parts,
         unit,
         value_dim,
@@ -91,25 +98,31 @@ def paged_attention(launch: Launch, arguments: Arguments) -> tuple[Tensor, Tenso
         arguments["logits_soft_cap"],
         sides == 1,
     )
-    groups = merge_groups(num_seqs * num_heads, launch.cores)
+    live = num_seqs * sizes.group
+    groups = merge_groups(live, launch.cores)
     rows = groups * PARTITIONS
     sink_rows = None
     if sinks is not None:
-        sink_rows = pad(sinks.repeat(num_seqs), (0, rows - num_seqs * num_heads)).reshape(groups, PARTITIONS)
+        members = sinks.reshape(num_kv_heads, sizes.group).T.repeat(num_seqs, 1)
+        sink_rows = pad(members, (0, 0, 0, rows - live)).reshape(groups, -1)
     out, found = launch(
         merge_chunks,
-        sums.reshape(-1, value_dim),
-        stats.reshape(-1, 2),
+        partials.reshape(-1, num_kv_heads * (value_dim + 2)),
         plan.places,
         plan.merge_turns,
         sink_rows,
         query,
         groups,
+        num_kv_heads,
     )
-    live = num_seqs * num_heads
-    found = found.reshape(rows, 2)[:live].reshape(num_seqs, num_heads, 2)
-    lse, max_logits = (part.contiguous() for part in found.unbind(-1))
-    return out.reshape(rows, value_dim)[:live].reshape(num_seqs, num_heads, value_dim), lse, max_logits
+    out = _by_head(out.reshape(rows, num_kv_heads, -1)[:live], num_seqs)
+    lse, max_logits = found.reshape(rows, 2, num_kv_heads)[:live].unbind(1)
+    return out, _by_head(lse, num_seqs), _by_head(max_logits, num_seqs)
+
+
+def _by_head(rows: Tensor, num_seqs: int) -> Tensor:
+    """Return rows (B * G, KH, ..) as (B, H, ..)."""
+    return rows.unflatten(0, (num_seqs, -1)).transpose(1, 2).flatten(1, 2).contiguous()
 
 
 def _laid_out_mask(attn_mask: Tensor, sizes: Any) -> Tensor:

@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 PARTITIONS = 128
-CHUNK_UNITS = 32
+CHUNK_UNITS = 64
 TILE_CHUNKS = PARTITIONS // CHUNK_UNITS
-TURN_HEADS = 64
-"""Kv heads of all tiles in a turn of the longest loop: the end of a turn costs as much as some heads."""
+TURN_KV_HEADS, TURN_HEADS = 128, 1024
+"""Kv heads and query heads of all tiles in a turn of the longest loop: the end of a turn costs as much as a few."""
+QUERY_BYTES = 8192
+"""Of a sequence's queries that are fetched at once."""
 TURN_MERGES = 8
 """Chunks of a row that a turn of the merging loop takes."""
 DESCRIPTOR_BYTES = 4096
@@ -42,6 +44,7 @@ class DecodeSizes:
         mask_units: units of a row of the mask; None: no mask.
         sliding_window: as the op takes it.
         attention_chunk: as the op takes it.
+        query_parts: into which the queries of a sequence are cut, see ``query_parts``.
         cores: that share the work.
     """
 
@@ -54,7 +57,13 @@ class DecodeSizes:
     mask_units: int | None
     sliding_window: int | None
     attention_chunk: int | None
+    query_parts: int
     cores: int
+
+    @property
+    def group(self) -> int:
+        """Query heads of a kv head."""
+        return self.num_heads // self.num_kv_heads
 
 
 @dataclass(frozen=True)
@@ -62,23 +71,22 @@ class DecodePlan:
     """The tiles of a decode step; ``X`` slots for chunks, ``TILE_CHUNKS`` of which are a tile.
 
     Attributes:
-        units: (X * CHUNK_UNITS, 2) int32: row of a unit's keys and values in the cache, seen as rows of a unit of a
-            head, of head 0; ``NOTHING``: nothing is read.
-        bounds: (X * CHUNK_UNITS, 2) float32: the tokens of a unit that the query sees, from and to (exclusive).
-        distances: (X * CHUNK_UNITS, 1) float32: from a unit's first token to the query, in tokens.
-        mask_rows: (X * CHUNK_UNITS, 1) int32: row of a unit in the mask, seen as rows of a unit of a sequence;
-            ``NOTHING``: all False. None without a mask.
-        query_rows: (X * H, 1) int32: row of a chunk's query heads in (B * H, D); ``NOTHING``: no one's chunk.
+        units: (PARTITIONS, tiles, 5 or 6) int32, of each unit of each tile:
+
+            - 0, 1: row of its keys and values in the cache, seen as rows of a unit of a head, of head 0; ``NOTHING``:
+              nothing is read;
+            - 2, 3: the tokens that the query sees, from and to (exclusive);
+            - 4: from its first token to the query, in tokens;
+            - 5, with a mask: its row in the mask, seen as rows of a unit of a sequence; ``NOTHING``: all False.
+        query_rows: (X, 1) int32: row of a chunk's queries in (B * query parts, ..), of part 0; ``NOTHING``: no one's
+            chunk.
         turns: (1, n + 1) int32: turns of the loops over ``turn_tiles`` tiles of a core, and all tiles of a core.
-        places: (rows / PARTITIONS * C, PARTITIONS * TURN_MERGES) int32: where among (X * H) the partial results of
-            rows (B * H) are, in the order of keys: for each ``PARTITIONS`` rows C turns; ``NOTHING`` behind the last.
+        places: (groups * C, PARTITIONS * TURN_MERGES) int32: where among (X * G) the partial results of rows (B * G)
+            are, in the order of keys: for each group of ``PARTITIONS`` rows C turns; ``NOTHING`` behind the last.
         merge_turns: (1, 1) int32: how many of the C turns are needed.
     """
 
     units: Tensor
-    bounds: Tensor
-    distances: Tensor
-    mask_rows: Tensor | None
     query_rows: Tensor
     turns: Tensor
     places: Tensor
@@ -100,10 +108,23 @@ def unit_tokens(block_size: int, stored_row_bytes: int, row_bytes: int, head_byt
     return tokens
 
 
-def turn_tiles(num_kv_heads: int) -> tuple[int, ...]:
+def query_parts(num_heads: int, row_bytes: int) -> int:
+    """Return in how many parts of whole heads the queries of a sequence are fetched.
+
+    Args:
+        num_heads: H.
+        row_bytes: of a query head.
+    """
+    heads = num_heads
+    while heads > 1 and (num_heads % heads or heads * row_bytes > QUERY_BYTES):
+        heads -= 1
+    return num_heads // heads
+
+
+def turn_tiles(num_kv_heads: int, num_heads: int) -> tuple[int, ...]:
     """Return how many tiles of a core the turns of the loops over tiles take: powers of two, 1 the last."""
     sizes: tuple[int, ...] = (1,)
-    while 2 * sizes[0] * num_kv_heads <= TURN_HEADS:
+    while 2 * sizes[0] * num_kv_heads <= TURN_KV_HEADS and 2 * sizes[0] * num_heads <= TURN_HEADS:
         sizes = (2 * sizes[0],) + sizes  # noqa: RUF005 (NKI's parser takes no star)
     return sizes
 
@@ -156,25 +177,22 @@ def decode_plan(
     used = live[:, None] & (seen_from < unit) & (seen_to > 0) & (block >= 0) & (block < sizes.num_blocks)
     head_rows = sizes.num_kv_heads * (block_size // unit)
     row = block * head_rows + position % block_size // unit
-    units = torch.stack((row, row + (sizes.sides - 1) * sizes.num_blocks * head_rows), -1)
+    rows = torch.stack((row, row + (sizes.sides - 1) * sizes.num_blocks * head_rows), -1)
     bounds = torch.stack((seen_from.clamp(0, unit), seen_to.clamp(0, unit)), -1)
-    mask_rows = None
+    words = [torch.where(used[..., None], rows, NOTHING), torch.where(used[..., None], bounds, 0)]
+    words.append(torch.where(used, seen_to - 1, 0)[..., None])
     if sizes.mask_units is not None:
         masked = used & (unit_index < sizes.mask_units)
-        mask_rows = torch.where(masked, seq[:, None] * sizes.mask_units + unit_index, NOTHING)
-        mask_rows = mask_rows.reshape(-1, 1).to(torch.int32)
-    query_rows = seq[:, None] * sizes.num_heads + torch.arange(sizes.num_heads, device=device)
+        words.append(torch.where(masked, seq[:, None] * sizes.mask_units + unit_index, NOTHING)[..., None])
+    units = torch.cat(words, -1).to(torch.int32)
     left = tiles = (ends[-1:] + turn_slots - 1) // turn_slots
     turns = []
-    for count in turn_tiles(sizes.num_kv_heads):
+    for count in turn_tiles(sizes.num_kv_heads, sizes.num_heads):
         turns.append(left // count)
         left = left % count
     return DecodePlan(
-        units=torch.where(used[..., None], units, NOTHING).reshape(-1, 2).to(torch.int32),
-        bounds=torch.where(used[..., None], bounds, 0).reshape(-1, 2).to(torch.float32),
-        distances=(seen_to - 1).reshape(-1, 1).to(torch.float32),
-        mask_rows=mask_rows,
-        query_rows=torch.where(live[:, None], query_rows, NOTHING).reshape(-1, 1).to(torch.int32),
+        units=units.reshape(-1, PARTITIONS, units.shape[-1]).transpose(0, 1).contiguous(),
+        query_rows=torch.where(live, seq * sizes.query_parts, NOTHING).reshape(-1, 1).to(torch.int32),
         turns=torch.stack((*turns, tiles), 1).to(torch.int32),
         places=_places(counts, ends, most, sizes),
         merge_turns=((counts.amax() + TURN_MERGES - 1) // TURN_MERGES).reshape(1, 1).to(torch.int32),
@@ -185,8 +203,8 @@ def _places(counts: Tensor, ends: Tensor, most: int, sizes: DecodeSizes) -> Tens
     """Return where the partial results of each row are, as the merging kernel reads them."""
     index = torch.arange(most, dtype=torch.int32, device=counts.device)
     slots = (ends - counts)[:, None] + index  # (B, C)
-    head = torch.arange(sizes.num_heads, dtype=torch.int32, device=counts.device)
-    rows = slots[:, None, :] * sizes.num_heads + head[:, None]  # (B, H, C)
+    member = torch.arange(sizes.group, dtype=torch.int32, device=counts.device)
+    rows = slots[:, None, :] * sizes.group + member[:, None]  # (B, G, C)
     rows = torch.where((index < counts[:, None])[:, None, :], rows, NOTHING).flatten(0, 1)
     groups = merge_groups(rows.shape[0], sizes.cores)
     rows = pad(rows, (0, -most % TURN_MERGES, 0, groups * PARTITIONS - rows.shape[0]), value=NOTHING)
