@@ -50,28 +50,28 @@ def test_pairs_of_options(number: int, case: AttentionCase) -> None:
 
 
 def test_every_length_of_turn_and_the_values_that_are_not_finite() -> None:
-    """Loops of 2, 1 and 0 turns, twice because of one infinity."""
-    case = AttentionCase("turns", context_lens=(1000, 17, 700, 513, 0, 900), num_kv_heads=16, group=1, head_dim=256)
+    """Loops over 4, 2 and 1 tiles, and all tiles once more because of one infinity."""
+    case = AttentionCase("turns", context_lens=(1000, 17, 700, 513, 0, 600), num_kv_heads=1, group=256, head_dim=40)
     arguments = build(case)
-    launched = []
+    turns = []
 
     def keep(kernel: Any, cores: int, *given: Any) -> Any:
-        launched.append(given)
+        turns.append(given[4].tolist())
         return bridge_simulator.run(kernel, cores, *given)
 
     block = int(arguments["block_tables"][0, 2])
-    arguments["kv_cache"][1, block, 3, 5, 9] = float("inf")
+    arguments["kv_cache"][1, block, 0, 5, 9] = float("inf")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2")
         out, *stats = decode.paged_attention(Launch("trn2", 1, keep), arguments)
-    assert plan.turn_tiles(16) == (4, 2, 1)
-    assert launched[0][6].tolist() == [[1, 1, 1, 7]]
-    assert out[0, 3, 9] == float("inf")
-    assert out.isfinite().sum() == out.numel() - 1
-    arguments["kv_cache"][1, block, 3, 5, 9] = 0.0
+    assert plan.turn_tiles(1, 256) == (4, 2, 1)
+    assert turns[0] == [[1, 1, 1, 7]]
+    assert (out[0, :, 9] == float("inf")).all()
+    assert out.isfinite().sum() == out.numel() - 256
+    arguments["kv_cache"][1, block, 0, 5, 9] = 0.0
     clean = run(arguments)
     assert_attention(case.op, arguments, *clean)
-    out[0, 3, 9] = clean[0][0, 3, 9]
+    out[0, :, 9] = clean[0][0, :, 9]
     assert_all_same((out, *stats), clean)
 
 

@@ -9,10 +9,12 @@ from torch_paged.backends.neuron import plan_memory
 from torch_paged.backends.neuron.plan import (
     CHUNK_UNITS,
     NOTHING,
+    TILE_CHUNKS,
     DecodePlan,
     DecodeSizes,
     decode_plan,
     merge_groups,
+    query_parts,
     turn_tiles,
     unit_tokens,
 )
@@ -30,6 +32,7 @@ SIZES = DecodeSizes(
     mask_units=None,
     sliding_window=None,
     attention_chunk=None,
+    query_parts=3,
     cores=1,
 )
 
@@ -45,12 +48,21 @@ def lens() -> torch.Tensor:
     return torch.tensor(LENS, dtype=torch.int32)
 
 
-def slots_of_rows(plan: DecodePlan, num_rows: int) -> torch.Tensor:
-    """Return (rows, chunks): where the merging kernel finds the partial results of each row."""
-    groups = merge_groups(num_rows, 1)
+def slots_of_sequences(plan: DecodePlan, num_seqs: int, group: int) -> torch.Tensor:
+    """Return (B, C): the slots of a sequence's chunks in the order of its keys, -1 behind the last."""
+    groups = merge_groups(num_seqs * group, 1)
     turns = plan.places.reshape(groups, -1, 128, 8).transpose(1, 2).reshape(groups * 128, -1)
-    assert (turns[num_rows:] == NOTHING).all()
-    return turns[:num_rows]
+    assert (turns[num_seqs * group :] == NOTHING).all()
+    places = turns[: num_seqs * group].reshape(num_seqs, group, -1)
+    slots = torch.where(places >= 0, places // group, -1)
+    for member in range(group):
+        assert torch.equal(places[:, member], torch.where(slots[:, 0] >= 0, slots[:, 0] * group + member, NOTHING))
+    return slots[:, 0]
+
+
+def units_of_slots(plan: DecodePlan) -> torch.Tensor:
+    """Return (X, CHUNK_UNITS, words)."""
+    return plan.units.transpose(0, 1).reshape(-1, CHUNK_UNITS, plan.units.shape[2])
 
 
 def seen(length: int, window: int | None, chunk: int | None) -> list[int]:
@@ -73,15 +85,13 @@ def test_each_key_that_is_seen_is_in_one_slot_in_order(
     block_tables = tables()
     sizes = replace(SIZES, sides=sides, unit=unit, mask_units=90, cores=cores)
     plan = decode_plan(block_tables, lens(), replace(sizes, sliding_window=window, attention_chunk=chunk))
-    parts, heads = BLOCK_SIZE // unit, sizes.num_heads
-    places = slots_of_rows(plan, len(LENS) * heads)
-    slots = (places[::heads][places[::heads] >= 0] // heads).tolist()
-    assert slots == list(range(len(slots)))
-    tiles = turn_tiles(HEADS)
+    parts, group = BLOCK_SIZE // unit, sizes.group
+    slots = slots_of_sequences(plan, len(LENS), group)
+    assert slots[slots >= 0].tolist() == list(range(num_chunks := int((slots >= 0).sum())))
+    tiles = turn_tiles(HEADS, sizes.num_heads)
     turns = plan.turns[0].tolist()
-    assert turns[-1] == -(-len(slots) // (4 * cores)) == sum(map(int.__mul__, turns[:-1], tiles))
-    assert int(plan.merge_turns) == -(-int((places >= 0).sum(1).max()) // 8)
-    assert plan.mask_rows is not None
+    assert turns[-1] == -(-num_chunks // (TILE_CHUNKS * cores)) == sum(map(int.__mul__, turns[:-1], tiles))
+    assert int(plan.merge_turns) == -(-int((slots >= 0).sum(1).max()) // 8)
     for seq, length in enumerate(LENS):
         length = min(max(length, 0), 70 * BLOCK_SIZE)
         wanted = {}
@@ -90,18 +100,16 @@ def test_each_key_that_is_seen_is_in_one_slot_in_order(
             if 0 <= block < BLOCKS:
                 wanted[key] = (block * HEADS * parts + key % BLOCK_SIZE // unit, key % unit)
         found: dict[int, tuple[int, int]] = {}
-        for place in (int(place) for place in places[seq * heads] if place >= 0):
-            slot = place // heads
-            rows = plan.query_rows[slot * heads : (slot + 1) * heads, 0].tolist()
-            assert rows == list(range(seq * heads, (seq + 1) * heads))
-            for row in range(slot * CHUNK_UNITS, (slot + 1) * CHUNK_UNITS):
-                keys, values = plan.units[row].tolist()
-                low, high = map(int, plan.bounds[row])
+        for slot in (int(slot) for slot in slots[seq] if slot >= 0):
+            assert int(plan.query_rows[slot]) == 3 * seq
+            for keys, values, low, high, distance, mask_row in units_of_slots(plan)[slot].tolist():
                 assert (keys < 0) == (values < 0) == (low >= high)
-                first = length - 1 - int(plan.distances[row])
-                masked = keys >= 0 and first // unit < 90
-                assert int(plan.mask_rows[row]) == (seq * 90 + first // unit if masked else NOTHING)
-                assert keys < 0 or values - keys == (sides - 1) * BLOCKS * HEADS * parts
+                if keys < 0:
+                    assert keys == values == mask_row == NOTHING
+                    continue
+                assert values - keys == (sides - 1) * BLOCKS * HEADS * parts
+                first = length - 1 - distance
+                assert mask_row == (seq * 90 + first // unit if first // unit < 90 else NOTHING)
                 found |= {first + token: (keys, token) for token in range(low, high)}
         assert found == wanted
         assert list(found) == sorted(found)
@@ -110,19 +118,18 @@ def test_each_key_that_is_seen_is_in_one_slot_in_order(
 def test_a_sequence_is_cut_alike_in_any_batch() -> None:
     together = decode_plan(tables(), lens(), SIZES)
     alone = decode_plan(tables()[3:4], lens()[3:4], SIZES)
-    mine = slots_of_rows(together, len(LENS) * SIZES.num_heads)[3 * SIZES.num_heads]
-    mine = mine[mine >= 0] // SIZES.num_heads
-    assert mine.numel() == (slots_of_rows(alone, SIZES.num_heads)[0] >= 0).sum()
-    for name in ("units", "bounds", "distances"):
-        rows = getattr(together, name).reshape(-1, CHUNK_UNITS, getattr(together, name).shape[1])[mine]
-        assert torch.equal(rows.flatten(0, 1), getattr(alone, name)[: rows.shape[0] * CHUNK_UNITS])
+    mine = slots_of_sequences(together, len(LENS), SIZES.group)[3]
+    mine = mine[mine >= 0]
+    assert mine.numel() == (slots_of_sequences(alone, 1, SIZES.group) >= 0).sum()
+    assert torch.equal(units_of_slots(together)[mine], units_of_slots(alone)[: mine.numel()])
 
 
 def test_slots_of_no_chunk_read_nothing() -> None:
     plan = decode_plan(tables(), lens(), SIZES)
-    used = int((slots_of_rows(plan, len(LENS) * SIZES.num_heads)[:: SIZES.num_heads] >= 0).sum())
-    assert (plan.units[used * CHUNK_UNITS :] == NOTHING).all()
-    assert (plan.query_rows[used * SIZES.num_heads :] == NOTHING).all()
+    used = int((slots_of_sequences(plan, len(LENS), SIZES.group) >= 0).sum())
+    assert (units_of_slots(plan)[used:, :, :2] == NOTHING).all()
+    assert (units_of_slots(plan)[used:, :, 2:] == 0).all()
+    assert (plan.query_rows[used:] == NOTHING).all()
 
 
 @pytest.mark.parametrize(
@@ -145,10 +152,24 @@ def test_units_fill_a_descriptor(
 
 
 @pytest.mark.parametrize(
-    ("heads", "tiles"), [(1, (64, 32, 16, 8, 4, 2, 1)), (8, (8, 4, 2, 1)), (20, (2, 1)), (64, (1,)), (100, (1,))]
+    ("kv_heads", "heads", "tiles"),
+    [
+        (1, 1, (128, 64, 32, 16, 8, 4, 2, 1)),
+        (8, 32, (16, 8, 4, 2, 1)),
+        (20, 20, (4, 2, 1)),
+        (1, 300, (2, 1)),
+        (200, 200, (1,)),
+    ],
 )
-def test_turns_take_the_same_number_of_heads(heads: int, tiles: tuple[int, ...]) -> None:
-    assert turn_tiles(heads) == tiles
+def test_turns_take_much_the_same_number_of_heads(kv_heads: int, heads: int, tiles: tuple[int, ...]) -> None:
+    assert turn_tiles(kv_heads, heads) == tiles
+
+
+@pytest.mark.parametrize(
+    ("heads", "row_bytes", "parts"), [(32, 256, 1), (32, 512, 2), (40, 512, 4), (7, 4096, 7), (3, 2**14, 3)]
+)
+def test_queries_are_cut_between_heads(heads: int, row_bytes: int, parts: int) -> None:
+    assert query_parts(heads, row_bytes) == parts
 
 
 class Counter:
@@ -208,4 +229,4 @@ def test_the_plan_of_a_step_depends_on_no_value_in_its_shapes() -> None:
     short, long = (decode_plan(tables(), torch.full((len(LENS),), length), SIZES) for length in (1, 1000))
     for field in fields(DecodePlan):
         a, b = getattr(short, field.name), getattr(long, field.name)
-        assert a is b is None or (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert (a.shape, a.dtype) == (b.shape, b.dtype) == (a.shape, torch.int32)
