@@ -42,7 +42,8 @@ _entries: tuple[_Entry, ...] = ()  # newest first; replaced as a whole, so that 
 def remembered(make: Callable[..., Plan], tensors: tuple[Tensor, ...], sizes: Hashable) -> Plan:
     """Return ``make(*tensors, sizes)``, as it was returned before where nothing changed since.
 
-    Tensors of inference mode count no changes: what is made from them is not remembered.
+    Tensors of inference mode count no changes: what is made from them is not remembered. Changes behind torch's back,
+    such as through a numpy array on the same memory, are not seen.
 
     Args:
         make: depends on its arguments alone.
