@@ -149,6 +149,7 @@ def measure(args: argparse.Namespace) -> None:
         rows += [Row(**row) for row in json.loads(place.read_text())]
     args.out.mkdir(parents=True, exist_ok=True)
     write_csv(args.out / "neuron.csv", rows)
+    rows = read_csv(args.out / "neuron.csv")
     neuron_report.write(rows, args.out)
     console = Console(width=200)
     for table in neuron_report.tables(rows):

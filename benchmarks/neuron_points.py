@@ -91,9 +91,9 @@ Known = dict[Any, dict[str, dict[Any, Counts]]]
 
 
 def points() -> Iterator[Point]:
-    """Yield every point; of those that differ in batch and context alone, the largest first."""
+    """Yield every point."""
     for base in (Point(0, 0), Point(0, 0, kv_heads=1, group=8), Point(0, 0, cores=2)):
-        for batch, context in itertools.product(reversed(BATCHES), reversed(CONTEXTS)):
+        for batch, context in itertools.product(BATCHES, CONTEXTS):
             yield replace(base, batch=batch, context=context)
     for head_dim, group, size in itertools.product(HEAD_DIMS, GROUPS, BLOCK_SIZES):
         point = Point(16, 8192, group=group, head_dim=head_dim, block_size=size)
@@ -110,19 +110,24 @@ def attention(point: Point, known: Known) -> Work:
 
     Args:
         point: of which.
-        known: what turns of loops do, of points like this one; more is learnt.
+        known: what turns of loops over tiles of decode do, of points that differ in batch and context alone; more is
+            learnt, from a call of three tiles.
     """
     arguments = _decode(point) if point.is_decode else _prefill(point)
     op = decode.paged_attention if point.is_decode else varlen.flash_attn_varlen
-    tile = PARTITIONS * _unit(point)
-    bodies = None
-    # Of few tokens the only turn may be a part of one: it is counted as it is.
-    if not point.is_decode or point.batch * point.context > 2 * tile * point.cores:
-        alike = replace(point, batch=0, context=0, queries=min(point.queries, 2), block_size=_unit(point))
-        bodies = known.setdefault(alike, {})
-        if point.is_decode and not bodies:
-            few = replace(point, batch=1, context=3 * tile * point.cores)
-            op(Counted(GENERATION, point.cores, bodies).launch, _decode(few))
+    bodies: dict[str, dict[Any, Counts]] | None = {}
+    if point.is_decode:
+        tile = PARTITIONS * _unit(point) * point.cores
+        if point.batch * point.context <= 2 * tile:
+            bodies = None  # the only turn may be a part of one
+        else:
+            alike = replace(point, batch=0, context=0, block_size=_unit(point))
+            if alike not in known:
+                learnt = Counted(GENERATION, point.cores, {})
+                op(learnt.launch, _decode(replace(point, batch=1, context=3 * tile)))
+                name, _ = learnt.kernels[0]
+                known[alike] = {name: (learnt.bodies or {})[name]}
+            bodies = {name: dict(found) for name, found in known[alike].items()}
     first = Counted(GENERATION, point.cores, bodies)
     with first:
         op(first.launch, arguments)
