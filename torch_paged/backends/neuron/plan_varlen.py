@@ -291,15 +291,15 @@ def _tiles(batch: _Batch, first_rows: Tensor, counts: Tensor, shape: TileShape, 
 
 def _interval(position: Tensor, last: Tensor, sizes: VarlenSizes) -> tuple[Tensor, Tensor]:
     """Return the key positions that a query at a position sees, from and to (exclusive); no sum leaves 32 bits."""
+    window, chunk = sizes.sliding_window, sizes.attention_chunk
     low, high = torch.zeros_like(position), last
-    if sizes.causal or sizes.attention_chunk is not None:
+    if sizes.causal or chunk is not None:
         high = torch.where(position >= last, last, position + 1)
-    if sizes.sliding_window is not None:
-        window = min(sizes.sliding_window, FAR)
+    if window is not None and window <= FAR:
         low = torch.where(position >= window, position - window + 1, 0)
         high = torch.where(position >= last - window, high, torch.minimum(high, position + window))
-    if sizes.attention_chunk is not None:
-        low = torch.maximum(low, position - position % min(sizes.attention_chunk, FAR))
+    if chunk is not None and chunk <= FAR:
+        low = torch.maximum(low, position - position % chunk)
     return low, high
 
 
