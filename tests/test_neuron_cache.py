@@ -64,10 +64,10 @@ def rows_and_cache(
 
 
 @pytest.mark.parametrize("cores", [1, 2])
-@pytest.mark.parametrize("num_tokens", [128, 256, 257, 511, 512, 650])
+@pytest.mark.parametrize("num_tokens", [128, 1024, 1025, 2047, 2048, 2600])
 def test_every_number_of_tiles(launch: Launch, num_tokens: int, cores: int) -> None:
     """None, one or more turns of the loop, and rests of all kinds."""
-    assert write_kernel.P * write_kernel.TILES == 256
+    assert write_kernel.P * write_kernel.TILES == 1024
     rows, kv_cache, slots = rows_and_cache(num_tokens, BF16, BF16)
     arguments = {"key": rows, "value": -rows[..., :9], "kv_cache": kv_cache, "slot_mapping": slots, "kv_scales": None}
     check(replace(launch, cores=cores), "reshape_and_cache", arguments)
@@ -168,6 +168,15 @@ def test_blocks_outside_are_not_copied(launch: Launch) -> None:
         assert_same(arguments[name], expected[name], name)
 
 
+def test_scales_of_any_strides(launch: Launch) -> None:
+    case = WriteCase("strided", num_tokens=9, block_size=8, cache_dtype=INT8, scales_rank=4)
+    written = build(case)
+    written["kv_scales"] = written["kv_scales"].transpose(2, 3).contiguous().transpose(2, 3)
+    arguments = check(launch, "quantize_and_cache", written)
+    pairs = {"src_blocks": torch.tensor([0, 1]), "dst_blocks": torch.tensor([3, 0])}
+    check(launch, "copy_blocks", {name: arguments[name] for name in ("kv_cache", "kv_scales")} | pairs)
+
+
 @pytest.mark.parametrize(("dtype", "rank"), [(BF16, None), (E4M3, 4), (INT8, 2), (E5M2, 1)])
 @pytest.mark.parametrize("columns", [0, 3, 4])
 def test_units_of_every_size(launch: Launch, dtype: torch.dtype, rank: int | None, columns: int) -> None:
@@ -216,7 +225,7 @@ def test_work_follows_the_tokens_in_turns_that_are_alike(launch: Launch, cores: 
 
     scales = torch.tensor([0.5, 0.25])
     for turns in (1, 2, 3):
-        rows, kv_cache, slots = rows_and_cache(write_kernel.P * write_kernel.TILES * cores * turns, INT8)
+        rows, kv_cache, slots = rows_and_cache(write_kernel.P * write_kernel.QUANTISED_TILES * cores * turns, INT8)
         arguments = {"key": rows, "value": rows, "kv_cache": kv_cache, "slot_mapping": slots, "kv_scales": scales}
         cache.reshape_and_cache(replace(launch, cores=cores, run=count), arguments)
     counts = [[sum(core.tally.values()) for core in run.cores] for run in simulated]

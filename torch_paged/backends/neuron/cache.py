@@ -24,7 +24,11 @@ def reshape_and_cache(launch: Launch, arguments: Arguments) -> None:
 
 def quantize_and_cache(launch: Launch, arguments: Arguments) -> None:
     """Write new keys and values with a scale for each token and head, in place."""
-    _write(launch, arguments, None, arguments["kv_scales"].view(-1, 1))
+    kv_scales = arguments["kv_scales"]
+    written = kv_scales.contiguous()
+    _write(launch, arguments, None, written.view(-1, 1))
+    if written is not kv_scales:
+        kv_scales.copy_(written)
 
 
 def _write(launch: Launch, arguments: Arguments, scales: Tensor | None, token_scales: Tensor | None) -> None:
@@ -50,7 +54,10 @@ def copy_blocks(launch: Launch, arguments: Arguments) -> None:
         return
     _copy(launch, arguments, _stored(kv_cache))
     if kv_scales is not None and kv_scales.dim() == 4:
-        _copy(launch, arguments, kv_scales[..., None])
+        written = kv_scales.contiguous()
+        _copy(launch, arguments, written[..., None])
+        if written is not kv_scales:
+            kv_scales.copy_(written)
 
 
 def _copy(launch: Launch, arguments: Arguments, blocks: Tensor) -> None:

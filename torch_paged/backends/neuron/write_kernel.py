@@ -13,7 +13,8 @@ import nki.isa as nisa
 import nki.language as nl
 
 P = 128
-TILES = 2  # of 128 tokens, of a turn of the loop on one core
+TILES = 8  # of 128 tokens, of a turn of the loop on one core
+QUANTISED_TILES = 2  # the same, where a tile takes many instructions
 WIDTH = 2048  # lanes of a partition at a time
 SIGN = -(2**31)
 MAGNITUDE = 2**31 - 1
@@ -43,11 +44,12 @@ def write_tokens(
         call.add_side(value)
     if scales != None:  # noqa: E711
         call.take_scales(scales)
-    step = P * TILES * cores
+    tiles = QUANTISED_TILES if call.quantised else TILES
+    step = P * tiles * cores
     looped = num_tokens // step * step
 
     def some_tiles(token):
-        for k in range(TILES):
+        for k in range(tiles):
             call.write(token, (k * cores + core) * P, P)
 
     if looped > 0:
