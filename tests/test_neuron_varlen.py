@@ -1,0 +1,244 @@
+"""Packed queries on the NKI kernel, called directly on the simulator: what the shared cases leave out."""
+
+from dataclasses import replace
+from typing import Any
+
+import nki
+import pytest
+import torch
+from nki_sim_kernels import strict_only
+
+from torch_paged.backends.neuron import bridge_simulator, varlen
+from torch_paged.backends.neuron.launch import Launch
+from torch_paged.backends.neuron.plan_varlen import VarlenPlan, varlen_plan
+from torch_paged.testing import AttentionCase, assert_attention, assert_same, build, option_pairs
+from torch_paged.testing.batches import take_sequences
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+GENERATIONS = ("trn2", "trn3")
+Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def run(arguments: dict[str, Any], generation: str = "trn2", cores: int = 1) -> Results:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", generation)
+        return varlen.flash_attn_varlen(Launch(generation, cores, bridge_simulator.run), arguments)
+
+
+def check(case: AttentionCase, generation: str = "trn2", cores: int = 1) -> None:
+    arguments = build(case)
+    assert_attention(case.op, arguments, *run(arguments, generation, cores))
+
+
+def assert_all_same(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
+    for name, a, b in zip(("out", "lse", "max_logits"), actual, expected, strict=True):
+        assert_same(a, b, name)
+
+
+def served(case: AttentionCase) -> AttentionCase:
+    return replace(case, block_size=max(8, case.block_size), layout="contiguous")
+
+
+PAIRS = [served(case) for case in option_pairs() if case.op == "flash_attn_varlen" and case.head_dim <= 256]
+
+
+@pytest.mark.parametrize(("number", "case"), list(enumerate(PAIRS))[::9], ids=lambda x: getattr(x, "name", ""))
+def test_pairs_of_options(number: int, case: AttentionCase) -> None:
+    check(case, GENERATIONS[number % 2], 1 + number // 2 % 2)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_wide_and_narrow_tiles_and_every_body_of_a_loop(cores: int) -> None:
+    case = AttentionCase(
+        "bodies",
+        context_lens=(2500, 5000, 40, 3400),
+        query_lens=(200, 1, 0, 30),
+        new_lens=(2300, 900, 0, 30),
+        num_kv_heads=1,
+        group=6,
+        head_dim=24,
+        stored_dim=32,
+        dtype=torch.bfloat16,
+        padding_rows=2,
+        sinks=True,
+    )
+    arguments = build(case)
+    given = []
+
+    def keep(kernel: Any, cores: int, *kernel_arguments: Any) -> Any:
+        given.append(kernel_arguments)
+        return bridge_simulator.run(kernel, cores, *kernel_arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2")
+        results = varlen.flash_attn_varlen(Launch("trn2", cores, keep), arguments)
+    assert_attention(case.op, arguments, *results)
+    wide, narrow = given[0][10], given[0][17]
+    assert (torch.cat((wide, narrow)).reshape(-1, 2, 4) > 0).any(0).all(), "each source has each body"
+    assert wide.any()
+    assert narrow.any()
+
+
+HIDDEN = {
+    "causal": AttentionCase("hidden", context_lens=(600, 30), query_lens=(9, 30)),
+    "mask": AttentionCase("hidden", context_lens=(70, 30), query_lens=(4, 25), new_lens=(4, 25), mask="heads"),
+    "latent": AttentionCase("hidden", context_lens=(70,), query_lens=(9,), latent=True, value_dim=48, num_kv_heads=1),
+}
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("side", [0, 1], ids=["key", "value"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_rows_that_do_not_see_what_is_not_finite_keep_their_bits(name: str, side: int, poison: float) -> None:
+    case = replace(HIDDEN[name], dtype=torch.bfloat16 if side else torch.float32)
+    arguments, clean = build(case), build(case)
+    context, new = case.context_lens[0] if case.context_lens else 0, case.new_lens
+    key = context - 3
+    block = int(arguments["block_tables"][0, key // case.block_size])
+    arguments["kv_cache"][-1 if side else 0, block, 0, key % case.block_size, 5] = poison
+    position = sum(part[0] for part in (case.context_lens, new) if part) - (case.query_lens or ())[0]
+    sees = torch.zeros((arguments["query"].shape[0], case.num_heads), dtype=torch.bool)
+    for row in range((case.query_lens or ())[0]):
+        visible = torch.tensor(position + row >= key)
+        if arguments["attn_mask"] is not None:
+            visible = visible & arguments["attn_mask"][:, row, key]
+        sees[row, : case.group] = visible if visible.dim() == 0 else visible[: case.group]
+    assert sees.any()
+    assert not sees[:, : case.group].all()
+    results, expected = run(arguments), run(clean)
+    assert_all_same(tuple(x[~sees] for x in results), tuple(x[~sees] for x in expected))
+    if side and not case.latent:
+        assert (results[0][sees][:, 5] == poison).all() or poison != poison
+        others = torch.arange(case.head_dim) != 5
+        assert_same(results[0][sees][:, others], expected[0][sees][:, others])
+    if poison != poison:
+        assert results[0][sees][:, 5].isnan().all()
+
+
+INVARIANT = [
+    AttentionCase("invariant", context_lens=(2300, 0, 5, 63), query_lens=(130, 33, 1, 0), sinks=True, num_kv_heads=1),
+    AttentionCase(
+        "invariant_both",
+        context_lens=(600, 0, 5, 63),
+        query_lens=(150, 33, 1, 0),
+        new_lens=(150, 1100, 1, 4),
+        dtype=torch.bfloat16,
+        num_kv_heads=1,
+    ),
+    AttentionCase(
+        "invariant_e4m3",
+        context_lens=(700, 0, 63),
+        query_lens=(40, 3, 2),
+        new_lens=(40, 3, 2),
+        cache_dtype=torch.float8_e4m3fn,
+        scales_rank=2,
+        alibi=True,
+        mask="kv_heads",
+        positions="anywhere",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", INVARIANT, ids=lambda case: case.name)
+def test_same_bits_alone_in_any_batch_and_on_two_cores(case: AttentionCase) -> None:
+    arguments = build(case)
+    expected = run(arguments)
+    assert_attention(case.op, arguments, *expected)
+    assert_all_same(run(arguments, cores=2), expected)
+    for order in ([case.num_seqs - 1, 1, 0], [1], [0]):
+        taken, rows = take_sequences(arguments, order)
+        taken["max_seqlen_q"] = max((case.query_lens or ())[seq] for seq in order)
+        assert_all_same(run(taken, cores=1 + len(order) % 2), tuple(result[rows] for result in expected))
+
+
+@pytest.mark.parametrize("heads", [None, 2, 4])
+@pytest.mark.parametrize("columns", [0, 37, 700])
+def test_masks_of_any_width_and_strides(columns: int, heads: int | None) -> None:
+    case = AttentionCase(
+        "mask", context_lens=(600, 40), query_lens=(3, 20), new_lens=(90, 20), group=2, head_dim=40, causal=False
+    )
+    arguments = build(case)
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand((columns + 3, 23), generator=generator).T[:, 1 : columns + 1] < 0.5
+    arguments["attn_mask"] = mask if heads is None else mask.expand(heads, 23, columns)
+    assert_attention(case.op, arguments, *run(arguments))
+
+
+def test_what_is_outside_of_tables_and_cache_holds_no_keys() -> None:
+    case = AttentionCase("outside", context_lens=(600, 40, 64), query_lens=(5, 3, 2), mask="shared", causal=False)
+    arguments = build(case)
+    width = arguments["block_tables"].shape[1]
+    mask = torch.ones((10, width * case.block_size), dtype=torch.bool)
+    outside = dict(arguments, attn_mask=None, block_tables=arguments["block_tables"].clone())
+    for seq, block, block_id in ((0, 3, arguments["kv_cache"].shape[1]), (0, 37, -7), (2, 0, 2**31 - 1)):
+        outside["block_tables"][seq, block] = block_id
+        first = int(arguments["cu_seqlens_q"][seq])
+        rows = slice(first, int(arguments["cu_seqlens_q"][seq + 1]))
+        mask[rows, block * case.block_size : (block + 1) * case.block_size] = False
+    outside["context_lens"] = torch.tensor([600, -5, 64], dtype=torch.int32)
+    mask[5:8] = False
+    out, lse, max_logits = run(outside)
+    arguments["attn_mask"] = mask
+    assert_attention(case.op, arguments, out, lse, max_logits)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("name", ["query", "kv_cache", "block_tables"])
+def test_calls_without_keys(name: str, sinks: bool) -> None:
+    case = AttentionCase(
+        "nothing", context_lens=(0, 0), query_lens=(3, 1), sinks=sinks, value_dim=40, padding_rows=2 * (name != "query")
+    )
+    arguments = build(case)
+    if name == "query":
+        arguments = take_sequences(arguments, [])[0]
+    elif name == "kv_cache":
+        arguments["kv_cache"] = arguments["kv_cache"][:, :0]
+    else:
+        arguments["block_tables"] = arguments["block_tables"][:, :0]
+    assert_attention(case.op, arguments, *run(arguments))
+
+
+def test_the_layers_of_a_step_share_a_plan() -> None:
+    case = AttentionCase("layers", context_lens=(40, 17), query_lens=(3, 2), new_lens=(3, 2), mask="shared")
+    arguments = build(case)
+    made = []
+
+    def counted(*given: Any) -> VarlenPlan:
+        made.append(given)
+        return varlen_plan(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varlen, "varlen_plan", counted)
+        for step in range(1, 3):
+            for layer in range(3):
+                arguments["key"] = build(case, seed=layer)["key"]
+                assert_attention(case.op, arguments, *run(arguments))
+            assert len(made) == step
+            arguments["context_lens"].sub_(1)
+
+
+@strict_only
+def test_work_follows_the_keys_that_are_seen_and_not_what_tables_and_caches_could_hold() -> None:
+    case = AttentionCase("capacity", context_lens=(700, 40), query_lens=(9, 30), num_kv_heads=1)
+    arguments = build(case)
+
+    def counted(given: dict[str, Any]) -> tuple[list[Any], Results]:
+        tallies = []
+
+        def keep(kernel: Any, cores: int, *kernel_arguments: Any) -> Any:
+            simulated = nki.simulate(kernel)
+            found = simulated(*kernel_arguments)
+            tallies.append(simulated.cores[0].tally)
+            return found
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2")
+            return tallies, varlen.flash_attn_varlen(Launch("trn2", 1, keep), given)
+
+    tables = torch.nn.functional.pad(arguments["block_tables"], (0, 3000), value=-1)
+    cache = torch.nn.functional.pad(arguments["kv_cache"], (0, 0) * 3 + (0, 300), value=float("nan"))
+    tallies, expected = counted(arguments)
+    more_tallies, found = counted(dict(arguments, block_tables=tables, kv_cache=cache, max_seqlen_k=2**20))
+    assert_all_same(found, expected)
+    assert more_tallies == tallies
