@@ -143,7 +143,10 @@ class _Call(nl.NKIObject):
         _format(stored, quotient.reshape(new.shape), signs.reshape(new.shape), missing.reshape(new.shape))
 
     def _scales(self, magnitudes):
-        """Return the largest magnitude over qmax for each token and head, 1 where it is 0."""
+        """Return the largest magnitude over qmax for each token and head, 1 where it is 0.
+
+        A scale that is no normal number, below 2**-126, is rounded twice: it may be one unit off.
+        """
         shape = (magnitudes.shape[0], magnitudes.shape[1])
         largest, scales = nl.ndarray(shape, dtype=nl.float32), nl.ndarray(shape, dtype=nl.float32)
         nisa.tensor_reduce(dst=largest, op=nl.maximum, data=magnitudes, axis=2)
