@@ -14,20 +14,23 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 DEVICE = "neuron"
 _KEYS = ("CPU", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
-_RESHAPES = ("aten::view", "aten::_unsafe_view", "aten::_reshape_alias")
+_RESHAPES = tuple(getattr(torch.ops.aten, name).default for name in ("view", "_unsafe_view", "_reshape_alias"))
+_hosts: dict[int, Tensor] = {}  # storage of a tensor of the device -> its host tensor
 _calls: list[tuple[Any, int, tuple[Any, ...]]] = []  # kernel, cores, arguments with ``Tensor`` for each tensor
 ran: list[tuple[str, int]] = []
 """Name and cores of each kernel that ran."""
 
 
-def _host(tensor: Any) -> Any:
-    return getattr(tensor, "host", tensor)
+def _host(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.device.type != DEVICE:
+        return value
+    return _hosts[value.untyped_storage()._cdata]
 
 
 def _on_device(tensor: Tensor) -> Tensor:
-    found: Any = torch._C._acc.create_empty_tensor(tuple(tensor.shape), tensor.dtype)
-    found.host = tensor
-    return found  # type: ignore[no-any-return]
+    found = torch._C._acc.create_empty_tensor(tuple(tensor.shape), tensor.dtype)
+    _hosts[found.untyped_storage()._cdata] = tensor
+    return found
 
 
 def _on_host(op: Any) -> Any:
@@ -37,7 +40,7 @@ def _on_host(op: Any) -> Any:
         asked = kwargs.get("device")
         if asked is not None:
             kwargs["device"] = torch.device("cpu")
-        if op._schema.name in _RESHAPES:  # a tensor of the device looks contiguous, whatever its host tensor is
+        if op in _RESHAPES:  # a tensor of the device looks contiguous, whatever its host tensor is
             return _on_device(_host(args[0]).reshape(args[1]))
         result = op(*tree_map(_host, args), **tree_map(_host, kwargs))
         if asked is not None and torch.device(asked).type != DEVICE:

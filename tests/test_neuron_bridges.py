@@ -180,6 +180,38 @@ print([name for name in seen[-1] if "paged" in name or "functionalized" in name]
     assert lines == ["8 1 0", "4", "['auto_functionalized_v2']"]
 
 
+def test_what_one_graph_made_is_not_kept_for_the_next(torch_neuron: dict[str, Any]) -> None:
+    code = (
+        STAND_IN
+        + """
+from torch._dynamo.backends.common import aot_autograd
+cache = (expected_cache.nan_to_num() * 100).to(torch.float8_e4m3fn)
+scales = torch.tensor([0.01, 0.01])
+starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+
+def decode(query, cache, tables, lengths, scales, starts):
+    return torch_paged.paged_attention(query, cache, tables, lengths, kv_scales=scales)
+
+def packed(query, cache, tables, lengths, scales, starts):
+    return torch_paged.flash_attn_varlen(query, cu_seqlens_q=starts, kv_cache=cache, block_tables=tables,
+        context_lens=lengths, max_seqlen_q=2, max_seqlen_k=16, kv_scales=scales)
+
+on_host = (query, cache, tables, lengths, scales, starts)
+on_device = [x.to("neuron") for x in on_host]
+with torch.no_grad():
+    for run in (decode, packed):
+        wanted = run(*on_host)
+        for _ in range(2):
+            torch._dynamo.reset()
+            backend = aot_autograd(fw_compiler=lambda graph, _: graph.forward)
+            compiled = torch.compile(run, backend=backend, fullgraph=True)
+            torch.testing.assert_close(compiled(*on_device).cpu(), wanted)
+        torch.testing.assert_close(run(*on_device).cpu(), wanted)
+"""
+    )
+    assert simulated(code, **torch_neuron) == ([], "")
+
+
 def test_a_generation_without_these_kernels_is_one_sentence(torch_neuron: dict[str, Any]) -> None:
     settings = torch_neuron | {"NEURON_PLATFORM_TARGET_OVERRIDE": "inf2"}
     says = "it needs Trainium 2 or 3 (trn2, trn3), got inf2: set NEURON_PLATFORM_TARGET_OVERRIDE"
@@ -196,3 +228,13 @@ def test_torch_xla_gets_the_kernel_with_its_tensors_and_numbers() -> None:
 
     tensor = torch.zeros(2)
     assert bridge_torch_xla.run(Kernel(), 2, tensor, 3, None) == (2, (tensor, 3, None))
+
+
+def test_the_example_runs_on_the_simulator() -> None:
+    code = """
+import runpy, sys
+sys.argv = ["10_neuron.py", "--steps", "2"]
+runpy.run_path("examples/10_neuron.py", run_name="__main__")
+"""
+    [line], _ = simulated(code, NEURON_PLATFORM_TARGET_OVERRIDE="trn2")
+    assert line.startswith("2 steps on NKI's simulator; largest difference to the reference: ")
