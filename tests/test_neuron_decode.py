@@ -88,10 +88,11 @@ def test_a_sequence_of_nan_leaves_its_neighbours_their_bits(mask: str | None, ca
         mask=mask,
     )
     arguments = build(case)
-    clean = run(arguments)
+    cores = 1 if mask is None else 2
+    clean = run(arguments, cores=cores)
     blocks = arguments["block_tables"][1, : -(-300 // 16)].long()
     arguments["kv_cache"].view(torch.uint8)[:, blocks] = 0xFF
-    spoilt = run(arguments)
+    spoilt = run(arguments, cores=cores)
     others = torch.tensor([0, 2, 3])
     assert_all_same(tuple(x[others] for x in spoilt), tuple(x[others] for x in clean))
     assert spoilt[0][1].isnan().all()
@@ -152,6 +153,23 @@ def test_what_is_outside_of_tables_and_cache_holds_no_keys() -> None:
     for a, b in zip(results, near, strict=True):
         assert_same(a[[0, 3]], b[[0, 3]])
     assert_same(far[2], near[2][2])
+
+
+@pytest.mark.parametrize(("kv_heads", "cache_dtype"), [(1, None), (3, torch.int8), (3, torch.float8_e4m3fn)])
+def test_latent_caches(kv_heads: int, cache_dtype: torch.dtype | None) -> None:
+    case = AttentionCase(
+        "latent",
+        context_lens=(300, 0, 40),
+        latent=True,
+        head_dim=144,
+        stored_dim=160,
+        value_dim=128,
+        num_kv_heads=kv_heads,
+        cache_dtype=cache_dtype,
+        scales_rank=None if cache_dtype is None else 4,
+        dtype=torch.bfloat16,
+    )
+    check(case)
 
 
 def test_a_sink_that_is_none() -> None:
@@ -218,8 +236,8 @@ def test_work_follows_the_keys_that_are_seen_and_not_what_tables_and_caches_coul
         cache = torch.nn.functional.pad(arguments["kv_cache"], (0, 0) * 3 + (0, blocks), value=float("nan"))
         return dict(arguments, block_tables=tables, kv_cache=cache)
 
-    tallies, expected = counted(wide(2000, 0))
-    more_tallies, found = counted(wide(4000, 300))
+    tallies, expected = counted(wide(4500, 0))
+    more_tallies, found = counted(wide(9000, 300))
     assert_all_same(found, expected)
     assert_all_same(found, run(arguments))
     assert more_tallies == tallies

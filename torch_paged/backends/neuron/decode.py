@@ -96,7 +96,7 @@ def paged_attention(launch: Launch, arguments: Arguments) -> tuple[Tensor, Tenso
         value_dim,
         1 / math.sqrt(head_dim) if scale is None else scale,
         arguments["logits_soft_cap"],
-        sides == 1,
+        sides == 1 and num_kv_heads == 1,
     )
     live = num_seqs * sizes.group
     groups = merge_groups(live, launch.cores)

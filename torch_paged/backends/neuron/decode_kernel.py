@@ -47,7 +47,7 @@ def attend_chunks(
     value_dim,
     softmax_scale,
     soft_cap,
-    latent,  # values are the first lanes of the keys
+    latent,  # values are the first lanes of the keys, of a single kv head
 ):
     """Return per chunk and member of a group weighted values, maxima and sums of all kv heads, float32.
 
@@ -180,7 +180,7 @@ class _Call(nl.NKIObject):
         self.buffers = []  # of keys, of values
         for _ in range(1 if self.latent else 2):
             buffers = []
-            for _ in range(max(BUFFERS, 2 * self.num_kv_heads) if self.latent else BUFFERS):
+            for _ in range(BUFFERS):
                 buffer = nl.ndarray((P, self.cache.shape[1]), dtype=self.cache.dtype)
                 _clear(buffer)
                 buffers.append(buffer)
@@ -357,11 +357,9 @@ class _Tile(nl.NKIObject):
     def attend(self, again):
         call = self.call
         logits = nl.ndarray((P, call.num_kv_heads, call.unit, call.group), dtype=nl.float32)
-        keys = []
         for head in range(call.num_kv_heads):
-            units = self._gathered(0, head, call.latent)
-            self._multiply_keys(logits, units, head)
-            keys.append(units if call.latent else None)
+            keys = self._gathered(0, head, call.latent)
+            self._multiply_keys(logits, keys, head)
         if call.soft_cap != 0.0:
             nisa.activation(dst=logits, op=nl.tanh, data=logits, scale=1.0 / call.soft_cap)
             nisa.tensor_scalar(dst=logits, data=logits, op0=nl.multiply, operand0=call.soft_cap)
@@ -390,7 +388,7 @@ class _Tile(nl.NKIObject):
         checks = nl.ndarray((P, call.products), dtype=nl.float32)
         nisa.memset(dst=checks, value=0.0)
         for head in range(call.num_kv_heads):
-            values = keys[head] if call.latent else self._gathered(1, head, True)
+            values = keys if call.latent else self._gathered(1, head, True)
             if again:
                 self._weigh_any_values(values, head, blocks, sums, checks)
             else:
@@ -546,7 +544,7 @@ class _Tile(nl.NKIObject):
         call = self.call
         for i in range(exponents.shape[1]):
             head = heads.start + i
-            scales = call.fetched(call.token_scales, self.rows[:, 0 if call.latent else 1, head : head + 1])
+            scales = call.fetched(call.token_scales, self.rows[:, 1, head : head + 1])
             wide = scales.reshape((P, call.unit, 1)).broadcast(2, exponents.shape[3])
             mine = exponents[:, i, :, :]
             nisa.tensor_tensor(dst=mine, data1=mine, data2=wide, op=nl.multiply)

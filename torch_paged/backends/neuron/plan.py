@@ -22,7 +22,7 @@ QUERY_BYTES = 8192
 TURN_MERGES = 8
 """Chunks of a row that a turn of the merging loop takes."""
 DESCRIPTOR_BYTES = 4096
-"""Bytes of a unit where blocks are large enough: DMA engines lose little with that much in a descriptor."""
+"""Bytes of a unit where blocks are large enough, or up to twice as many: DMA engines lose little with them."""
 UNIT_TOKENS = 32
 """Tokens of a unit at most, however narrow they are."""
 
@@ -103,7 +103,11 @@ def unit_tokens(block_size: int, stored_row_bytes: int, row_bytes: int, head_byt
         head_bytes: of a number for each query head, as it is multiplied; all heads' weights lie on chip at once.
     """
     tokens = min(block_size, UNIT_TOKENS)
-    while tokens > 1 and tokens * max(2 * stored_row_bytes, row_bytes, 2 * head_bytes) > 2 * DESCRIPTOR_BYTES:
+    while tokens > 1 and (
+        tokens * stored_row_bytes >= 2 * DESCRIPTOR_BYTES
+        or tokens * row_bytes > 2 * DESCRIPTOR_BYTES
+        or tokens * head_bytes > DESCRIPTOR_BYTES
+    ):
         tokens //= 2
     return tokens
 
