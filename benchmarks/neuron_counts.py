@@ -16,6 +16,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from torch_paged.backends.neuron.cost import ENGINES, Counts, Instruction
 from torch_paged.backends.neuron.launch import Launch
 
 VARIABLES = ("NEURON_PLATFORM_TARGET_OVERRIDE", "NEURON_LOGICAL_NC_CONFIG")
+SIZES = ("elements", "bytes", "descriptors")
 Place = tuple[Any, ...]
 """Of a loop and its parents: the body, numbers that it closes over, and how many alike came before it."""
 
@@ -72,8 +75,8 @@ class Recorder:
 
     Attributes:
         bodies: what a turn of an innermost loop does, by core and place. A loop that is known does not turn, one that
-            is not turns once. Where bodies differ in one number, what a turn does is linear in it: so it is with tiles
-            of a turn. None: every loop turns.
+            is not turns once. Where bodies differ in one number, as tiles of a turn, what a turn does is continued
+            from two of them. None: every loop turns.
         counts: of each core.
     """
 
@@ -97,7 +100,7 @@ class Recorder:
                     found[body[i]] = counts
             if len(found) > 1:
                 (low, fewer), (high, more) = sorted(found.items())[:2]
-                return fewer.plus(more.plus(fewer, -1), (mine[i] - low) / (high - low))
+                return _continued(fewer, more, (mine[i] - low) / (high - low))
         return None
 
     def instruction(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -229,6 +232,35 @@ class Replayed(Counted):
 
     def _run(self, kernel: Any, cores: int, *arguments: Any) -> Any:
         return next(self._before)
+
+
+def _continued(fewer: Counts, more: Counts, steps: float) -> Counts | None:
+    """Return the counts so many steps from ``fewer`` on, one of which leads to ``more``; None where they tell no step.
+
+    Instructions become more, or one of them moves more: it is then another one of its kind.
+    """
+    change = {key: more.instructions.get(key, 0) - fewer.instructions.get(key, 0) for key in more.instructions}
+    ended = sorted(fewer.instructions.keys() - more.instructions.keys(), key=_order)
+    begun = sorted(more.instructions.keys() - fewer.instructions.keys(), key=_order)
+    found = {key: fewer.instructions[key] + steps * change[key] for key in fewer.instructions if key in change}
+    for old, new in zip_longest(ended, begun):
+        if old is None or new is None or fewer.instructions[old] != more.instructions[new]:
+            return None
+        sizes = {name: getattr(old, name) + steps * (getattr(new, name) - getattr(old, name)) for name in SIZES}
+        key = replace(new, **{name: int(size) for name, size in sizes.items()})
+        if _kind(old) != _kind(new):
+            return None
+        found[key] = found.get(key, 0) + fewer.instructions[old]
+    turns, barriers = (a + steps * (b - a) for a, b in ((fewer.turns, more.turns), (fewer.barriers, more.barriers)))
+    return None if min(found.values()) < 0 else Counts(found, turns, barriers)
+
+
+def _kind(key: Instruction) -> Instruction:
+    return replace(key, **dict.fromkeys(SIZES, 0))
+
+
+def _order(key: Instruction) -> tuple[str, tuple[int, ...]]:
+    return repr(_kind(key)), tuple(getattr(key, name) for name in SIZES)
 
 
 def _storages(values: Any) -> dict[int, int]:
