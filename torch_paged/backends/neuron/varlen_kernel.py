@@ -24,6 +24,7 @@ P = 128
 LEAST = -1e24  # a maximum below which no logit counts; its product with any scale that is folded stays above fp32.min
 SMALLEST = 2.0**-60  # less than the sum of any row that sees a key, and within the logarithm's range
 LEAST_SCALE = 1e-6  # of the logits: smaller ones, and those that are not positive, are multiplied before the selection
+AHEAD_BYTES = 8192  # of a partition: keys of a head that are fetched while those of another are attended to
 TURNED = 4  # transposes that share a bank of PSUM and a copy
 HUGE = 2.0**100  # its square overflows
 
@@ -157,6 +158,8 @@ class _Call(nl.NKIObject):
         self.query, self.out, self.found = self._by_unit(query), self._by_unit(out), self._by_unit(found)
         self.sinks, self.slopes = self._by_unit(sinks), self._by_unit(slopes)
         self.soft_cap = soft_cap
+        size = 4 if query.dtype == nl.float32 else 2
+        self.ahead = CHUNK_KEYS // P * self.head_dim * size <= AHEAD_BYTES
         self.sources = []
         # Logits that are more than the product times a positive scale are computed before the selection.
         self.early = soft_cap != 0.0 or slopes != None or softmax_scale < LEAST_SCALE  # noqa: E711
@@ -306,11 +309,13 @@ class _State(nl.NKIObject):
         if source.mask != None and call.mask_heads == 1:  # noqa: E711
             for n in range(call.unit_tiles):
                 shared.append(walk.shown(steps, 0, n, 0))
-        waiting = None
-        fetched = source.fetch(chunk, 0)
+        waiting, fetched = None, None
         for head in range(call.num_kv_heads):
+            if fetched == None:  # noqa: E711
+                fetched = source.fetch(chunk, head)
             keys, values = fetched
-            if head + 1 < call.num_kv_heads:
+            fetched = None
+            if head + 1 < call.num_kv_heads and call.ahead and not again:
                 fetched = source.fetch(chunk, head + 1)
             turned = self._turn_keys(keys, steps)
             values = self._clean(values, end, again)
@@ -327,7 +332,11 @@ class _State(nl.NKIObject):
                     if waiting != None:  # noqa: E711
                         self._weigh(waiting, source)
                     waiting = (column, head, item, values)
-        self._weigh(waiting, source)
+            if again or not call.ahead:  # so much lies on chip at once
+                self._weigh(waiting, source)
+                waiting = None
+        if waiting != None:  # noqa: E711
+            self._weigh(waiting, source)
         walk.advance()
 
     def _turn_keys(self, keys, steps):
