@@ -5,6 +5,7 @@ from torch import Tensor
 
 from torch_paged.backends import Arguments
 from torch_paged.backends.neuron.copy_kernel import copy_rows
+from torch_paged.backends.neuron.float8 import float8_values
 from torch_paged.backends.neuron.gather_kernel import gather_units
 from torch_paged.backends.neuron.launch import Launch
 from torch_paged.backends.neuron.plan_memory import remembered
@@ -107,8 +108,7 @@ def gather_cache(launch: Launch, arguments: Arguments) -> tuple[Tensor, Tensor]:
         row_scales = of_heads[None, :, None].expand(num_seqs, kv_heads, units, sides).reshape(-1, sides)
     table = None
     if kv_cache.dtype == torch.float8_e4m3fn and launch.generation == "trn2":
-        values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-        table, kv_cache = values.reshape(1, 256).to(kv_cache.device), _stored(kv_cache)
+        table, kv_cache = float8_values(torch.float32, kv_cache.device), _stored(kv_cache)
     cache = kv_cache.view(-1, unit * stored_dim)
     dense = launch(gather_units, cache, rows, counts, row_scales, token_scales, table, unit)
     if sides == 1:

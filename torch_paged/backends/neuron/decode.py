@@ -1,6 +1,5 @@
 """Paged attention for decode: the torch side, which lays out what the kernels read and computes nothing."""
 
-import functools
 import math
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch.nn.functional import pad
 
 from torch_paged.backends import Arguments
 from torch_paged.backends.neuron.decode_kernel import attend_chunks
+from torch_paged.backends.neuron.float8 import float8_values
 from torch_paged.backends.neuron.launch import Launch
 from torch_paged.backends.neuron.merge_kernel import merge_chunks
 from torch_paged.backends.neuron.plan import (
@@ -69,7 +69,7 @@ def paged_attention(launch: Launch, arguments: Arguments) -> tuple[Tensor, Tenso
     num_rows = sides * num_blocks * num_kv_heads * parts
     cache, table = kv_cache.view(num_rows, unit * stored_dim), None
     if cache.dtype == torch.float8_e4m3fn and launch.generation == "trn2":
-        cache, table = cache.view(torch.uint8), _float8_values(dtype, str(query.device))
+        cache, table = cache.view(torch.uint8), float8_values(dtype, query.device)
     head_scales = token_scales = None
     if scales_rank == 4:
         token_scales = kv_scales.reshape(num_rows, unit)
@@ -134,12 +134,6 @@ def _laid_out_mask(attn_mask: Tensor, sizes: Any) -> Tensor:
     heads, num_seqs, _ = mask.shape
     mask = mask.reshape(heads, num_seqs, mask_units, unit).permute(1, 2, 0, 3)
     return mask.reshape(num_seqs * mask_units, heads * unit).view(torch.uint8)
-
-
-@functools.cache
-def _float8_values(dtype: torch.dtype, device: str) -> Tensor:
-    """Return what the bytes of e4m3fn mean, (1, 256): the engines of trn2 do not know the format."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(dtype).reshape(1, 256).to(device)
 
 
 def _no_keys(query: Tensor, sinks: Tensor | None, value_dim: int) -> tuple[Tensor, Tensor, Tensor]:

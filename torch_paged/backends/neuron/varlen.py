@@ -1,6 +1,5 @@
 """Packed ragged queries: the torch side, which lays out what the kernel reads and computes nothing."""
 
-import functools
 import math
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from torch_paged.backends import Arguments
+from torch_paged.backends.neuron.float8 import float8_values
 from torch_paged.backends.neuron.launch import Launch
 from torch_paged.backends.neuron.plan import PARTITIONS
 from torch_paged.backends.neuron.plan_memory import remembered
@@ -94,7 +94,7 @@ def flash_attn_varlen(launch: Launch, arguments: Arguments) -> tuple[Tensor, Ten
         num_rows = sides * num_blocks * num_kv_heads * parts
         cache = kv_cache.view(num_rows, -1)
         if cache.dtype == torch.float8_e4m3fn and launch.generation == "trn2":
-            cache, table = cache.view(torch.uint8), _float8_values(query.dtype, str(query.device))
+            cache, table = cache.view(torch.uint8), float8_values(query.dtype, query.device)
         if kv_scales is not None and kv_scales.dim() == 4:
             token_scales = kv_scales.reshape(num_rows, KEY_UNIT)
         elif kv_scales is not None:
@@ -201,12 +201,6 @@ def _new_mask(attn_mask: Tensor, *given: Any) -> Tensor:
     mask = attn_mask if attn_mask.dim() == 3 else attn_mask[None]
     places = columns.clamp(max=sizes.mask_columns - 1).expand(mask.shape[0], -1, -1)
     return (mask.gather(2, places) & (columns < sizes.mask_columns)).reshape(-1, CHUNK_KEYS).view(torch.uint8)
-
-
-@functools.cache
-def _float8_values(dtype: torch.dtype, device: str) -> Tensor:
-    """Return what the bytes of e4m3fn mean, (1, 256): the engines of trn2 do not know the format."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(dtype).reshape(1, 256).to(device)
 
 
 def _no_keys(
