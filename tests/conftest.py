@@ -1,6 +1,7 @@
 """What the tests share: the backends that run here, and memory that is never clean by luck."""
 
 import functools
+import importlib.util
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -9,6 +10,11 @@ import torch
 
 import torch_paged  # noqa: F401  (defines the ops)
 from torch_paged.testing.backends import REFERENCE, Backend, Refused, backends_here
+
+if importlib.util.find_spec("jax") is None:
+    collect_ignore_glob = ["test_tpu_*.py"]
+elif importlib.util.find_spec("libtpu") is None:  # no compiler of the real chips
+    collect_ignore_glob = [f"test_tpu_{name}.py" for name in ("aot", "cache", "matrix", "static")]
 
 _refused: set[str] = set()  # tests that a refusal ended
 

@@ -87,6 +87,8 @@ def test_block_ids_outside_of_the_cache_hold_no_keys_and_lengths_end_with_the_ta
         wild["block_tables"][seq, block] = block_id
         arguments["attn_mask"][seq, block * case.block_size : (block + 1) * case.block_size] = False
     assert_attention(case.op, arguments, *run(wild, SIMULATED["on_wait"]))
+    wild["context_lens"] = torch.tensor([2**31 - 1, 33, 48], dtype=torch.int32)
+    assert_attention(case.op, {**arguments, "context_lens": torch.tensor([608, 33, 48])}, *run(wild, True))
     wild["context_lens"] = torch.tensor([-5, 33, 48], dtype=torch.int32)
     out, lse, max_logits = run(wild, True)
     assert not out[0].any()
@@ -147,7 +149,7 @@ def test_blocks_fit_vmem(chip: Chip, kv_heads: int) -> None:
     blocks = decode_blocks(chip, page, width=4096, rows=kv_heads * 8, key_bytes=64, num_seqs=8)
     assert blocks.buffers >= 2
     assert blocks.pages % blocks.tile_pages == 0
-    if page.vmem_bytes < chip.kernel_bytes // 2:
+    if page.vmem_bytes < chip.kernel_bytes * 3 // 8:
         assert blocks.buffers * blocks.pages * page.vmem_bytes <= chip.kernel_bytes
     assert decode_blocks(chip, page, width=1, rows=8, key_bytes=0, num_seqs=3).pages == 1
     small = Page(kv_heads, block_size=16, stored_dim=128, itemsize=1)

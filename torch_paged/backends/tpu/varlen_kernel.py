@@ -33,7 +33,6 @@ class Static:
     sources: tuple[str, ...]
     group: int
     head_dim: int
-    value_dim: int
     softmax_scale: float
     logits_soft_cap: float
     causal: bool
