@@ -64,7 +64,7 @@ def test_nothing_of_the_caches_size_is_made(op: str, stored: str, kv_heads: int)
         assert not made, made
 
 
-@pytest.mark.parametrize(("chip", "kv_heads", "block_size"), [("v6e", 2, 8), ("v6e", 8, 16), ("tpu7x", 2, 8)])
+@pytest.mark.parametrize(("chip", "kv_heads", "block_size"), [("v6e", 2, 8), ("v6e", 8, 16), ("v5p", 2, 8)])
 def test_scales_of_tokens_are_copied_where_they_are(chip: str, kv_heads: int, block_size: int) -> None:
     """More of them than VMEM holds, which XLA would lay out anew to take whole blocks."""
     num_blocks = 2**24 // kv_heads // block_size

@@ -38,7 +38,7 @@ _ATTENTION_OPTIONS = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_e
 _LARGE = 2**19
 """Elements of an array from which on a call's program is worth being compiled well."""
 _KEPT = 16
-"""Programs that are kept: one takes 10 MB and up to a thousand memory mappings, of which a process has 65530."""
+"""Programs that are kept: one takes up to 2000 memory mappings, of which a process has 65530, and some 10 MB."""
 
 
 def kernels(info: BackendInfo) -> dict[str, Callable[..., Any]]:
