@@ -71,6 +71,13 @@ def test_options(case: AttentionCase) -> None:
     assert_attention(case.op, arguments, *run(arguments, SIMULATED["on_wait"]))
 
 
+def test_a_chunk_begins_within_a_page() -> None:
+    arguments = build(
+        AttentionCase("chunk", context_lens=(17, 33, 24), stored_dim=128, attention_chunk=12, block_size=8)
+    )
+    assert_attention("paged_attention", arguments, *run(arguments, True))
+
+
 def test_one_key_in_the_window_and_a_chunk_that_begins_with_the_query() -> None:
     case = AttentionCase("nearest", context_lens=(17, 33, 1), stored_dim=128, sliding_window=1, block_size=8)
     for arguments in (build(case), {**build(case), "sliding_window": 9, "attention_chunk": 16}):
