@@ -202,8 +202,13 @@ def _each_member(group: int, body: Callable[[Any], None]) -> None:
     if group <= _UNROLLED_MEMBERS:
         for member in range(group):
             body(member)
-    else:  # a program of hundreds of copies takes minutes to compile
-        lax.fori_loop(0, group, lambda member, carry: (body(member), carry)[1], 0)
+        return
+
+    def turn(member: Any, carry: Any) -> Any:
+        body(member)
+        return carry
+
+    lax.fori_loop(0, group, turn, 0)  # a program of hundreds of copies takes minutes to compile
 
 
 def _rows_of(member: Any, tokens: int) -> Any:
