@@ -119,6 +119,7 @@ test-tpu: $(TPU_VENV)/.ready $(LIBRARY)
 	TORCH_PAGED_TPU_INTERPRET=eager,races $(TPU) $(SIMULATED) $(ARGS)
 	TORCH_PAGED_TPU_INTERPRET=1 TORCH_PAGED_DEBUG=1 $(TPU) tests/test_bad_input.py $(ARGS)
 	TORCH_PAGED_TPU_INTERPRET=1 $(TPU) $(CONFORMANCE) $(ARGS)
+	$(WITHOUT_TPU) $(TPU_VENV)/bin/python -m benchmarks.tpu_gate
 
 # torch_xla wants an older torch and jax than the other tests; they read neither jax nor libtpu from the extra "test".
 # Attention's shared cases, hours of compilations, are run in part: one for each option.

@@ -16,6 +16,11 @@ if importlib.util.find_spec("nki") is None:  # before torch_paged looks for it
 import torch_paged  # noqa: F401  (defines the ops)
 from torch_paged.testing.backends import REFERENCE, Backend, Refused, backends_here
 
+if importlib.util.find_spec("jax") is None:
+    collect_ignore_glob = ["test_tpu_*.py"]
+elif importlib.util.find_spec("libtpu") is None:  # no compiler of the real chips
+    collect_ignore_glob = [f"test_tpu_{name}.py" for name in ("aot", "cache", "matrix", "static")]
+
 _refused: set[str] = set()  # tests that a refusal ended
 
 

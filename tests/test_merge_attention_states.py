@@ -43,6 +43,16 @@ def test_parts_that_saw_nothing_weigh_nothing(backend: Backend) -> None:
     assert (lse == float("-inf")).all()
 
 
+def test_a_part_that_is_no_number_shows(backend: Backend) -> None:
+    arguments = build(MergeCase("nan", parts=3))
+    arguments["lses"][1, 2] = float("nan")
+    out, lse = backend("merge_attention_states", arguments)
+    assert out[2].isnan().all()
+    assert lse[2].isnan().all()
+    others = torch.arange(out.size(0)) != 2
+    assert out[others].isfinite().all()
+
+
 def test_large_lse_does_not_overflow(backend: Backend) -> None:
     arguments = build(MergeCase("large"))
     arguments["lses"] += 1e4

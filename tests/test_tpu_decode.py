@@ -71,6 +71,13 @@ def test_options(case: AttentionCase) -> None:
     assert_attention(case.op, arguments, *run(arguments, SIMULATED["on_wait"]))
 
 
+def test_a_chunk_begins_within_a_page() -> None:
+    arguments = build(
+        AttentionCase("chunk", context_lens=(17, 33, 24), stored_dim=128, attention_chunk=12, block_size=8)
+    )
+    assert_attention("paged_attention", arguments, *run(arguments, True))
+
+
 def test_one_key_in_the_window_and_a_chunk_that_begins_with_the_query() -> None:
     case = AttentionCase("nearest", context_lens=(17, 33, 1), stored_dim=128, sliding_window=1, block_size=8)
     for arguments in (build(case), {**build(case), "sliding_window": 9, "attention_chunk": 16}):
@@ -87,6 +94,11 @@ def test_block_ids_outside_of_the_cache_hold_no_keys_and_lengths_end_with_the_ta
         wild["block_tables"][seq, block] = block_id
         arguments["attn_mask"][seq, block * case.block_size : (block + 1) * case.block_size] = False
     assert_attention(case.op, arguments, *run(wild, SIMULATED["on_wait"]))
+    arguments["kv_cache"] = wild["kv_cache"] = wild["kv_cache"].nan_to_num()
+    arguments["context_lens"], wild["context_lens"] = (
+        torch.tensor([length, 33, 48], dtype=torch.int32) for length in (608, 2**31 - 1)
+    )
+    assert_attention(case.op, arguments, *run(wild, True))
     wild["context_lens"] = torch.tensor([-5, 33, 48], dtype=torch.int32)
     out, lse, max_logits = run(wild, True)
     assert not out[0].any()
@@ -147,7 +159,7 @@ def test_blocks_fit_vmem(chip: Chip, kv_heads: int) -> None:
     blocks = decode_blocks(chip, page, width=4096, rows=kv_heads * 8, key_bytes=64, num_seqs=8)
     assert blocks.buffers >= 2
     assert blocks.pages % blocks.tile_pages == 0
-    if page.vmem_bytes < chip.kernel_bytes // 2:
+    if page.vmem_bytes < chip.kernel_bytes * 3 // 8:
         assert blocks.buffers * blocks.pages * page.vmem_bytes <= chip.kernel_bytes
     assert decode_blocks(chip, page, width=1, rows=8, key_bytes=0, num_seqs=3).pages == 1
     small = Page(kv_heads, block_size=16, stored_dim=128, itemsize=1)

@@ -160,6 +160,16 @@ def test_attention(case: AttentionCase) -> None:
     assert_attention(case.op, arguments, *interpreted()(case.op, arguments, stats=True))
 
 
+@pytest.mark.parametrize("lengths", [(4, 5, 5, 8), (0, -3, 2**31 - 1, 5), (0, 7, 3, 8), (-(2**31), 5, 5, 9)], ids=str)
+def test_lengths_that_make_no_sense_leave_no_row_unwritten(lengths: tuple[int, ...]) -> None:
+    arguments = build(AttentionCase("wild", context_lens=(17, 0, 40), query_lens=QUERIES))
+    arguments["cu_seqlens_q"] = torch.tensor(lengths, dtype=torch.int32)
+    arguments["context_lens"] = torch.tensor((2**31 - 1, -5, 40), dtype=torch.int32)
+    arguments["kv_cache"] = arguments["kv_cache"].nan_to_num()
+    for result in interpreted()("flash_attn_varlen", arguments, stats=True):
+        assert not result.isnan().any()
+
+
 def test_a_race_is_found_in_any_kernel_of_a_call() -> None:
     def copy(wait: bool) -> Any:
         def kernel(source: Any, out: Any, buffer: Any, semaphore: Any) -> None:

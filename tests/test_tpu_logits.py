@@ -1,4 +1,4 @@
-"""The steps that both attention kernels of the TPU share, on values."""
+"""The steps from products to weights, on values."""
 
 import jax.numpy as jnp
 import numpy as np

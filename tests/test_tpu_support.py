@@ -88,7 +88,7 @@ def test_a_block_that_vmem_does_not_hold_twice_is_refused(query_lens: tuple[int,
         program_of(call, "tpu", "v4")
     assert str(raised.value) == (
         f"{case.op}: backend 'tpu' does not support kv_cache with {2**23} bytes in a block on v4 (at most "
-        f"{6 * 2**20}, as VMEM holds two blocks); use a smaller block size"
+        f"{9 * 2**19}, as VMEM holds two blocks and what is computed of them); use a smaller block size"
     )
     for chip in ("v5e", "v5p", "v6e", "tpu7x"):
         assert program_of(call, "tpu", chip).chip == chip

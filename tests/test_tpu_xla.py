@@ -48,13 +48,15 @@ def step(
     return query
 
 
-def run_steps(function: Callable[..., Tensor], device: torch.device | str) -> tuple[list[Tensor], list[Tensor]]:
+def run_steps(
+    function: Callable[..., Tensor], device: torch.device | str, steps: range = STEPS
+) -> tuple[list[Tensor], list[Tensor]]:
     generator = torch.Generator().manual_seed(0)
     block_tables = torch.randperm(BATCH * WIDTH, generator=generator).to(torch.int32).reshape(BATCH, WIDTH)
     shape = (2, BATCH * WIDTH, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
     caches = [torch.randn(shape, generator=generator).to(device) for _ in range(LAYERS)]
     outs = []
-    for position in STEPS:
+    for position in steps:
         query = torch.randn(BATCH, HEADS, HEAD_DIM, generator=generator)
         key = torch.randn(BATCH, KV_HEADS, HEAD_DIM, generator=generator)
         slots = block_tables[:, position // BLOCK_SIZE].long() * BLOCK_SIZE + position % BLOCK_SIZE
@@ -80,7 +82,7 @@ def test_this_torch_serves_the_cpu_by_the_same_library() -> None:
 def test_steps_write_in_place_and_compile_once_as_contexts_grow(way: str) -> None:
     expected, expected_caches = run_steps(step, "cpu")
     function = step if way == "lazy" else torch.compile(step, backend="openxla", fullgraph=True)
-    run_steps(function, DEVICE)
+    run_steps(function, DEVICE, STEPS[:2])  # the first finds the caches as they were made
     metrics.clear_all()
     outs, caches = run_steps(function, DEVICE)
     assert metrics.counter_value("UncachedCompile") is None
@@ -133,7 +135,7 @@ def test_scales_are_written_with_the_cache() -> None:
     torch_paged.copy_blocks(on_device[0], *(x.to(DEVICE) for x in blocks), kv_scales=on_device[1])
     torch_paged.copy_blocks(kv_cache, *blocks, kv_scales=kv_scales)
     assert_same(on_device[0].cpu(), kv_cache)
-    torch.testing.assert_close(on_device[1].cpu(), kv_scales, rtol=1e-6, atol=0)
+    assert_same(on_device[1].cpu(), kv_scales)
 
 
 def test_programs_of_the_cpu_still_compile_beside_torch_xla() -> None:

@@ -1,10 +1,10 @@
 """Compile every op for every chip, dtype and shape, without a TPU, and look at the programs: ``make tpu-matrix``.
 
-A cell is a call of an op on a chip. It is supported when the chip's compiler takes the program, attention is one kernel
-with no dense attention around it, and no operation makes a copy of the cache. Every outcome is kept in
-``build/tpu_matrix`` until a file that it depends on changes; cells whose programs are the same are compiled once.
-``--seconds`` stops early, and the next run goes on. The order is such that what was done first says most: pairs of
-options, then pairs of shapes, then the rest at random.
+A cell is a call of an op on a chip. It is supported when the chip's compiler takes the program, attention is the
+kernels that it is to be, with no dense attention around them, and no operation makes a copy of the cache. Every outcome
+is kept in ``build/tpu_matrix`` until a file that it depends on changes; cells whose programs are the same are compiled
+once. ``--seconds`` stops early, and the next run goes on. The order is such that what was done first says most: pairs
+of options, then pairs of shapes, then the rest at random.
 """
 
 import argparse
@@ -420,11 +420,12 @@ def main() -> int:
     print(f"{supported} of {len(found)} cells are supported, of {len(cells)} asked for; {versions()}")
     name = f"quick, {versions()}" if args.quick else versions()
     if args.update and not args.only:
-        figures[name] = supported if args.quick else counts(cells, found)
+        unsupported = sorted(cell.name for cell, why in found.items() if why is not None)
+        figures[name] = unsupported if args.quick else counts(cells, found)
         text = json.dumps(figures, indent=1)
         FIGURES.write_text(re.sub(r"\[[\s\d,]+\]", lambda found: " ".join(found[0].split()), text) + "\n")
         return 0
-    before = floor(figures.get(name, 0))
+    before = 0 if args.quick else floor(figures.get(name, {}))
     if len(found) == len(cells) and not args.only and supported < before:
         print(f"tpu-matrix: {before} cells were supported before")
         return 1
@@ -445,18 +446,16 @@ def counts(cells: list[Cell], found: Mapping[Cell, str | None]) -> Counts:
     return {chip: dict(sorted(result[chip].items())) for chip in CHIPS if chip in result}
 
 
-def floor(figures: Counts | int) -> int:
+def floor(figures: Counts) -> int:
     """Return how many cells committed figures say are supported."""
-    if isinstance(figures, int):
-        return figures
     return sum(kinds[0] for ops in figures.values() for kinds in ops.values())
 
 
-def markdown(figures: Mapping[str, Counts | int]) -> str:
+def markdown(figures: Mapping[str, Counts | list[str]]) -> str:
     """Return the committed figures as tables, one for each version of the compiler."""
     lines = []
     for name, chips in figures.items():
-        if isinstance(chips, int):
+        if isinstance(chips, list):
             continue
         ops = sorted({op for each in chips.values() for op in each})
         lines += [

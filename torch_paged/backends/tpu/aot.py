@@ -22,7 +22,6 @@ KERNEL = "tpu_custom_call"
 DENSE = ("dot", "convolution", "gather", "broadcast")
 """What attention outside a kernel is made of."""
 _NO_DATA = ("parameter", "bitcast", "get-tuple-element", "tuple", "custom-call", "constant")
-_BITS = {"pred": 8, "bf16": 16}
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(\S+) = (\(.*?\)|\S+) ([\w-]+)\(")
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{$")
@@ -63,7 +62,6 @@ class Program:
         alias_bytes: outputs that share an argument's memory.
         temp_bytes: memory beyond arguments and outputs.
         argument_bytes: memory of the arguments.
-        output_bytes: memory of the outputs, shared ones included.
         accessed_bytes: what the operations outside kernels read and write, by the compiler's count.
     """
 
@@ -72,7 +70,6 @@ class Program:
     alias_bytes: int
     temp_bytes: int
     argument_bytes: int
-    output_bytes: int
     accessed_bytes: float
 
     @property
@@ -147,7 +144,6 @@ def compile_for(chip: str, module: str) -> Program:
         memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.argument_size_in_bytes,
-        memory.output_size_in_bytes,
         executable.cost_analysis().get("bytes accessed", 0.0),
     )
 
@@ -206,7 +202,7 @@ def _device(chip: str) -> Any:
 
 
 def _num_bytes(dtype: str, sizes: str) -> int:
-    bits = _BITS.get(dtype) or int(re.match(r"[a-z]+(\d+)", dtype)[1])  # type: ignore[index]
+    bits = 8 if dtype == "pred" else int(re.match(r"[a-z]+(\d+)", dtype)[1])  # type: ignore[index]
     return math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
 
 

@@ -37,8 +37,8 @@ _ATTENTION_OPTIONS = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_e
 """The same where bits are compared: code of level 0 rounds a row's lse by the row's place in its tile."""
 _LARGE = 2**19
 """Elements of an array from which on a call's program is worth being compiled well."""
-_KEPT = 64
-"""Programs that are kept: one takes 10 MB and hundreds of memory mappings, of which a process has 65530."""
+_KEPT = 16
+"""Programs that are kept: one takes up to 2000 memory mappings, of which a process has 65530, and some 10 MB."""
 
 
 def kernels(info: BackendInfo) -> dict[str, Callable[..., Any]]:

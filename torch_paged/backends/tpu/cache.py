@@ -97,7 +97,13 @@ def copy_blocks(
         copied = kv_cache.at[:, dst].set(kv_cache[:, src], mode="drop")
     if kv_scales is None:
         return copied
-    return copied, kv_scales.at[:, dst].set(kv_scales[:, src], mode="drop")
+    each = jnp.arange(kv_cache.shape[3], dtype=jnp.int32)
+    old = kv_scales[_index(src[:, None, None], each, kv_cache.shape)]  # (2, P, KH, S)
+
+    def scatter(kv_scales: jax.Array, dst: jax.Array, old: jax.Array) -> jax.Array:
+        return kv_scales.at[_index(dst[:, None, None], each, kv_cache.shape)].set(old, mode="drop")
+
+    return copied, _by_parts(scatter, kv_scales, dst, old, _SCATTERED_SCALES // each.size, nowhere=num_blocks)
 
 
 def gather_cache(
@@ -185,14 +191,18 @@ def _by_parts(
     slot_mapping: jax.Array,  # (T,)
     new: jax.Array,  # (2, T, KH, ...)
     most: int,
+    nowhere: int = -1,
 ) -> jax.Array:
-    """Scatter tokens in their order, so many at a time that no more than ``most`` of (side, token, head) are."""
+    """Scatter tokens in their order, so many at a time that no more than ``most`` of (side, token, head) are.
+
+    A target of ``nowhere`` is dropped.
+    """
     sides, num_tokens, kv_heads, *_ = new.shape
     step = max(1, most // (sides * kv_heads))
     if num_tokens <= step:
         return scatter(target, slot_mapping, new)
     padding = -num_tokens % step
-    slots = jnp.pad(slot_mapping, (0, padding), constant_values=-1)
+    slots = jnp.pad(slot_mapping, (0, padding), constant_values=nowhere)
     new = jnp.pad(new, ((0, 0), (0, padding), *[(0, 0)] * (new.ndim - 2)))
 
     def part(i: jax.Array, target: jax.Array) -> jax.Array:

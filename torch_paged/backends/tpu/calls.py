@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_paged.backends import Arguments, BackendInfo
 from torch_paged.backends.python_kernels import python_kernels
+from torch_paged.backends.tpu.block_sizes import power_of_two
 
 _CACHE_OPTIONS = ("kv_scales", "sinks", "alibi_slopes", "attn_mask")
 _ARRAYS = {
@@ -85,6 +86,9 @@ def jax_call(name: str, arguments: Arguments) -> JaxCall:
     options: dict[str, Any] = {}
     if op in ("paged_attention", "flash_attn_varlen"):
         options = _attention_options(op, arguments, stats=overload == "with_stats")
+        for key in ("cu_seqlens_q", "cu_seqlens_k"):
+            if arrays.get(key) is not None:
+                arrays[key] = _from_zero(arrays[key])
     elif op == "gather_cache":
         options = {"max_len": int(arguments["max_len"])}
     elif op == "copy_blocks":
@@ -124,14 +128,15 @@ def _attention_options(op: str, arguments: Arguments, *, stats: bool) -> dict[st
         "stats": stats,
     }
     if op == "flash_attn_varlen":
-        bounds = {key: _bucket(int(arguments[key])) for key in ("max_seqlen_q", "max_seqlen_k")}
+        # exact lengths would each be a program
+        bounds = {key: power_of_two(int(arguments[key])) for key in ("max_seqlen_q", "max_seqlen_k")}
         options |= {**bounds, "causal": arguments["causal"]}
     return options
 
 
-def _bucket(length: int) -> int:
-    """Return the power of two that stands for a length in tokens: exact lengths would each be a program."""
-    return 1 << max(0, length - 1).bit_length()
+def _from_zero(cu_seqlens: Tensor) -> Tensor:
+    """Return prefix sums that begin with 0: rows in front of the first sequence would be written by no one."""
+    return torch.nn.functional.pad(cu_seqlens[1:], (1, 0))
 
 
 def _int32(indices: Tensor, end: int) -> Tensor:

@@ -51,7 +51,7 @@ def paged_attention(
     if not (num_seqs and num_blocks and width and value_dim):
         return _no_keys(query, sinks, value_dim, stats)
 
-    seqs_at_a_time = max(1, TABLE_WORDS // width)
+    seqs_at_a_time = max(1, TABLE_WORDS // (width + 1))
     parts = []
     for first in range(0, num_seqs, seqs_at_a_time):
         part = slice(first, first + seqs_at_a_time)

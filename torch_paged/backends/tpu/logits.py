@@ -1,6 +1,7 @@
 """From products of queries and keys to weights: scale, soft cap, ALiBi, visibility, and the online softmax.
 
-Functions of values, for a tile of ``R`` query rows and ``K`` keys; both attention kernels use them.
+Functions of values, for a tile of ``R`` query rows and ``K`` keys, for decode. The kernel of packed queries takes the
+products from here, and writes its own softmax into the steps of its pipeline.
 """
 
 from typing import Any

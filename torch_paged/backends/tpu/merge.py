@@ -34,7 +34,7 @@ def merge_attention_states(
     acc = jnp.zeros(outs.shape[1:], jnp.float32)
     for part in range(parts):
         total += weights[part]
-        seen = weights[part][..., None] > 0
+        seen = weights[part][..., None] != 0
         acc += jnp.where(seen, weights[part][..., None] * outs[part].astype(jnp.float32), 0.0)
-    out = jnp.where(total[..., None] > 0, acc / total[..., None], 0.0)
+    out = jnp.where(total[..., None] == 0, 0.0, acc / total[..., None])
     return out.astype(outs.dtype), base + jnp.log(total)

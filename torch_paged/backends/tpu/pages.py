@@ -40,7 +40,7 @@ class PageStream:
     """The stream of blocks of one core.
 
     Attributes:
-        sources: refs in HBM, page on axis 1: the cache, and per-token scales where there are any.
+        sources: refs in HBM, page on axis 1: what pages are copied from.
         buffers: one ref in VMEM per source, ``(num_buffers, pages_per_block, *a page)``.
         semaphores: ``(num_buffers,)`` DMA semaphores.
         table: SMEM ref ``(rows * M,)``, a ``flat_table``.

@@ -142,12 +142,12 @@ def chip_refusal(op: str, kv_cache: torch.Tensor | None, chip: str) -> str | Non
         return None
     _, _, kv_heads, block_size, stored_dim = kv_cache.shape
     num_bytes = Page(kv_heads, block_size, stored_dim, kv_cache.dtype.itemsize).vmem_bytes
-    most = CHIPS[chip].kernel_bytes // 2
+    most = CHIPS[chip].kernel_bytes * 3 // 8
     if num_bytes <= most:
         return None
     return (
         f"{op}: backend 'tpu' does not support kv_cache with {num_bytes} bytes in a block on {chip} (at most {most}, "
-        "as VMEM holds two blocks); use a smaller block size"
+        "as VMEM holds two blocks and what is computed of them); use a smaller block size"
     )
 
 

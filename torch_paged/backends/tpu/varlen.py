@@ -261,7 +261,6 @@ def _attend_part(
         sources=tuple(streams),
         group=group,
         head_dim=head_dim,
-        value_dim=value_dim,
         softmax_scale=softmax_scale,
         logits_soft_cap=logits_soft_cap,
         causal=causal,

@@ -5,6 +5,7 @@ the one before is. Per kv head, the rows of a tile are multiplied by the keys of
 softmax, in powers of two, and weigh the values; the products of the next head fill what this waits for.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -22,6 +23,8 @@ from torch_paged.backends.tpu.logits import NOTHING, dot, weighted_sum
 from torch_paged.backends.tpu.pages import PageStream
 
 LOG2_E = 1.4426950408889634
+_UNROLLED_MEMBERS = 16
+"""Query heads of a kv head that are laid out without a loop."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,6 @@ class Static:
     sources: tuple[str, ...]
     group: int
     head_dim: int
-    value_dim: int
     softmax_scale: float
     logits_soft_cap: float
     causal: bool
@@ -141,11 +143,14 @@ def _lay_out_queries(r: SimpleNamespace, static: Static, slot: Any) -> None:
         r.interleaved[column * size : (column + 1) * size] = queries.reshape(size, LANES)
 
     def kv_head(head: Any, carry: Any) -> Any:
-        for member in range(static.group):
+        def lay_out(member: Any) -> None:
             for column in range(width // LANES):
                 place = pl.ds(column * size + head * static.group + member, tokens, heads)
-                rows, lanes = slice(member * tokens, (member + 1) * tokens), slice(column * LANES, (column + 1) * LANES)
-                r.query_rows[head, rows, lanes] = r.interleaved[place].astype(r.query_rows.dtype)
+                lanes = slice(column * LANES, (column + 1) * LANES)
+                rows = r.interleaved[place].astype(r.query_rows.dtype)
+                r.query_rows[head, _rows_of(member, tokens), lanes] = rows
+
+        _each_member(static.group, lay_out)
         return carry
 
     lax.fori_loop(0, r.query_rows.shape[0], kv_head, 0)
@@ -167,11 +172,17 @@ def _finish(r: SimpleNamespace, static: Static, slot: Any, part: Any) -> None:
             denominator = jnp.exp2(sinks - top) + total * jnp.exp2(maximum - top)
         factor = jnp.where(seen, jnp.exp2(maximum - top) / denominator, 0.0)
         out = r.sums[head] * factor
-        for member in range(static.group):
+        if static.group > _UNROLLED_MEMBERS:
+            r.sums[head] = out
+
+        def take_apart(member: Any) -> None:
             for column in range(width // LANES):
                 place = pl.ds(column * size + head * static.group + member, tokens, heads)
-                rows = slice(member * tokens, (member + 1) * tokens)
-                r.interleaved[place] = out[rows, column * LANES : (column + 1) * LANES]
+                rows, lanes = _rows_of(member, tokens), slice(column * LANES, (column + 1) * LANES)
+                unrolled = static.group <= _UNROLLED_MEMBERS
+                r.interleaved[place] = out[rows, lanes] if unrolled else r.sums[head, rows, lanes]
+
+        _each_member(static.group, take_apart)
         if static.stats:
             known = seen if "sinks" not in vars(r) else jnp.full(seen.shape, True)
             lse = jnp.where(known, (top + jnp.log2(denominator)) / LOG2_E, -jnp.inf)
@@ -184,6 +195,27 @@ def _finish(r: SimpleNamespace, static: Static, slot: Any, part: Any) -> None:
     for column in range(width // LANES):
         out = r.interleaved[column * size : (column + 1) * size].reshape(tokens, heads, LANES)
         r.out_buffer[slot, :, :, column * LANES : (column + 1) * LANES] = out.astype(r.out_buffer.dtype)
+
+
+def _each_member(group: int, body: Callable[[Any], None]) -> None:
+    """Call ``body`` with the index of each query head of a kv head."""
+    if group <= _UNROLLED_MEMBERS:
+        for member in range(group):
+            body(member)
+        return
+
+    def turn(member: Any, carry: Any) -> Any:
+        body(member)
+        return carry
+
+    lax.fori_loop(0, group, turn, 0)  # a program of hundreds of copies takes minutes to compile
+
+
+def _rows_of(member: Any, tokens: int) -> Any:
+    """Return the rows of a query head in (G * tokens, D)."""
+    if isinstance(member, int):
+        return slice(member * tokens, (member + 1) * tokens)
+    return pl.ds(pl.multiple_of(member * tokens, tokens), tokens)
 
 
 def _not_finite(values: jax.Array) -> jax.Array:
