@@ -199,8 +199,8 @@ def _new_mask(attn_mask: Tensor, *given: Any) -> Tensor:
     column = torch.arange(chunks * CHUNK_KEYS, device=attn_mask.device)
     columns = contexts[owner][:, None] + column  # (T, chunks * CHUNK_KEYS)
     mask = attn_mask if attn_mask.dim() == 3 else attn_mask[None]
-    places = columns.clamp(max=sizes.mask_columns - 1).expand(mask.shape[0], -1, -1)
-    return (mask.gather(2, places) & (columns < sizes.mask_columns)).reshape(-1, CHUNK_KEYS).view(torch.uint8)
+    places = columns.clamp(max=sizes.mask_columns).expand(mask.shape[0], -1, -1)
+    return pad(mask, (0, 1)).gather(2, places).reshape(-1, CHUNK_KEYS).view(torch.uint8)
 
 
 def _no_keys(
