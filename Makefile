@@ -145,7 +145,7 @@ test-tpu-device:
 # The kernels' and the simulator's own tests; then the shared tests on CPU tensors, simulated. Where two cores share a
 # kernel, the cases of the ops. Left out are programs without a kernel, and caches that this backend refuses.
 test-neuron: $(LIBRARY)
-	$(BIN)/python -m pytest $(wildcard tests/test_neuron_*.py tests/test_nki_sim_*.py) $(ARGS)
+	$(BIN)/python -m pytest -m "" $(wildcard tests/test_neuron_*.py tests/test_nki_sim_*.py) $(ARGS)
 	TORCH_PAGED_DEBUG=1 $(call NKI,trn2,1) tests/test_bad_input.py $(ARGS)
 	$(call NKI,trn2,1) $(CONFORMANCE) $(ARGS)
 	$(call NKI,trn3,1) $(CONFORMANCE) $(ARGS)

@@ -14,6 +14,7 @@ from torch_paged.contract.schema import NAMESPACE
 from torch_paged.testing.compare import assert_close, assert_stats, plain_attention
 
 DEFAULTS = {x.name: x.default_value for x in getattr(torch.ops, NAMESPACE).flash_attn_varlen.default._schema.arguments}
+QUICK = [case for case in PUBLISHED if case.group == 16 or case.block_size == 8]
 
 
 def paged(batch: Batch, block_size: int) -> tuple[Array, Array]:
@@ -62,7 +63,11 @@ def assert_same_attention(batch: Batch, call: Call, arguments: dict[str, Any], t
     assert_stats(lse, expected_lse)
 
 
-@pytest.mark.parametrize("case", PUBLISHED, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [case if case in QUICK else pytest.param(case, marks=pytest.mark.neuron_matrix) for case in PUBLISHED],
+    ids=str,
+)
 def test_published_batches(case: Case) -> None:
     batch = draw(case, most_context=70, most_queries=17)
     tokens = -(-len(batch.query) // 128) * 128
