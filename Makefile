@@ -10,7 +10,9 @@ TPU_XLA_VENV := .venv-tpu-xla
 TPU_VENV := .venv-tpu
 WITHOUT_TPU := JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_LOG_DIR=disabled
 TPU_XLA := $(WITHOUT_TPU) PJRT_DEVICE=CPU $(TPU_XLA_VENV)/bin/python -m pytest
-XLA_CASES := TORCH_PAGED_TEST_DEVICE=xla $(TPU_XLA) -W ignore::DeprecationWarning -W ignore::UserWarning
+# torch_xla keeps 2048 programs unless told: after some 300 the process has no memory mappings left and is aborted.
+XLA_CASES := XLA_COMPILATION_CACHE_SIZE=16 TORCH_PAGED_TEST_DEVICE=xla $(TPU_XLA) \
+  -W ignore::DeprecationWarning -W ignore::UserWarning
 THROUGH_XLA := tests/test_tpu_xla.py tests/test_tpu_xla_transformers.py
 # Nearly all the time goes into compiling interpreted kernels, each of which runs once; level 0 orders sums by place.
 QUICKLY := XLA_FLAGS=--xla_backend_optimization_level=1

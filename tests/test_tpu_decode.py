@@ -13,6 +13,7 @@ from torch_paged.backends.tpu import block_sizes, decode
 from torch_paged.backends.tpu.block_sizes import CHIPS, Blocks, Chip, Page, decode_blocks
 from torch_paged.backends.tpu.bridge_interpret import COMPILER_OPTIONS, no_races
 from torch_paged.backends.tpu.decode import paged_attention
+from torch_paged.backends.tpu.logits import dot
 from torch_paged.testing import AttentionCase, assert_attention, assert_same, build
 
 SIMULATED: dict[str, Any] = {
@@ -41,6 +42,14 @@ def test_generic_interpreter() -> None:
     case = AttentionCase("float32", (17, 0, 63, 130), stored_dim=128)
     arguments = build(case)
     assert_attention(case.op, arguments, *run(arguments, True))
+
+
+def test_many_lanes_of_float32_are_as_exact_as_pytorch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, keys = (torch.randn(rows, 640, generator=generator) for rows in (300, 64))
+    exact = query.double() @ keys.double().T
+    error = to_torch(jax.jit(lambda a, b: dot(a, b, (1, 1)))(to_jax(query), to_jax(keys))) - exact
+    assert error.square().mean() < 1.5 * (query @ keys.T - exact).square().mean()
 
 
 @pytest.mark.parametrize("copies", SIMULATED)
