@@ -246,8 +246,10 @@ def _continued(fewer: Counts, more: Counts, steps: float) -> Counts | None:
     for old, new in zip_longest(ended, begun):
         if old is None or new is None or fewer.instructions[old] != more.instructions[new]:
             return None
-        sizes = {name: getattr(old, name) + steps * (getattr(new, name) - getattr(old, name)) for name in SIZES}
-        key = replace(new, **{name: int(size) for name, size in sizes.items()})
+        sizes: dict[str, Any] = {
+            name: int(getattr(old, name) + steps * (getattr(new, name) - getattr(old, name))) for name in SIZES
+        }
+        key = replace(new, **sizes)
         if _kind(old) != _kind(new):
             return None
         found[key] = found.get(key, 0) + fewer.instructions[old]

@@ -46,6 +46,26 @@ for run in (step, torch.compile(step, fullgraph=True)) if sys.argv[1:] else (ste
     torch.testing.assert_close(cache, expected_cache, equal_nan=True)
 """
 )
+OF_ITS_OWN = (
+    INPUTS
+    + """
+def layers(query, key, kv_cache, slots, tables, lengths):
+    for i in range(3):
+        torch_paged.reshape_and_cache(key + i, -key - i, kv_cache, (slots + 3 * i) % 32)
+        mask = (torch.arange(16) + i * query[:, :1, 0].round()) % 4 > 0
+        fewer = lengths - i * (query[:, 0, 0] > 9).int() - i
+        query = query + torch_paged.paged_attention(query, kv_cache, tables, fewer, attn_mask=mask)
+    return query
+
+kv_cache, tables = kv_cache.nan_to_num(1.0), torch.tensor([[2, 1], [0, 3]], dtype=torch.int32)
+lengths = torch.tensor([9, 12], dtype=torch.int32)
+caches = [kv_cache.clone(), kv_cache.clone()]
+found = [run(query, key, cache, slots, tables, lengths) for run, cache in zip((layers, torch.compile(layers)), caches)]
+torch.testing.assert_close(*found)
+torch.testing.assert_close(*caches)
+print("equal")
+"""
+)
 STAND_IN = (
     """
 import neuron_stand_in
@@ -81,6 +101,11 @@ def test_public_functions_and_compiled_ones_run_the_kernels(
     settings: dict[str, Any] = {"NEURON_PLATFORM_TARGET_OVERRIDE": generation, "NEURON_LOGICAL_NC_CONFIG": cores}
     explained = f"paged_attention on cpu: neuron, decode, {generation}, interpreted, cache: float32"
     assert simulated(SIMULATED, *compiled, **settings)[0] == ["{'cpu': 'neuron'} False " + explained]
+
+
+def test_a_compiled_graph_whose_layers_have_masks_slots_and_lengths_of_their_own() -> None:
+    """Inductor gives one layer's memory to the next layer's masks."""
+    assert simulated(OF_ITS_OWN, NEURON_PLATFORM_TARGET_OVERRIDE="trn2")[0] == ["equal"]
 
 
 @pytest.mark.parametrize("value", ["0", ""])

@@ -124,23 +124,6 @@ def test_slots_outside_write_nothing(launch: Launch) -> None:
     assert scales.count_nonzero() == 2 * 2 * 2
 
 
-def test_layers_of_a_step_share_rows(launch: Launch) -> None:
-    given = []
-
-    def keep(kernel: Any, cores: int, *arguments: Any) -> Any:
-        given.append(arguments[3])
-        return bridge_simulator.run(kernel, cores, *arguments)
-
-    rows, kv_cache, slots = rows_and_cache(5, torch.float32)
-    for layer in (kv_cache, kv_cache.clone()):
-        arguments = {"key": rows, "value": rows, "kv_cache": layer, "slot_mapping": slots, "kv_scales": None}
-        check(replace(launch, run=keep), "reshape_and_cache", arguments)
-    assert given[0] is given[1]
-    slots += 1 - slots.max()
-    cache.reshape_and_cache(replace(launch, run=keep), arguments)
-    assert given[2] is not given[1]
-
-
 @pytest.mark.parametrize(("dtype", "rank"), [(BF16, None), (E4M3, 4), (INT8, 2)])
 @pytest.mark.parametrize("cores", [1, 2])
 def test_a_cycle_of_many_blocks(launch: Launch, dtype: torch.dtype, rank: int | None, cores: int) -> None:
@@ -166,6 +149,21 @@ def test_blocks_outside_are_not_copied(launch: Launch) -> None:
     reference.copy_blocks(**{**expected, "src_blocks": torch.tensor([1]), "dst_blocks": torch.tensor([3])})
     for name in ("kv_cache", "kv_scales"):
         assert_same(arguments[name], expected[name], name)
+
+
+def test_a_block_that_is_copied_to_twice_holds_one_source(launch: Launch) -> None:
+    case = CopyCase(
+        "twice", pairs=((0, 3), (1, 2), (2, 3)), num_blocks=4, block_size=8, cache_dtype=E5M2, scales_rank=4
+    )
+    arguments = build(case)
+    cache.copy_blocks(launch, arguments)
+    possible = []
+    for pairs in (((0, 3), (1, 2)), ((1, 2), (2, 3))):
+        expected = build(replace(case, pairs=pairs))
+        reference.copy_blocks(**expected)
+        possible.append(expected)
+    (same,) = (one for one in possible if arguments["kv_scales"].equal(one["kv_scales"]))
+    assert_same(arguments["kv_cache"], same["kv_cache"])
 
 
 def test_scales_of_any_strides(launch: Launch) -> None:

@@ -37,6 +37,29 @@ def test_many_tokens(backend: Backend, threads: int) -> None:
 @pytest.mark.parametrize(
     "case",
     [
+        WriteCase("rows", num_tokens=20),
+        WriteCase("quantised", num_tokens=20, cache_dtype=torch.int8, scales_rank=4),
+    ],
+    ids=lambda case: case.name,
+)
+def test_a_slot_given_more_than_once_holds_one_of_its_tokens(backend: Backend, case: WriteCase) -> None:
+    case = backend.served(case)
+    arguments, twins = build(case), (2, 3, 17)
+    arguments["slot_mapping"][list(twins)] = arguments["slot_mapping"][2].clone()
+    possible = []
+    for kept in twins:
+        expected = build(case)
+        expected["slot_mapping"][:] = arguments["slot_mapping"]
+        expected["slot_mapping"][[token for token in twins if token != kept]] = -1
+        REFERENCE(case.op, expected)
+        possible.append(expected["kv_cache"])
+    backend(case.op, arguments)
+    assert any(arguments["kv_cache"].view(torch.uint8).equal(cache.view(torch.uint8)) for cache in possible)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
         WriteCase("lines", num_tokens=300, skipped_tokens=20, num_kv_heads=8, head_dim=128, num_blocks=40),
         WriteCase("no_lines", num_tokens=500, num_kv_heads=8, head_dim=72, num_blocks=40),
     ],

@@ -8,7 +8,6 @@ from torch_paged.backends.neuron.copy_kernel import copy_rows
 from torch_paged.backends.neuron.float8 import float8_values
 from torch_paged.backends.neuron.gather_kernel import gather_units
 from torch_paged.backends.neuron.launch import Launch
-from torch_paged.backends.neuron.plan_memory import remembered
 from torch_paged.backends.neuron.write_kernel import write_tokens
 
 OUTSIDE = -1
@@ -41,7 +40,7 @@ def _write(launch: Launch, arguments: Arguments, scales: Tensor | None, token_sc
         key.flatten(1).contiguous(),
         None if value is None else value.flatten(1).contiguous(),
         _stored(kv_cache).view(-1, kv_cache.size(-1)),
-        remembered(_rows_of_slots, (arguments["slot_mapping"],), kv_cache.shape[:4]),
+        _rows_of_slots(arguments["slot_mapping"], kv_cache.shape[:4]),
         scales,
         token_scales,
         kv_cache.size(2),
@@ -67,7 +66,7 @@ def _copy(launch: Launch, arguments: Arguments, blocks: Tensor) -> None:
     unit = _unit_tokens(blocks)
     parts = block_size // unit
     src, dst = arguments["src_blocks"], arguments["dst_blocks"]
-    live = (src >= 0) & (src < num_blocks) & (dst >= 0) & (dst < num_blocks)
+    live = _one_of_equals(dst, (src >= 0) & (src < num_blocks) & (dst >= 0) & (dst < num_blocks), num_blocks)
     part = torch.arange(parts, dtype=torch.int32, device=src.device)
     first = _first_rows(sides, num_blocks, kv_heads, parts, src.device)[:, None] + part  # (C * KH, parts)
     sources, targets = (
@@ -148,13 +147,25 @@ def _stored(kv_cache: Tensor) -> Tensor:
 
 
 def _rows_of_slots(slot_mapping: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
-    """Return (T, C * KH) int32: row of (C * N * KH * S, DS) for each token, side and head; -1 for slots outside."""
+    """Return (T, C * KH) int32: row of (C * N * KH * S, DS) for each token, side and head; -1 where none is written."""
     sides, num_blocks, kv_heads, block_size = sizes
-    inside = (slot_mapping >= 0) & (slot_mapping < num_blocks * block_size)
+    num_slots = num_blocks * block_size
+    inside = _one_of_equals(slot_mapping, (slot_mapping >= 0) & (slot_mapping < num_slots), num_slots)
     slots = torch.where(inside, slot_mapping, 0).to(torch.int32)
     first = slots // block_size * (kv_heads * block_size) + slots % block_size
     rows = first[:, None] + _first_rows(sides, num_blocks, kv_heads, block_size, slots.device)
     return torch.where(inside[:, None], rows, OUTSIDE).to(torch.int32)
+
+
+def _one_of_equals(places: Tensor, live: Tensor, size: int) -> Tensor:
+    """Return ``live``, with one alone of the live entries of ``places`` (L,) in [0, size) that are equal.
+
+    Kernels write one row for each place, since the order of a DMA's rows is in no document.
+    """
+    index = torch.where(live, places, size).long()
+    number = torch.arange(places.shape[0], dtype=torch.int32, device=places.device)
+    winner = number.new_empty(size + 1).scatter_(0, index, number)
+    return live & (winner.gather(0, index) == number)
 
 
 def _unit_tokens(blocks: Tensor) -> int:

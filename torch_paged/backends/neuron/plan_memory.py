@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 ENTRIES = 8
@@ -13,27 +14,44 @@ Plan = TypeVar("Plan")
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A plan, and what it was made from: the very tensors, in the version that they had."""
+class _Then:
+    """A tensor as it was: its values on the host, where looking costs little; elsewhere itself and its version."""
 
-    make: Callable[..., Any]
-    sizes: Hashable
-    tensors: tuple["weakref.ref[Tensor]", ...]
-    versions: tuple[int, ...]
-    plan: Any
+    tensor: "weakref.ref[Tensor]"
+    version: int
+    values: Tensor | None
 
-    def is_of(
-        self, make: Callable[..., Any], tensors: tuple[Tensor, ...], versions: tuple[int, ...], sizes: Hashable
-    ) -> bool:
+    def is_now(self, tensor: Tensor) -> bool:
+        if self.values is None:
+            return self.tensor() is tensor and tensor._version == self.version
         return (
-            self.make is make
-            and self.sizes == sizes
-            and self.versions == versions
-            and all(known() is tensor for known, tensor in zip(self.tensors, tensors, strict=True))
+            tensor.device == self.values.device
+            and tensor.dtype == self.values.dtype
+            and torch.equal(tensor, self.values)
         )
 
     def alive(self) -> bool:
-        return all(known() is not None for known in self.tensors)
+        return self.values is not None or self.tensor() is not None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A plan, and what it was made from."""
+
+    make: Callable[..., Any]
+    sizes: Hashable
+    tensors: tuple[_Then, ...]
+    plan: Any
+
+    def is_of(self, make: Callable[..., Any], tensors: tuple[Tensor, ...], sizes: Hashable) -> bool:
+        return (
+            self.make is make
+            and self.sizes == sizes
+            and all(then.is_now(tensor) for then, tensor in zip(self.tensors, tensors, strict=True))
+        )
+
+    def alive(self) -> bool:
+        return all(then.alive() for then in self.tensors)
 
 
 _entries: tuple[_Entry, ...] = ()  # newest first; replaced as a whole, so that threads see old or new ones
@@ -42,23 +60,30 @@ _entries: tuple[_Entry, ...] = ()  # newest first; replaced as a whole, so that 
 def remembered(make: Callable[..., Plan], tensors: tuple[Tensor, ...], sizes: Hashable) -> Plan:
     """Return ``make(*tensors, sizes)``, as it was returned before where nothing changed since.
 
-    Tensors of inference mode count no changes: what is made from them is not remembered. Changes behind torch's back,
-    such as through a numpy array on the same memory, are not seen.
+    On a device tensors are compared by identity and by torch's count of in-place changes, since a look at their values
+    would wait for it. Changes behind torch's back (``tensor.data``, kernels of one's own) are not seen there; tensors
+    of inference mode count no changes, so that what is made from them is not remembered. An op that stays a node of a
+    compiled graph must not ask: compilers use the memory of a tensor again, and count nothing.
 
     Args:
         make: depends on its arguments alone.
-        tensors: compared by identity and by the count of in-place changes, never by value.
+        tensors: what it reads.
         sizes: compared by value.
     """
     global _entries
-    if any(tensor.is_inference() for tensor in tensors):
+    host = all(tensor.device.type == "cpu" for tensor in tensors)
+    if not host and any(tensor.is_inference() for tensor in tensors):
         return make(*tensors, sizes)
-    versions = tuple(tensor._version for tensor in tensors)
     for entry in _entries:
-        if entry.is_of(make, tensors, versions, sizes):
+        if entry.is_of(make, tensors, sizes):
             plan: Plan = entry.plan
             return plan
+    then = tuple(
+        _Then(weakref.ref(tensor), 0, tensor.detach().clone())
+        if host
+        else _Then(weakref.ref(tensor), tensor._version, None)
+        for tensor in tensors
+    )
     made = make(*tensors, sizes)
-    entry = _Entry(make, sizes, tuple(weakref.ref(tensor) for tensor in tensors), versions, made)
-    _entries = (entry, *(other for other in _entries if other.alive()))[:ENTRIES]
+    _entries = (_Entry(make, sizes, then, made), *(other for other in _entries if other.alive()))[:ENTRIES]
     return made
