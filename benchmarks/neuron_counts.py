@@ -246,10 +246,8 @@ def _continued(fewer: Counts, more: Counts, steps: float) -> Counts | None:
     for old, new in zip_longest(ended, begun):
         if old is None or new is None or fewer.instructions[old] != more.instructions[new]:
             return None
-        sizes: dict[str, Any] = {
-            name: int(getattr(old, name) + steps * (getattr(new, name) - getattr(old, name))) for name in SIZES
-        }
-        key = replace(new, **sizes)
+        sizes = {name: getattr(old, name) + steps * (getattr(new, name) - getattr(old, name)) for name in SIZES}
+        key = replace(new, **{name: int(size) for name, size in sizes.items()})
         if _kind(old) != _kind(new):
             return None
         found[key] = found.get(key, 0) + fewer.instructions[old]
@@ -258,7 +256,8 @@ def _continued(fewer: Counts, more: Counts, steps: float) -> Counts | None:
 
 
 def _kind(key: Instruction) -> Instruction:
-    return replace(key, **dict.fromkeys(SIZES, 0))
+    nothing: dict[str, Any] = dict.fromkeys(SIZES, 0)
+    return replace(key, **nothing)
 
 
 def _order(key: Instruction) -> tuple[str, tuple[int, ...]]:
