@@ -132,6 +132,11 @@ def sources() -> bytes:
 
 def measure(args: argparse.Namespace) -> None:
     """Model every point that was asked for, write the CSV file, the tables and the plots."""
+    if args.device:
+        from benchmarks import neuron_device
+
+        neuron_device.measure(args.out)
+        return
     from benchmarks import neuron_points, neuron_report
 
     began = time.monotonic()
@@ -190,4 +195,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", choices=("decode", "prefill"), help="only this one")
     for name in ("batch", "context", "head-dim", "block-size"):
         parser.add_argument(f"--{name}", type=int, nargs="+", help="only points of these")
+    help_device = "time the kernels on the NeuronCores of this machine, beside the figures that --out has of them"
+    parser.add_argument("--device", action="store_true", help=help_device)
     parser.set_defaults(do=measure)

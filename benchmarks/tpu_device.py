@@ -1,12 +1,9 @@
 """Time the TPU kernels on the TPU of this machine, beside the compiler's estimates (``benchmarks tpu --device``).
 
-It has never run on hardware. A call's time is that of many in a row, one wait at the end: the host prepares the next
-program while the device runs one.
+It has never run on hardware.
 """
 
 import csv
-import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,11 +14,10 @@ from rich.console import Console
 from torch import Tensor
 
 import torch_paged
+from benchmarks.device_time import CALLS, seconds
 from benchmarks.report import Table
 from benchmarks.tpu import CLOCKS, OURS, points
 from torch_paged.testing.backends import tpu_device_type
-
-CALLS, SAMPLES = 50, 5
 
 
 @dataclass(frozen=True)
@@ -73,23 +69,6 @@ def call_of(size: Size, device: str) -> Callable[[], Tensor]:
     return lambda: compiled(query, kv_cache)
 
 
-def seconds(size: Size, device: str, calls: int = CALLS) -> float:
-    """Return the median time of a call."""
-    wait = _wait(device)
-    with torch.no_grad():
-        call = call_of(size, device)
-        call()
-        wait()
-        samples = []
-        for _ in range(SAMPLES):
-            begin = time.perf_counter()
-            for _ in range(calls):
-                call()
-            wait()
-            samples.append((time.perf_counter() - begin) / calls)
-    return statistics.median(samples)
-
-
 def _wait(device: str) -> Callable[[], Any]:
     if device == "xla":
         from torch_xla.core import xla_model
@@ -108,8 +87,9 @@ def table(sizes: Iterable[Size], device: str, estimates: Mapping[Size, float], c
         calls: calls of a sample.
     """
     lines = []
+    wait = _wait(device)
     for size in sizes:
-        took, estimate = seconds(size, device, calls), estimates.get(size)
+        took, estimate = seconds(call_of(size, device), wait, calls), estimates.get(size)
         lines.append(
             (
                 *(str(x) for x in (size.batch, size.context, size.kv_heads, size.block_size, size.queries)),

@@ -237,6 +237,24 @@ with torch.no_grad():
     assert simulated(code, **torch_neuron) == ([], "")
 
 
+def test_the_benchmark_of_a_device_times_decode_and_prefill(torch_neuron: dict[str, Any]) -> None:
+    code = """
+import neuron_stand_in, torch
+from dataclasses import replace
+from torch._dynamo.backends.common import aot_autograd
+from benchmarks import neuron, neuron_device
+
+torch.accelerator.synchronize = lambda: None
+row = replace(neuron.read_csv(neuron.RESULTS / "neuron.csv")[0], kv_heads=1, group=2, head_dim=64, block_size=8)
+rows = [replace(row, batch=2, context=24, attention_us=7.0), replace(row, batch=1, context=8, queries=9)]
+compiler = aot_autograd(fw_compiler=lambda graph, _: graph.forward)
+decode, prefill = neuron_device.table(rows, compiler, calls=1).lines
+print(decode[:7], float(decode[7]) > 0, decode[8], prefill[:3], float(prefill[7]) > 0)
+"""
+    lines, _ = simulated(code, **torch_neuron)
+    assert lines == ["('2', '24', '1', '1', '2', '64', '8') True 7.0 ('1', '8', '9') True"]
+
+
 def test_a_generation_without_these_kernels_is_one_sentence(torch_neuron: dict[str, Any]) -> None:
     settings = torch_neuron | {"NEURON_PLATFORM_TARGET_OVERRIDE": "inf2"}
     says = "it needs Trainium 2 or 3 (trn2, trn3), got inf2: set NEURON_PLATFORM_TARGET_OVERRIDE"

@@ -140,6 +140,10 @@ INSTALL = support.install_line()
             {"nki": "0.6.0+25407465723.g29063adb", "torch-neuronx": "2.8.1"},
             f"it needs torch-neuronx >= 2.9, got 2.8.1: {INSTALL}",
         ),
+        (
+            {"nki": "0.6.0", "neuronx-cc": "2.26.5038.0", "torch-neuronx": "2.13.3.0"},
+            f"it needs neuronx-cc >= 2.27, got 2.26.5038.0: {INSTALL}",
+        ),
         ({"nki": "0.10", "torch-neuronx": "2.9.0.2.15.32035"}, None),
         ({"nki": "1.0", "torch-neuronx": "2.14.3.0"}, None),
     ],
@@ -154,7 +158,10 @@ def test_a_stack_that_is_missing_or_old(
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert support.missing("nki", "torch-neuronx") == says
+    monkeypatch.setattr(neuron, "SIMULATED", False)
+    monkeypatch.setattr(neuron, "_in_reach", lambda device_type: True)
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2")
+    assert BACKEND.why_off() == says
     assert set(support.versions()) == set(support.OLDEST)
 
 
@@ -321,9 +328,13 @@ def test_nothing_of_neuron_here_is_one_sentence_with_the_remedy(monkeypatch: pyt
             ["tests/neuron_device.py"],
             "test-neuron-device: no NeuronCore is in reach of TorchNeuron here; docs/neuron.md ",
         ),
+        (
+            ["-m", "benchmarks", "neuron", "--device"],
+            "benchmarks neuron: no NeuronCore is in reach of TorchNeuron here; docs/neuron.md ",
+        ),
         (["examples/10_neuron.py"], "no NeuronCore is in reach: reshape_and_cache: no backend serves device 'neuron' "),
     ],
-    ids=["tests", "example"],
+    ids=["tests", "benchmark", "example"],
 )
 def test_without_a_neuron_core_it_ends_with_one_sentence(command: list[str], says: str) -> None:
     done = subprocess.run(

@@ -30,7 +30,7 @@ def why_off() -> str | None:
     if SIMULATED:
         return missing("nki") or wrong_generation(simulated=True)
     if _in_reach("neuron") or _in_reach("xla"):
-        return missing("nki", "torch-neuronx") or wrong_generation(simulated=False)
+        return missing("nki", "neuronx-cc", "torch-neuronx") or wrong_generation(simulated=False)
     return f"no tensor here is on a NeuronCore: {install_line()}, or set {SIMULATION_VARIABLE}=1 to simulate kernels"
 
 

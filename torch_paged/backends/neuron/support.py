@@ -60,6 +60,8 @@ def missing(*packages: str) -> str | None:
         found = _version(package)
         if found is None and package == "nki" and importlib.util.find_spec("nki") is not None:
             continue
+        if found is None and package == "neuronx-cc":  # what brings it, and in which form, is torch-neuronx's affair
+            continue
         if found is None:
             compiler = _version("neuronx-cc") if package == "nki" else None
             older = f", and neuronx-cc {compiler} has only neuronxcc.nki, an older language" if compiler else ""
