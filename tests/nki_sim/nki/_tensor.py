@@ -107,7 +107,9 @@ class NkiTensor(Views):
     ) -> "NkiTensor":
         """Give an access pattern of [[step, count], ...], outermost first.
 
-        The documents disagree about patterns on views, so only whole allocations, reshaped at most, take one.
+        The documents disagree about patterns on views, so only whole allocations, reshaped at most, take one. A
+        run-time index counts in the view's shape, as the API reference of SDK 2.32 has it; the guide of 2.31 says "the
+        base tensor", which may mean the shape before a reshape.
         """
         new = check_dtype("ap", dtype, machine().generation) if dtype is not None else self.dtype
         whole = self.offset == 0 and self.layout.contiguous and self.dynamic is None
