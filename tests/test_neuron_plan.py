@@ -14,6 +14,7 @@ from torch_paged.backends.neuron.plan import (
     DecodeSizes,
     decode_plan,
     merge_groups,
+    merge_parts,
     query_parts,
     turn_tiles,
     unit_tokens,
@@ -48,15 +49,16 @@ def lens() -> torch.Tensor:
     return torch.tensor(LENS, dtype=torch.int32)
 
 
-def slots_of_sequences(plan: DecodePlan, num_seqs: int, group: int) -> torch.Tensor:
+def slots_of_sequences(plan: DecodePlan, num_seqs: int, group: int, cores: int = 1) -> torch.Tensor:
     """Return (B, C): the slots of a sequence's chunks in the order of its keys, -1 behind the last."""
-    groups = merge_groups(num_seqs * group, 1)
+    width = group * merge_parts(num_seqs * group, HEADS, cores)
+    groups = merge_groups(num_seqs * width, cores)
     turns = plan.places.reshape(groups, -1, 128, 8).transpose(1, 2).reshape(groups * 128, -1)
-    assert (turns[num_seqs * group :] == NOTHING).all()
-    places = turns[: num_seqs * group].reshape(num_seqs, group, -1)
-    slots = torch.where(places >= 0, places // group, -1)
-    for member in range(group):
-        assert torch.equal(places[:, member], torch.where(slots[:, 0] >= 0, slots[:, 0] * group + member, NOTHING))
+    assert (turns[num_seqs * width :] == NOTHING).all()
+    places = turns[: num_seqs * width].reshape(num_seqs, width, -1)
+    slots = torch.where(places >= 0, places // width, -1)
+    for row in range(width):
+        assert torch.equal(places[:, row], torch.where(slots[:, 0] >= 0, slots[:, 0] * width + row, NOTHING))
     return slots[:, 0]
 
 
@@ -86,12 +88,12 @@ def test_each_key_that_is_seen_is_in_one_slot_in_order(
     sizes = replace(SIZES, sides=sides, unit=unit, mask_units=90, cores=cores)
     plan = decode_plan(block_tables, lens(), replace(sizes, sliding_window=window, attention_chunk=chunk))
     parts, group = BLOCK_SIZE // unit, sizes.group
-    slots = slots_of_sequences(plan, len(LENS), group)
+    slots = slots_of_sequences(plan, len(LENS), group, cores)
     assert slots[slots >= 0].tolist() == list(range(num_chunks := int((slots >= 0).sum())))
     tiles = turn_tiles(HEADS, sizes.num_heads)
     turns = plan.turns[0].tolist()
     assert turns[-1] == -(-num_chunks // (TILE_CHUNKS * cores)) == sum(map(int.__mul__, turns[:-1], tiles))
-    assert int(plan.merge_turns) == -(-int((slots >= 0).sum(1).max()) // 8)
+    assert int(plan.merge_turns) == max(0, -(-int((slots >= 0).sum(1).max()) // 8) - 1)
     for seq, length in enumerate(LENS):
         length = min(max(length, 0), 70 * BLOCK_SIZE)
         wanted = {}
@@ -159,15 +161,35 @@ def test_units_fill_a_descriptor(
 @pytest.mark.parametrize(
     ("kv_heads", "heads", "tiles"),
     [
-        (1, 1, (128, 64, 32, 16, 8, 4, 2, 1)),
-        (8, 32, (16, 8, 4, 2, 1)),
-        (20, 20, (4, 2, 1)),
+        (1, 8, (128, 64, 32, 16, 8, 4, 2, 1)),
+        (8, 32, (32, 16, 8, 4, 2, 1)),
+        (8, 64, (16, 8, 4, 2, 1)),
+        (20, 20, (8, 4, 2, 1)),
         (1, 300, (2, 1)),
         (200, 200, (1,)),
     ],
 )
 def test_turns_take_much_the_same_number_of_heads(kv_heads: int, heads: int, tiles: tuple[int, ...]) -> None:
     assert turn_tiles(kv_heads, heads) == tiles
+
+
+@pytest.mark.parametrize(
+    ("rows", "kv_heads", "cores", "parts"),
+    [
+        (4, 8, 1, 8),
+        (8, 8, 1, 8),
+        (9, 8, 1, 4),
+        (64, 8, 1, 2),
+        (65, 8, 1, 1),
+        (64, 8, 2, 2),
+        (3, 15, 1, 15),
+        (10, 15, 1, 5),
+    ],
+)
+def test_rows_of_all_kv_heads_are_merged_in_parts_that_fill_partitions(
+    rows: int, kv_heads: int, cores: int, parts: int
+) -> None:
+    assert merge_parts(rows, kv_heads, cores) == parts
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 PARTITIONS = 128
 CHUNK_UNITS = 64
 TILE_CHUNKS = PARTITIONS // CHUNK_UNITS
-TURN_KV_HEADS, TURN_HEADS = 128, 1024
+TURN_KV_HEADS, TURN_HEADS = 256, 1024
 """Kv heads and query heads of all tiles in a turn of the longest loop: the end of a turn costs as much as a few."""
 QUERY_BYTES = 8192
 """Of a sequence's queries that are fetched at once."""
@@ -81,9 +81,10 @@ class DecodePlan:
         query_rows: (X, 1) int32: row of a chunk's queries in (B * query parts, ..), of part 0; ``NOTHING``: no one's
             chunk.
         turns: (1, n + 1) int32: turns of the loops over ``turn_tiles`` tiles of a core, and all tiles of a core.
-        places: (groups * C, PARTITIONS * TURN_MERGES) int32: where among (X * G) the partial results of rows (B * G)
-            are, in the order of keys: for each group of ``PARTITIONS`` rows C turns; ``NOTHING`` behind the last.
-        merge_turns: (1, 1) int32: how many of the C turns are needed.
+        places: (groups * C, PARTITIONS * TURN_MERGES) int32: where among (X * G * parts, see ``merge_parts``) the
+            partial results of rows (B * G * parts) are, in the order of keys: for each group of ``PARTITIONS`` rows C
+            turns; ``NOTHING`` behind the last.
+        merge_turns: (1, 1) int32: how many of the C turns are needed beside the first.
     """
 
     units: Tensor
@@ -131,6 +132,22 @@ def turn_tiles(num_kv_heads: int, num_heads: int) -> tuple[int, ...]:
     while 2 * sizes[0] * num_kv_heads <= TURN_KV_HEADS and 2 * sizes[0] * num_heads <= TURN_HEADS:
         sizes = (2 * sizes[0],) + sizes  # noqa: RUF005 (NKI's parser takes no star)
     return sizes
+
+
+def merge_parts(num_rows: int, num_kv_heads: int, cores: int) -> int:
+    """Return in how many parts of whole heads rows of all kv heads are merged, so that they fill partitions.
+
+    More than two only for half of the partitions: a short descriptor costs as much as a long one.
+
+    Args:
+        num_rows: B * G.
+        num_kv_heads: KH.
+        cores: that share the rows.
+    """
+    parts = num_kv_heads
+    while parts > 1 and (num_kv_heads % parts or num_rows * (parts if parts <= 2 else 2 * parts) > PARTITIONS * cores):
+        parts -= 1
+    return parts
 
 
 def merge_groups(num_rows: int, cores: int) -> int:
@@ -199,7 +216,7 @@ def decode_plan(
         query_rows=torch.where(live, seq * sizes.query_parts, NOTHING).reshape(-1, 1).to(torch.int32),
         turns=torch.stack((*turns, tiles), 1).to(torch.int32),
         places=_places(counts, ends, most, sizes),
-        merge_turns=((counts.amax() + TURN_MERGES - 1) // TURN_MERGES).reshape(1, 1).to(torch.int32),
+        merge_turns=((counts.amax() - 1).clamp(min=0) // TURN_MERGES).reshape(1, 1).to(torch.int32),
     )
 
 
@@ -207,8 +224,9 @@ def _places(counts: Tensor, ends: Tensor, most: int, sizes: DecodeSizes) -> Tens
     """Return where the partial results of each row are, as the merging kernel reads them."""
     index = torch.arange(most, dtype=torch.int32, device=counts.device)
     slots = (ends - counts)[:, None] + index  # (B, C)
-    member = torch.arange(sizes.group, dtype=torch.int32, device=counts.device)
-    rows = slots[:, None, :] * sizes.group + member[:, None]  # (B, G, C)
+    width = sizes.group * merge_parts(len(counts) * sizes.group, sizes.num_kv_heads, sizes.cores)
+    row = torch.arange(width, dtype=torch.int32, device=counts.device)
+    rows = slots[:, None, :] * width + row[:, None]  # (B, G * parts, C)
     rows = torch.where((index < counts[:, None])[:, None, :], rows, NOTHING).flatten(0, 1)
     groups = merge_groups(rows.shape[0], sizes.cores)
     rows = pad(rows, (0, -most % TURN_MERGES, 0, groups * PARTITIONS - rows.shape[0]), value=NOTHING)
