@@ -14,7 +14,7 @@ from torch_paged.backends.neuron.plan import TURN_MERGES as CHUNKS
 
 LEAST = -1e30  # a maximum below which no logit counts
 SMALLEST = 2.0**-60  # less than the sum of any row that sees a key, and within the logarithm's range
-PSUM_BYTES = 8192  # of weighted values, which are added up in PSUM where they are no more: twice as fast
+PSUM_BYTES = 8192  # of a turn's weighted values, added up in PSUM where they are no more: twice as fast
 UNROLLED = 4  # groups of a core that need no loop
 
 
@@ -94,8 +94,7 @@ class _State(nl.NKIObject):
         self.maximum = nl.ndarray((P, heads), dtype=nl.float32)
         self.largest = nl.ndarray((P, heads), dtype=nl.float32)
         self.total = nl.ndarray((P, heads), dtype=nl.float32)
-        memory = nl.psum if heads * value_dim * 4 <= PSUM_BYTES else nl.sbuf
-        self.sums = nl.ndarray((P, heads, value_dim), dtype=nl.float32, buffer=memory)
+        self.sums = nl.ndarray((P, heads, value_dim), dtype=nl.float32)
 
     def begin(self, sinks, group):
         nisa.memset(dst=self.largest, value=LEAST)
@@ -114,22 +113,29 @@ class _State(nl.NKIObject):
     def take(self, sums, stats, places, first):
         """Take some partial results of each row; ``first``: there are no weighted values yet."""
         factors = self._rescale(stats, places)
+        memory = nl.psum if self.sums.shape[1] * self.sums.shape[2] * 4 <= PSUM_BYTES else nl.sbuf
+        added = nl.ndarray(self.sums.shape, dtype=nl.float32, buffer=memory)
         for k in range(CHUNKS):
             part = nl.ndarray((P, self.heads * self.value_dim), dtype=nl.float32)
             nisa.memset(dst=part, value=0.0, engine=nisa.engine.gpsimd)
             _fetch(part, sums, places[:, k : k + 1])
             for head in range(self.heads):
-                mine, new = self.sums[:, head, :], factors[:, k, head : head + 1]
+                mine, factor = added[:, head, :], factors[:, k, head : head + 1]
                 values = part[:, head * self.value_dim : (head + 1) * self.value_dim]
-                if first and k == 0:
-                    nisa.tensor_scalar(dst=mine, data=values, op0=nl.multiply, operand0=new)
-                    continue
                 if k == 0:
-                    old = factors[:, CHUNKS, head : head + 1]
-                    nisa.tensor_scalar(dst=mine, data=mine, op0=nl.multiply, operand0=old)
-                nisa.scalar_tensor_tensor(
-                    dst=mine, data=values, op0=nl.multiply, operand0=new, op1=nl.add, operand1=mine
-                )
+                    nisa.tensor_scalar(dst=mine, data=values, op0=nl.multiply, operand0=factor)
+                else:
+                    nisa.scalar_tensor_tensor(
+                        dst=mine, data=values, op0=nl.multiply, operand0=factor, op1=nl.add, operand1=mine
+                    )
+        if first:
+            nisa.activation(dst=self.sums, op=nl.copy, data=added)
+            return
+        for head in range(self.heads):
+            mine, old = self.sums[:, head, :], factors[:, CHUNKS, head : head + 1]
+            nisa.scalar_tensor_tensor(
+                dst=mine, data=mine, op0=nl.multiply, operand0=old, op1=nl.add, operand1=added[:, head, :]
+            )
 
     def _rescale(self, stats, places):
         """Take maxima and sums; return what values of each chunk, and at last those so far, are multiplied by."""
