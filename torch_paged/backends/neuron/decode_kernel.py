@@ -121,7 +121,8 @@ def _spread(row):
 
 
 def _clear(buffer):
-    nisa.memset(dst=buffer, value=0 if buffer.dtype == nl.int8 or buffer.dtype == nl.uint8 else 0.0)
+    zero = 0 if buffer.dtype == nl.int8 or buffer.dtype == nl.uint8 else 0.0
+    nisa.memset(dst=buffer, value=zero, engine=nisa.engine.gpsimd)
 
 
 class _Call(nl.NKIObject):
@@ -157,6 +158,8 @@ class _Call(nl.NKIObject):
         if query.dtype == nl.float16 and token_scales != None:  # noqa: E711
             self.dtype = nl.float32  # a weight times its value's scale may be too small for float16
         self.columns = SLOTS * self.group  # rows of a tile
+        self.pair = 2 if head_dim in (32, 64) and unit > 1 else 1  # tokens whose keys are turned at once, as lanes
+        self.value_pair = 2 if value_dim in (32, 64) and unit > 1 and 8 * self.columns <= BANK_BYTES else 1
         self.gang = 1  # tiles that are computed together
         while not latent and 2 * self.gang * num_kv_heads <= GANG_KV_HEADS and 2 * self.gang * num_heads <= GANG_HEADS:
             self.gang *= 2
@@ -170,17 +173,26 @@ class _Call(nl.NKIObject):
         self.part_rows = nl.ndarray((P, query_parts), dtype=nl.int32)
         nisa.iota(dst=self.part_rows, pattern=[[1, query_parts]], offset=0, channel_multiplier=0)
         self.slopes, self.head_scales, self.table = _spread(slopes), _spread(head_scales), _spread(table)
+        self.logit_scales = None
+        if head_scales != None:  # noqa: E711
+            self.logit_scales = nl.ndarray((P, self.num_kv_heads), dtype=nl.float32)
+            of_keys = self.head_scales[:, 0 : self.num_kv_heads]
+            nisa.tensor_scalar(dst=self.logit_scales, data=of_keys, op0=nl.multiply, operand0=self.softmax_scale)
         self.spoilt = nl.ndarray((P, self.num_kv_heads), dtype=nl.float32)  # 1: not finite in some tile
         nisa.memset(dst=self.spoilt, value=0.0)
         self.weights = []  # zero but in a token's own slot; of two gangs that follow each other
         for _ in range(2):
             shape = (P, self.gang * self.num_kv_heads, self.unit, SLOTS, self.group)
             weights = nl.ndarray(shape, dtype=self.dtype)
-            nisa.memset(dst=weights, value=0.0)
+            _clear(weights)
             self.weights.append(weights)
         # Where nothing is read, what comes from HBM finds in these what they held before.
         self.query_buffer = nl.ndarray((P, self.query.shape[1]), dtype=self.query.dtype)
         _clear(self.query_buffer)
+        if self.pair > 1:  # a head's queries in the lanes of each token, zeros in the others
+            heads = self.query.shape[1] // self.head_dim
+            self.query_pairs = nl.ndarray((P, heads, self.pair, self.pair, self.head_dim), dtype=self.query.dtype)
+            _clear(self.query_pairs)
         self.buffers = []  # of keys, of values
         for _ in range(1 if self.latent else 2):
             buffers = []
@@ -231,14 +243,16 @@ class _Call(nl.NKIObject):
         nisa.dma_copy(dst=found, src=source, oob_mode=nisa.oob_mode.skip)
 
     def turned(self, keys, lane, lanes):
-        """Return some lanes of keys (P, unit, DS) as (lanes, unit, P)."""
-        found = nl.ndarray((lanes, self.unit, P), dtype=self.dtype)
+        """Return some lanes of keys (P, unit, DS) as (pair * lanes, unit / pair, P)."""
+        pairs = self.unit // self.pair
+        found = nl.ndarray((self.pair * lanes, pairs, P), dtype=self.dtype)
         at_a_time = BANK_BYTES // P // _bytes(self.dtype)
-        for start in range(0, self.unit, at_a_time):
-            count = min(at_a_time, self.unit - start)
-            turned = nl.ndarray((lanes, count, P), dtype=self.dtype, buffer=nl.psum)
+        for start in range(0, pairs, at_a_time):
+            count = min(at_a_time, pairs - start)
+            turned = nl.ndarray((self.pair * lanes, count, P), dtype=self.dtype, buffer=nl.psum)
             for j in range(count):
-                nisa.nc_transpose(dst=turned[:, j, :], data=keys[:, start + j, lane : lane + lanes])
+                tokens = slice((start + j) * self.pair, (start + j + 1) * self.pair)
+                nisa.nc_transpose(dst=turned[:, j, :], data=keys[:, tokens, lane : lane + lanes])
             nisa.tensor_copy(dst=found[:, start : start + count, :], src=turned, engine=nisa.engine.scalar)
         return found
 
@@ -252,13 +266,23 @@ class _Call(nl.NKIObject):
         return blocks
 
     def product(self, values, lane, lanes, weights):
-        """Return some lanes of values (P, unit, DS) times weights (P, unit, columns), contracted over the tokens."""
-        product = nl.ndarray((lanes, weights.shape[2]), dtype=nl.float32, buffer=nl.psum)
-        for j in range(self.unit):
+        """Return some lanes of values (P, unit, DS) times weights (P, unit, columns), contracted over the tokens.
+
+        (lanes, columns), of the first and of the second ones of pairs of tokens; what is multiplied across is dropped.
+        """
+        pair, columns = self.value_pair, weights.shape[2]
+        product = nl.ndarray((pair * lanes, pair, columns), dtype=nl.float32, buffer=nl.psum)
+        for j in range(0, self.unit, pair):
             nisa.nc_matmul(
-                dst=product, stationary=values[:, j, lane : lane + lanes], moving=weights[:, j, :], accumulate=j > 0
+                dst=product,
+                stationary=values[:, j : j + pair, lane : lane + lanes],
+                moving=weights[:, j : j + pair, :],
+                accumulate=j > 0,
             )
-        return product
+        found = []
+        for i in range(pair):
+            found.append(product[i * lanes : (i + 1) * lanes, i, :])
+        return found
 
 
 def _bytes(dtype):
@@ -284,9 +308,9 @@ class _Turn(nl.NKIObject):
         self.numbers = nl.ndarray((P, size, 3), dtype=nl.float32)  # bounds and distance
         nisa.tensor_copy(dst=self.numbers, src=self.units[:, :, 2:5])
         self._compare_bounds()
-        self.queries = []  # for each 128 lanes (lanes, H, slots)
+        self.queries = []  # for each 128 lanes (pair * lanes, pair, H, slots)
         for lane in range(0, call.head_dim, P):
-            shape = (min(P, call.head_dim - lane), call.num_heads, size * SLOTS)
+            shape = (call.pair * min(P, call.head_dim - lane), call.pair, call.num_heads, size * SLOTS)
             self.queries.append(nl.ndarray(shape, dtype=call.dtype))
         for slot in range(0, size * SLOTS, P):
             self._fetch_queries(slot, min(P, size * SLOTS - slot))
@@ -294,9 +318,10 @@ class _Turn(nl.NKIObject):
         for heads, members in call.softmax_blocks(self.gang):
             count = (heads.stop - heads.start) * (members.stop - members.start)
             self.stats.append(nl.ndarray((count, 2, size // self.gang, SLOTS), dtype=nl.float32))
-        self.sums = []  # for each 128 lanes of values (lanes, KH, rows): weighted values
+        self.sums = []  # for each 128 lanes of values (value_pair * lanes, KH, rows): weighted values
         for lane in range(0, call.value_dim, P):
-            shape = (min(P, call.value_dim - lane), call.num_kv_heads, size * call.columns)
+            lanes = call.value_pair * min(P, call.value_dim - lane)
+            shape = (lanes, call.num_kv_heads, size * call.columns)
             self.sums.append(nl.ndarray(shape, dtype=nl.float32))
 
     def _compare_bounds(self):
@@ -336,16 +361,26 @@ class _Turn(nl.NKIObject):
         for part in range(parts):
             found = call.query_buffer[0:count, :]
             call.fetch(found, call.query, rows[:, part : part + 1])
-            for head in range(0, heads, at_a_time):
-                some = min(at_a_time, heads - head)
-                for i in range(len(self.queries)):
-                    lanes = self.queries[i].shape[0]
-                    turned = nl.ndarray((lanes, some, count), dtype=call.query.dtype, buffer=nl.psum)
-                    for j in range(some):
-                        lane = (head + j) * call.head_dim + i * P
-                        nisa.nc_transpose(dst=turned[:, j, :], data=found[:, lane : lane + lanes])
-                    place = part * heads + head
-                    nisa.tensor_copy(dst=self.queries[i][:, place : place + some, slot : slot + count], src=turned)
+            if call.pair > 1:
+                for k in range(call.pair):
+                    mine = call.query_pairs[0:count, :, k, k, :]
+                    source = found.reshape((count, heads, call.head_dim))
+                    nisa.tensor_copy(dst=mine, src=source, engine=nisa.engine.gpsimd)
+            for k in range(call.pair):
+                for head in range(0, heads, at_a_time):
+                    some = min(at_a_time, heads - head)
+                    place = slice(part * heads + head, part * heads + head + some)
+                    for i in range(len(self.queries)):
+                        lanes = self.queries[i].shape[0]
+                        turned = nl.ndarray((lanes, some, count), dtype=call.query.dtype, buffer=nl.psum)
+                        for j in range(some):
+                            if call.pair > 1:
+                                mine = call.query_pairs[0:count, head + j, k, :, :]
+                            else:
+                                lane = (head + j) * call.head_dim + i * P
+                                mine = found[:, lane : lane + lanes]
+                            nisa.nc_transpose(dst=turned[:, j, :], data=mine)
+                        nisa.tensor_copy(dst=self.queries[i][:, k, place, slot : slot + count], src=turned)
 
     def give(self, again):
         """Write what the turn found, a row of all kv heads for each member of a group: few and long descriptors."""
@@ -358,14 +393,20 @@ class _Turn(nl.NKIObject):
             count = min(P, self.size * call.columns - row)
             found = nl.ndarray((count, call.num_kv_heads, call.value_dim), dtype=nl.float32)
             for head in range(call.num_kv_heads):
-                turned = nl.ndarray((count, call.value_dim), dtype=nl.float32, buffer=nl.psum)
+                turned = nl.ndarray((count, call.value_pair * call.value_dim), dtype=nl.float32, buffer=nl.psum)
                 for i in range(len(self.sums)):
                     mine = self.sums[i][:, head, row : row + count]
                     nisa.nc_transpose(dst=turned[:, i * P : i * P + mine.shape[0]], data=mine)
+                total = turned
+                if call.value_pair > 1:
+                    total = nl.ndarray((count, call.value_dim), dtype=nl.float32)
+                    nisa.tensor_copy(dst=total, src=turned[:, 0 : call.value_dim])
+                    second = turned[:, call.value_dim : 2 * call.value_dim]
+                    nisa.tensor_tensor(dst=total, data1=total, data2=second, op=nl.add)
                 nisa.activation(
                     dst=found[:, head, :],
                     op=nl.copy,
-                    data=turned,
+                    data=total,
                     reduce_op=nl.add,
                     reduce_res=spoilt[0:count, head : head + 1],
                     reduce_cmd=nisa.reduce_cmd.reset_reduce,
@@ -442,7 +483,7 @@ class _Gang(nl.NKIObject):
         logits = nl.ndarray((P, self.heads, call.unit, call.group), dtype=nl.float32)
         for head in range(self.heads):
             keys = self._gathered(0, head, call.latent)
-            self._multiply_keys(logits, keys, head)
+            self._multiply_keys(logits, keys, head, again)
         if call.soft_cap != 0.0:
             nisa.activation(dst=logits, op=nl.tanh, data=logits, scale=1.0 / call.soft_cap)
             nisa.tensor_scalar(dst=logits, data=logits, op0=nl.multiply, operand0=call.soft_cap)
@@ -502,50 +543,59 @@ class _Gang(nl.NKIObject):
         predicate = hidden.reshape((P, call.unit, 1)).broadcast(2, words.shape[2])
         nisa.tensor_copy_predicated(dst=words, src=0, predicate=predicate)
 
-    def _multiply_keys(self, logits, keys, head):
+    def _multiply_keys(self, logits, keys, head, again):
         """Write the logits of a kv head: the products with a token's own sequence."""
         call = self.call
-        kv_head = self._place(head)[1]
         turned = []
         for i in range(len(self.turn.queries)):
-            turned.append(call.turned(keys, i * P, self.turn.queries[i].shape[0]))
-        for member in range(0, call.group, P):
-            size = min(P, call.group - member)
-            tokens = max(1, BANK_BYTES // 4 // (SLOTS * size))
-            for start in range(0, call.unit, tokens):
-                products = self._products(turned, head, member, size, start, min(tokens, call.unit - start))
-                for slot in range(SLOTS):
-                    own = slice(slot * UNITS, (slot + 1) * UNITS)
-                    mine = logits[own, head, start : start + products.shape[1], member : member + size]
-                    data = products[own, :, :, slot]
-                    if call.head_scales == None:  # noqa: E711
-                        nisa.tensor_scalar(dst=mine, data=data, op0=nl.multiply, operand0=call.softmax_scale)
-                    else:
-                        nisa.tensor_scalar(
-                            dst=mine,
-                            data=data,
-                            op0=nl.multiply,
-                            operand0=call.softmax_scale,
-                            op1=nl.multiply,
-                            operand1=call.head_scales[own, kv_head : kv_head + 1],
-                        )
+            turned.append(call.turned(keys, i * P, self.turn.queries[i].shape[0] // call.pair))
+        if again and call.pair > 1:  # a key that is not finite has to leave the other one of its pair alone
+            for k in range(call.pair):
+                lanes = slice(k * call.head_dim, (k + 1) * call.head_dim)
+                apart = nl.ndarray(turned[0].shape, dtype=call.dtype)
+                _clear(apart)
+                nisa.tensor_copy(dst=apart[lanes, :, :], src=turned[0][lanes, :, :])
+                self._write_logits(logits, [apart], head, k, call.pair)
+        else:
+            self._write_logits(logits, turned, head, 0, 1)
         if call.token_scales != None:  # noqa: E711
             scales = call.fetched(call.token_scales, self._rows(0, head))
             wide = scales.reshape((P, call.unit, 1)).broadcast(2, call.group)
             mine = logits[:, head, :, :]
             nisa.tensor_tensor(dst=mine, data1=mine, data2=wide, op=nl.multiply)
 
+    def _write_logits(self, logits, turned, head, first, step):
+        """Write the logits of every so many tokens from one on."""
+        call = self.call
+        kv_head = self._place(head)[1]
+        for member in range(0, call.group, P):
+            size = min(P, call.group - member)
+            tokens = BANK_BYTES // 4 // (SLOTS * size)
+            tokens -= tokens % call.pair
+            for start in range(0, call.unit, tokens):
+                products = self._products(turned, head, member, size, start, min(tokens, call.unit - start))
+                for slot in range(SLOTS):
+                    own = slice(slot * UNITS, (slot + 1) * UNITS)
+                    end = start + products.shape[1]
+                    mine = logits[own, head, start + first : end : step, member : member + size]
+                    data = products[own, first : products.shape[1] : step, :, slot]
+                    scale = call.softmax_scale
+                    if call.logit_scales != None:  # noqa: E711
+                        scale = call.logit_scales[own, kv_head : kv_head + 1]
+                    nisa.activation(dst=mine, op=nl.copy, data=data, scale=scale)
+
     def _products(self, turned, head, member, members, start, count):
         """Return some tokens of a unit times some members of both slots (P, tokens, members, SLOTS)."""
         products = nl.ndarray((P, count, members, SLOTS), dtype=nl.float32, buffer=nl.psum)
         tile, kv_head = self._place(head)
         slots, first = slice(tile * SLOTS, (tile + 1) * SLOTS), kv_head * self.call.group + member
-        for j in range(count):
+        pair = self.call.pair
+        for j in range(0, count, pair):
             for i in range(len(turned)):
                 nisa.nc_matmul(
-                    dst=products[:, j, :, :],
-                    stationary=turned[i][:, start + j, :],
-                    moving=self.turn.queries[i][:, first : first + members, slots],
+                    dst=products[:, j : j + pair, :, :],
+                    stationary=turned[i][:, (start + j) // pair, :],
+                    moving=self.turn.queries[i][:, :, first : first + members, slots],
                     accumulate=i > 0,
                 )
         return products
@@ -616,16 +666,17 @@ class _Gang(nl.NKIObject):
     def _weigh_values(self, values, head):
         """Multiply the weights of a kv head by its values (P, unit, DS)."""
         call = self.call
-        kv_head = self._place(head)[1]
+        of_values = call.num_kv_heads + self._place(head)[1]
         for i in range(len(self.turn.sums)):
             for start in range(0, call.columns, BANK_BYTES // 4):
                 mine = self._sums(i, head, start)
-                scale = 1.0
-                if call.head_scales != None:  # noqa: E711
-                    of_values = call.num_kv_heads + kv_head
-                    scale = call.head_scales[0 : mine.shape[0], of_values : of_values + 1]
-                product = call.product(values, i * P, mine.shape[0], self._columns(head, start))
-                nisa.activation(dst=mine, op=nl.copy, data=product, scale=scale)
+                lanes = mine.shape[0] // call.value_pair
+                products = call.product(values, i * P, lanes, self._columns(head, start))
+                for k in range(call.value_pair):
+                    own, scale = slice(k * lanes, (k + 1) * lanes), 1.0
+                    if call.head_scales != None:  # noqa: E711
+                        scale = call.head_scales[own, of_values : of_values + 1]
+                    nisa.activation(dst=mine[own, :], op=nl.copy, data=products[k], scale=scale)
 
     def _columns(self, head, start):
         """Return the weights of a kv head (P, unit, columns) of the tile's rows from one on, a bank at most."""
@@ -651,8 +702,11 @@ class _Gang(nl.NKIObject):
         for i in range(len(self.turn.sums)):
             for start in range(0, call.columns, BANK_BYTES // 4):
                 mine, shown = self._sums(i, head, start), self._columns(head, start)
-                self._add_infinities(mine, call.product(above, i * P, mine.shape[0], shown), float("inf"))
-                self._add_infinities(mine, call.product(below, i * P, mine.shape[0], shown), float("-inf"))
+                lanes = mine.shape[0] // call.value_pair
+                for counted, infinity in ((above, float("inf")), (below, float("-inf"))):
+                    products = call.product(counted, i * P, lanes, shown)
+                    for k in range(call.value_pair):
+                        self._add_infinities(mine[k * lanes : (k + 1) * lanes, :], products[k], infinity)
 
     def _parted(self, values):
         """Return values that are not finite as 1: those above all numbers and below, NaN in both; and the others."""
