@@ -103,6 +103,9 @@ def _attend_tiles(call, first, count, size, again):
 
     def some_tiles(turn):
         part = _Turn(call, first, core * size, size)
+        if again and cores > 1:  # the other core may have written what this one writes now
+            nisa.core_barrier(data=call.sums, cores=(0, 1))
+            nisa.core_barrier(data=call.stats, cores=(0, 1))
         for tile in range(0, size, part.gang):
             _Gang(part, tile).attend(again)
         part.give(again)
