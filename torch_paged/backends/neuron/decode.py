@@ -57,6 +57,7 @@ def paged_attention(launch: Launch, arguments: Arguments) -> tuple[Tensor, Tenso
         num_blocks=num_blocks,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
+        value_dim=value_dim,
         block_size=block_size,
         unit=unit,
         mask_units=mask_units,
@@ -99,8 +100,8 @@ def paged_attention(launch: Launch, arguments: Arguments) -> tuple[Tensor, Tenso
         arguments["logits_soft_cap"],
         sides == 1 and num_kv_heads == 1,
     )
-    parts = merge_parts(num_seqs * sizes.group, num_kv_heads, launch.cores)
-    live, heads = num_seqs * sizes.group * parts, num_kv_heads // parts
+    rows = merge_parts(num_seqs, num_heads, value_dim, launch.cores)
+    live, heads = num_seqs * rows, num_heads // rows
     groups = merge_groups(live, launch.cores)
     sink_rows = None
     if sinks is not None:

@@ -1,29 +1,29 @@
 """The second stage of split attention: the partial results of a row's chunks, merged in the order of keys.
 
-Rows lie on partitions, 128 at a time: some kv heads (``merge_parts``) of one member of their groups of a sequence. A
-turn takes ``CHUNKS`` partial results of each row, as the plan places them; a negative place holds none and changes
-nothing. The first turn is none of the loop's, as most rows need no other one.
+Rows lie on partitions, 128 at a time: some heads of a sequence (``merge_parts``), members of groups outside, kv heads
+inside. ``CHUNKS`` partial results of each row are merged at once, as the plan places them; a negative place holds none
+and changes nothing. The first ones are no turn of the loop, as most rows need no others.
 """
 
 import nki
 import nki.isa as nisa
 import nki.language as nl
 
+from torch_paged.backends.neuron.plan import MERGES as CHUNKS
 from torch_paged.backends.neuron.plan import PARTITIONS as P
-from torch_paged.backends.neuron.plan import TURN_MERGES as CHUNKS
+from torch_paged.backends.neuron.plan import turn_merges
 
 LEAST = -1e30  # a maximum below which no logit counts
 SMALLEST = 2.0**-60  # less than the sum of any row that sees a key, and within the logarithm's range
-PSUM_BYTES = 8192  # of a turn's weighted values, added up in PSUM where they are no more: twice as fast
 UNROLLED = 4  # groups of a core that need no loop
 
 
 @nki.jit
 def merge_chunks(
-    sums,  # (X * G * parts, heads * DV) float32: weighted values
-    stats,  # (X * G * parts, heads * 2) float32: maxima and sums
-    places,  # (groups * C, P * CHUNKS) int32: of groups of rows, C turns of each
-    turns,  # (1, 1) int32: of the C turns those behind the first that hold a chunk
+    sums,  # (X * parts, heads * DV) float32: weighted values
+    stats,  # (X * parts, heads * 2) float32: maxima and sums
+    places,  # (groups * C, P * CHUNKS) int32: of groups of rows, C of each
+    turns,  # (1, 1) int32: of ``turn_merges`` of the C those that hold a chunk, the first of the C apart
     sinks,  # (groups, P * heads) float32, or None
     like,  # any shape: the dtype of the result
     num_groups,
@@ -58,23 +58,24 @@ def _merge_rows(sums, stats, places, turns, sinks, group, out, found):
     heads = stats.shape[1] // 2
     state = _State(heads, sums.shape[1] // heads)
     state.begin(sinks, group)
-    turn = nl.ndarray((1, 1), dtype=nl.int32)
-    nisa.tensor_scalar(dst=turn, data=group, op0=nl.multiply, operand0=float(places.shape[0] // out.shape[0]))
-    state.take(sums, stats, _rows(places, turn), True)
+    row = nl.ndarray((1, 1), dtype=nl.int32)
+    nisa.tensor_scalar(dst=row, data=group, op0=nl.multiply, operand0=float(places.shape[0] // out.shape[0]))
+    state.take(sums, stats, _rows(places, row), True)
 
     def some_chunks(j):
-        nisa.tensor_scalar(dst=turn, data=turn, op0=nl.add, operand0=1.0)
-        state.take(sums, stats, _rows(places, turn), False)
+        for _ in range(turn_merges(heads)):
+            nisa.tensor_scalar(dst=row, data=row, op0=nl.add, operand0=1.0)
+            state.take(sums, stats, _rows(places, row), False)
 
     if places.shape[0] > out.shape[0]:
         nl.fori_loop(0, turns, some_chunks)
     state.finish(out, found, group)
 
 
-def _rows(places, turn):
-    """Return the places of a turn, (P, CHUNKS)."""
+def _rows(places, row):
+    """Return a row of places as (P, CHUNKS)."""
     found = nl.ndarray((P, CHUNKS), dtype=nl.int32)
-    source = places.ap(pattern=[[CHUNKS, P], [1, CHUNKS]], offset=0, scalar_offset=turn, indirect_dim=0)
+    source = places.ap(pattern=[[CHUNKS, P], [1, CHUNKS]], offset=0, scalar_offset=row, indirect_dim=0)
     nisa.dma_copy(dst=found, src=source)
     return found
 
@@ -113,8 +114,7 @@ class _State(nl.NKIObject):
     def take(self, sums, stats, places, first):
         """Take some partial results of each row; ``first``: there are no weighted values yet."""
         factors = self._rescale(stats, places)
-        memory = nl.psum if self.sums.shape[1] * self.sums.shape[2] * 4 <= PSUM_BYTES else nl.sbuf
-        added = nl.ndarray(self.sums.shape, dtype=nl.float32, buffer=memory)
+        added = nl.ndarray(self.sums.shape, dtype=nl.float32, buffer=nl.psum)
         for k in range(CHUNKS):
             part = nl.ndarray((P, self.heads * self.value_dim), dtype=nl.float32)
             nisa.memset(dst=part, value=0.0, engine=nisa.engine.gpsimd)
