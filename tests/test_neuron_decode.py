@@ -65,8 +65,8 @@ def test_every_length_of_turn_and_the_values_that_are_not_finite() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2")
         out, *stats = decode.paged_attention(Launch("trn2", 1, keep), arguments)
-    assert plan.turn_tiles(1, 256) == (4, 2, 1)
-    assert turns[0] == [[1, 1, 1, 7]]
+    assert plan.turn_tiles(1, 256) == (8, 4, 2, 1)
+    assert turns[0] == [[0, 1, 1, 1, 7]]
     assert (out[0, :, 9] == float("inf")).all()
     assert out.isfinite().sum() == out.numel() - 256
     arguments["kv_cache"][1, block, 0, 5, 9] = 0.0

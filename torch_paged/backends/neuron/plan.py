@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 PARTITIONS = 128
 CHUNK_UNITS = 64
 TILE_CHUNKS = PARTITIONS // CHUNK_UNITS
-TURN_KV_HEADS, TURN_HEADS = 256, 1024
+TURN_KV_HEADS, TURN_HEADS = 256, 2048
 """Kv heads and query heads of all tiles in a turn of the longest loop: the end of a turn costs as much as a few."""
 QUERY_BYTES = 8192
 """Of a sequence's queries that are fetched at once."""
