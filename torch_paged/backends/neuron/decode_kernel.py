@@ -123,9 +123,9 @@ def _spread(row):
     return found
 
 
-def _clear(buffer):
+def _clear(buffer, engine):
     zero = 0 if buffer.dtype == nl.int8 or buffer.dtype == nl.uint8 else 0.0
-    nisa.memset(dst=buffer, value=zero, engine=nisa.engine.gpsimd)
+    nisa.memset(dst=buffer, value=zero, engine=engine)
 
 
 class _Call(nl.NKIObject):
@@ -187,21 +187,21 @@ class _Call(nl.NKIObject):
         for _ in range(2):
             shape = (P, self.gang * self.num_kv_heads, self.unit, SLOTS, self.group)
             weights = nl.ndarray(shape, dtype=self.dtype)
-            _clear(weights)
+            _clear(weights, nisa.engine.vector)
             self.weights.append(weights)
         # Where nothing is read, what comes from HBM finds in these what they held before.
         self.query_buffer = nl.ndarray((P, self.query.shape[1]), dtype=self.query.dtype)
-        _clear(self.query_buffer)
+        _clear(self.query_buffer, nisa.engine.vector)
         if self.pair > 1:  # a head's queries in the lanes of each token, zeros in the others
             heads = self.query.shape[1] // self.head_dim
             self.query_pairs = nl.ndarray((P, heads, self.pair, self.pair, self.head_dim), dtype=self.query.dtype)
-            _clear(self.query_pairs)
+            _clear(self.query_pairs, nisa.engine.gpsimd)
         self.buffers = []  # of keys, of values
-        for _ in range(1 if self.latent else 2):
+        for side in range(1 if self.latent else 2):
             buffers = []
             for _ in range(BUFFERS):
                 buffer = nl.ndarray((P, self.cache.shape[1]), dtype=self.cache.dtype)
-                _clear(buffer)
+                _clear(buffer, nisa.engine.vector if side == 0 else nisa.engine.gpsimd)
                 buffers.append(buffer)
             self.buffers.append(buffers)
 
@@ -235,7 +235,7 @@ class _Call(nl.NKIObject):
     def fetched(self, base, rows):
         """Return rows (P, W) of a tensor in HBM, zeros where there is none."""
         found = nl.ndarray((P, base.shape[1]), dtype=base.dtype)
-        _clear(found)
+        _clear(found, nisa.engine.gpsimd)
         self.fetch(found, base, rows)
         return found
 
@@ -556,7 +556,7 @@ class _Gang(nl.NKIObject):
             for k in range(call.pair):
                 lanes = slice(k * call.head_dim, (k + 1) * call.head_dim)
                 apart = nl.ndarray(turned[0].shape, dtype=call.dtype)
-                _clear(apart)
+                _clear(apart, nisa.engine.gpsimd)
                 nisa.tensor_copy(dst=apart[lanes, :, :], src=turned[0][lanes, :, :])
                 self._write_logits(logits, [apart], head, k, call.pair)
         else:
