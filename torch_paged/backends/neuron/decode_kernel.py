@@ -1,15 +1,20 @@
 """Decode: one query token per sequence, tokens on partitions.
 
-A turn of a loop computes tiles of 128 units of keys (``plan``), 2 chunks of any sequences, gathered whole. Per kv head,
-each column of tokens is transposed by the tensor engine and multiplied by the queries of both sequences; a token keeps
-the product of its own. Maximum and sum of a chunk go over the tokens of a unit on the vector engine, and over its 64
-partitions after a transposition. Then weights and values are multiplied, contracted over the tokens. Weighted values,
-maximum and sum of a chunk go to HBM, in a row of all kv heads for each member of a group: few and long descriptors. A
-second kernel merges the rows in the order of keys (``merge_kernel``).
+A turn of a loop computes tiles of 128 units of keys (``plan``), 2 chunks of any sequences, gathered whole; tiles of few
+kv heads together. Per kv head, each column of tokens is transposed by the tensor engine and multiplied by the queries
+of both sequences; a token keeps the product of its own. Maximum and sum of a chunk go over the tokens of a unit on the
+vector engine, and over its 64 partitions after a transposition. Then values and weights are multiplied, contracted over
+the tokens: the values are the stationary matrix, as the weights have fewer columns. At the end of a turn the weighted
+values are transposed, and go to HBM in a row of all kv heads for each member of a group: few and long descriptors. So
+do maxima and sums. A second kernel merges the chunks in the order of keys (``merge_kernel``).
+
+Heads of 32 or 64 lanes: the keys of two tokens are transposed and multiplied at once, by queries that are zero in the
+lanes of the other token, and the values of two tokens.
 
 Values of keys outside the bounds are overwritten: a weight of 0 does not hide a NaN. A value within them that is
-not finite reaches every row of its tile, whether the row sees it or not: then all tiles are computed once more, such
-values as 0, and each row gets the infinities of the values that it sees.
+not finite reaches every row of its tile, whether the row sees it or not, and a key that is not finite the other token
+of its pair: then all tiles are computed once more, with such values as 0 and pairs apart, and each row gets the
+infinities of the values that it sees.
 """
 
 import nki
