@@ -14,7 +14,9 @@ from torch_paged.backends.neuron.plan import (
     DecodeSizes,
     decode_plan,
     merge_groups,
+    merge_parts,
     query_parts,
+    turn_merges,
     turn_tiles,
     unit_tokens,
 )
@@ -27,6 +29,7 @@ SIZES = DecodeSizes(
     num_blocks=BLOCKS,
     num_heads=2 * HEADS,
     num_kv_heads=HEADS,
+    value_dim=32,
     block_size=BLOCK_SIZE,
     unit=4,
     mask_units=None,
@@ -48,15 +51,16 @@ def lens() -> torch.Tensor:
     return torch.tensor(LENS, dtype=torch.int32)
 
 
-def slots_of_sequences(plan: DecodePlan, num_seqs: int, group: int) -> torch.Tensor:
+def slots_of_sequences(plan: DecodePlan, num_seqs: int, cores: int = 1) -> torch.Tensor:
     """Return (B, C): the slots of a sequence's chunks in the order of its keys, -1 behind the last."""
-    groups = merge_groups(num_seqs * group, 1)
+    width = merge_parts(num_seqs, SIZES.num_heads, SIZES.value_dim, cores)
+    groups = merge_groups(num_seqs * width, cores)
     turns = plan.places.reshape(groups, -1, 128, 8).transpose(1, 2).reshape(groups * 128, -1)
-    assert (turns[num_seqs * group :] == NOTHING).all()
-    places = turns[: num_seqs * group].reshape(num_seqs, group, -1)
-    slots = torch.where(places >= 0, places // group, -1)
-    for member in range(group):
-        assert torch.equal(places[:, member], torch.where(slots[:, 0] >= 0, slots[:, 0] * group + member, NOTHING))
+    assert (turns[num_seqs * width :] == NOTHING).all()
+    places = turns[: num_seqs * width].reshape(num_seqs, width, -1)
+    slots = torch.where(places >= 0, places // width, -1)
+    for row in range(width):
+        assert torch.equal(places[:, row], torch.where(slots[:, 0] >= 0, slots[:, 0] * width + row, NOTHING))
     return slots[:, 0]
 
 
@@ -85,13 +89,16 @@ def test_each_key_that_is_seen_is_in_one_slot_in_order(
     block_tables = tables()
     sizes = replace(SIZES, sides=sides, unit=unit, mask_units=90, cores=cores)
     plan = decode_plan(block_tables, lens(), replace(sizes, sliding_window=window, attention_chunk=chunk))
-    parts, group = BLOCK_SIZE // unit, sizes.group
-    slots = slots_of_sequences(plan, len(LENS), group)
+    parts = BLOCK_SIZE // unit
+    slots = slots_of_sequences(plan, len(LENS), cores)
     assert slots[slots >= 0].tolist() == list(range(num_chunks := int((slots >= 0).sum())))
     tiles = turn_tiles(HEADS, sizes.num_heads)
     turns = plan.turns[0].tolist()
     assert turns[-1] == -(-num_chunks // (TILE_CHUNKS * cores)) == sum(map(int.__mul__, turns[:-1], tiles))
-    assert int(plan.merge_turns) == -(-int((slots >= 0).sum(1).max()) // 8)
+    per_turn = 8 * turn_merges(sizes.num_heads // merge_parts(len(LENS), sizes.num_heads, sizes.value_dim, cores))
+    behind = max(0, int((slots >= 0).sum(1).max()) - 8)
+    assert int(plan.merge_turns) == -(-behind // per_turn)
+    assert plan.places.shape[0] % cores == 0
     for seq, length in enumerate(LENS):
         length = min(max(length, 0), 70 * BLOCK_SIZE)
         wanted = {}
@@ -118,15 +125,15 @@ def test_each_key_that_is_seen_is_in_one_slot_in_order(
 def test_a_sequence_is_cut_alike_in_any_batch() -> None:
     together = decode_plan(tables(), lens(), SIZES)
     alone = decode_plan(tables()[3:4], lens()[3:4], SIZES)
-    mine = slots_of_sequences(together, len(LENS), SIZES.group)[3]
+    mine = slots_of_sequences(together, len(LENS))[3]
     mine = mine[mine >= 0]
-    assert mine.numel() == (slots_of_sequences(alone, 1, SIZES.group) >= 0).sum()
+    assert mine.numel() == (slots_of_sequences(alone, 1) >= 0).sum()
     assert torch.equal(units_of_slots(together)[mine], units_of_slots(alone)[: mine.numel()])
 
 
 def test_slots_of_no_chunk_read_nothing() -> None:
     plan = decode_plan(tables(), lens(), SIZES)
-    used = int((slots_of_sequences(plan, len(LENS), SIZES.group) >= 0).sum())
+    used = int((slots_of_sequences(plan, len(LENS)) >= 0).sum())
     assert (units_of_slots(plan)[used:, :, :2] == NOTHING).all()
     assert (units_of_slots(plan)[used:, :, 2:] == 0).all()
     assert (plan.query_rows[used:] == NOTHING).all()
@@ -159,15 +166,38 @@ def test_units_fill_a_descriptor(
 @pytest.mark.parametrize(
     ("kv_heads", "heads", "tiles"),
     [
-        (1, 1, (128, 64, 32, 16, 8, 4, 2, 1)),
-        (8, 32, (16, 8, 4, 2, 1)),
-        (20, 20, (4, 2, 1)),
-        (1, 300, (2, 1)),
+        (1, 8, (256, 128, 64, 32, 16, 8, 4, 2, 1)),
+        (8, 32, (32, 16, 8, 4, 2, 1)),
+        (8, 128, (16, 8, 4, 2, 1)),
+        (20, 20, (8, 4, 2, 1)),
+        (1, 300, (4, 2, 1)),
         (200, 200, (1,)),
     ],
 )
 def test_turns_take_much_the_same_number_of_heads(kv_heads: int, heads: int, tiles: tuple[int, ...]) -> None:
     assert turn_tiles(kv_heads, heads) == tiles
+
+
+@pytest.mark.parametrize(
+    ("seqs", "heads", "value_dim", "cores", "parts"),
+    [
+        (1, 32, 128, 1, 32),
+        (4, 32, 128, 1, 16),
+        (16, 32, 128, 1, 8),
+        (16, 32, 128, 2, 8),
+        (64, 32, 128, 1, 2),
+        (256, 32, 128, 1, 2),
+        (16, 8, 128, 1, 4),
+        (64, 8, 128, 1, 2),
+        (200, 8, 256, 1, 1),
+        (10, 15, 64, 1, 5),
+        (300, 7, 4096, 1, 7),
+    ],
+)
+def test_results_of_a_sequence_are_merged_in_rows_that_fill_partitions(
+    seqs: int, heads: int, value_dim: int, cores: int, parts: int
+) -> None:
+    assert merge_parts(seqs, heads, value_dim, cores) == parts
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torch_paged.backends.neuron.plan import (
     DecodeSizes,
     decode_plan,
     merge_groups,
+    merge_parts,
     query_parts,
     unit_tokens,
 )
@@ -56,6 +57,7 @@ def paged_attention(launch: Launch, arguments: Arguments) -> tuple[Tensor, Tenso
         num_blocks=num_blocks,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
+        value_dim=value_dim,
         block_size=block_size,
         unit=unit,
         mask_units=mask_units,
@@ -76,7 +78,7 @@ def paged_attention(launch: Launch, arguments: Arguments) -> tuple[Tensor, Tenso
     elif scales_rank:
         head_scales = kv_scales.reshape(sides, -1).expand(2, num_kv_heads).reshape(1, -1)
     slopes, scale = arguments["alibi_slopes"], arguments["softmax_scale"]
-    partials = launch(
+    sums, stats = launch(
         attend_chunks,
         query.reshape(num_seqs * sizes.query_parts, -1),
         cache,
@@ -98,31 +100,27 @@ def paged_attention(launch: Launch, arguments: Arguments) -> tuple[Tensor, Tenso
         arguments["logits_soft_cap"],
         sides == 1 and num_kv_heads == 1,
     )
-    live = num_seqs * sizes.group
+    rows = merge_parts(num_seqs, num_heads, value_dim, launch.cores)
+    live, heads = num_seqs * rows, num_heads // rows
     groups = merge_groups(live, launch.cores)
-    rows = groups * PARTITIONS
     sink_rows = None
     if sinks is not None:
-        members = sinks.reshape(num_kv_heads, sizes.group).T.repeat(num_seqs, 1)
-        sink_rows = pad(members, (0, 0, 0, rows - live)).reshape(groups, -1)
+        members = sinks.reshape(num_kv_heads, sizes.group).T.repeat(num_seqs, 1).reshape(live, heads)
+        sink_rows = pad(members, (0, 0, 0, groups * PARTITIONS - live)).reshape(groups, -1)
     out, found = launch(
         merge_chunks,
-        partials.reshape(-1, num_kv_heads * (value_dim + 2)),
+        sums.reshape(-1, heads * value_dim),
+        stats.reshape(-1, heads * 2),
         plan.places,
         plan.merge_turns,
         sink_rows,
         query,
         groups,
-        num_kv_heads,
     )
-    out = _by_head(out.reshape(rows, num_kv_heads, -1)[:live], num_seqs)
-    lse, max_logits = found.reshape(rows, 2, num_kv_heads)[:live].unbind(1)
-    return out, _by_head(lse, num_seqs), _by_head(max_logits, num_seqs)
-
-
-def _by_head(rows: Tensor, num_seqs: int) -> Tensor:
-    """Return rows (B * G, KH, ..) as (B, H, ..)."""
-    return rows.unflatten(0, (num_seqs, -1)).transpose(1, 2).flatten(1, 2).contiguous()
+    shape = (num_seqs, sizes.group, num_kv_heads, -1)
+    out = out.reshape(-1, heads * value_dim)[:live].reshape(shape).transpose(1, 2).flatten(1, 2).contiguous()
+    found = found.reshape(-1, heads * 2)[:live].reshape(shape).permute(3, 0, 2, 1).flatten(2).contiguous()
+    return out, found[0], found[1]
 
 
 def _laid_out_mask(attn_mask: Tensor, sizes: Any) -> Tensor:

@@ -15,12 +15,16 @@ from torch.nn.functional import pad
 PARTITIONS = 128
 CHUNK_UNITS = 64
 TILE_CHUNKS = PARTITIONS // CHUNK_UNITS
-TURN_KV_HEADS, TURN_HEADS = 128, 1024
+TURN_KV_HEADS, TURN_HEADS = 256, 2048
 """Kv heads and query heads of all tiles in a turn of the longest loop: the end of a turn costs as much as a few."""
 QUERY_BYTES = 8192
 """Of a sequence's queries that are fetched at once."""
-TURN_MERGES = 8
-"""Chunks of a row that a turn of the merging loop takes."""
+MERGES = 8
+"""Chunks of a row that are merged at once."""
+MERGED_VALUES = 2048
+"""Values of a row of merged heads at most: half of PSUM."""
+LONG_ROW = 4
+"""Heads of a row that takes longer to compute than to fetch."""
 DESCRIPTOR_BYTES = 4096
 """Bytes of a unit where blocks are large enough, or up to twice as many: DMA engines lose little with them."""
 UNIT_TOKENS = 32
@@ -39,6 +43,7 @@ class DecodeSizes:
         num_blocks: N.
         num_heads: H.
         num_kv_heads: KH.
+        value_dim: DV.
         block_size: S.
         unit: tokens of a unit, see ``unit_tokens``.
         mask_units: units of a row of the mask; None: no mask.
@@ -52,6 +57,7 @@ class DecodeSizes:
     num_blocks: int
     num_heads: int
     num_kv_heads: int
+    value_dim: int
     block_size: int
     unit: int
     mask_units: int | None
@@ -81,9 +87,10 @@ class DecodePlan:
         query_rows: (X, 1) int32: row of a chunk's queries in (B * query parts, ..), of part 0; ``NOTHING``: no one's
             chunk.
         turns: (1, n + 1) int32: turns of the loops over ``turn_tiles`` tiles of a core, and all tiles of a core.
-        places: (groups * C, PARTITIONS * TURN_MERGES) int32: where among (X * G) the partial results of rows (B * G)
-            are, in the order of keys: for each group of ``PARTITIONS`` rows C turns; ``NOTHING`` behind the last.
-        merge_turns: (1, 1) int32: how many of the C turns are needed.
+        places: (groups * C, PARTITIONS * MERGES) int32: where among (X * parts, see ``merge_parts``) the partial
+            results of rows (B * parts) are, in the order of keys: for each group of ``PARTITIONS`` rows C times
+            ``MERGES``, the first and some turns of ``turn_merges``; ``NOTHING`` behind the last.
+        merge_turns: (1, 1) int32: how many turns are needed behind the first ``MERGES``.
     """
 
     units: Tensor
@@ -131,6 +138,32 @@ def turn_tiles(num_kv_heads: int, num_heads: int) -> tuple[int, ...]:
     while 2 * sizes[0] * num_kv_heads <= TURN_KV_HEADS and 2 * sizes[0] * num_heads <= TURN_HEADS:
         sizes = (2 * sizes[0],) + sizes  # noqa: RUF005 (NKI's parser takes no star)
     return sizes
+
+
+def merge_parts(num_seqs: int, num_heads: int, value_dim: int, cores: int) -> int:
+    """Return in how many rows of whole heads the results of a sequence are merged.
+
+    As many as fill the partitions: half of them where the rows are short, as a descriptor costs the same then.
+
+    Args:
+        num_seqs: B.
+        num_heads: H.
+        value_dim: DV.
+        cores: that share the rows.
+    """
+    found = num_heads
+    for parts in range(num_heads, 0, -1):
+        heads = num_heads // parts
+        if num_heads % parts == 0 and (heads == 1 or heads * value_dim <= MERGED_VALUES):
+            found = parts
+            if num_seqs * parts <= PARTITIONS * cores // (1 if heads >= LONG_ROW else 2):
+                break
+    return found
+
+
+def turn_merges(heads: int) -> int:
+    """Return how many times ``MERGES`` chunks of rows of so many heads a turn of the merging loop takes."""
+    return min(4, max(1, 8 // heads))
 
 
 def merge_groups(num_rows: int, cores: int) -> int:
@@ -194,23 +227,26 @@ def decode_plan(
     for count in turn_tiles(sizes.num_kv_heads, sizes.num_heads):
         turns.append(left // count)
         left = left % count
+    parts = merge_parts(num_seqs, sizes.num_heads, sizes.value_dim, sizes.cores)
+    per_turn = MERGES * turn_merges(sizes.num_heads // parts)
+    merge_turns = ((counts.amax() - MERGES).clamp(min=0) + per_turn - 1) // per_turn
     return DecodePlan(
         units=units.reshape(-1, PARTITIONS, units.shape[-1]).transpose(0, 1).contiguous(),
         query_rows=torch.where(live, seq * sizes.query_parts, NOTHING).reshape(-1, 1).to(torch.int32),
         turns=torch.stack((*turns, tiles), 1).to(torch.int32),
-        places=_places(counts, ends, most, sizes),
-        merge_turns=((counts.amax() + TURN_MERGES - 1) // TURN_MERGES).reshape(1, 1).to(torch.int32),
+        places=_places(counts, ends, MERGES + -(-max(0, most - MERGES) // per_turn) * per_turn, parts, sizes.cores),
+        merge_turns=merge_turns.reshape(1, 1).to(torch.int32),
     )
 
 
-def _places(counts: Tensor, ends: Tensor, most: int, sizes: DecodeSizes) -> Tensor:
+def _places(counts: Tensor, ends: Tensor, most: int, parts: int, cores: int) -> Tensor:
     """Return where the partial results of each row are, as the merging kernel reads them."""
     index = torch.arange(most, dtype=torch.int32, device=counts.device)
     slots = (ends - counts)[:, None] + index  # (B, C)
-    member = torch.arange(sizes.group, dtype=torch.int32, device=counts.device)
-    rows = slots[:, None, :] * sizes.group + member[:, None]  # (B, G, C)
+    part = torch.arange(parts, dtype=torch.int32, device=counts.device)
+    rows = slots[:, None, :] * parts + part[:, None]  # (B, parts, C)
     rows = torch.where((index < counts[:, None])[:, None, :], rows, NOTHING).flatten(0, 1)
-    groups = merge_groups(rows.shape[0], sizes.cores)
-    rows = pad(rows, (0, -most % TURN_MERGES, 0, groups * PARTITIONS - rows.shape[0]), value=NOTHING)
-    rows = rows.reshape(groups, PARTITIONS, -1, TURN_MERGES).transpose(1, 2)
-    return rows.reshape(-1, PARTITIONS * TURN_MERGES).to(torch.int32)
+    groups = merge_groups(rows.shape[0], cores)
+    rows = pad(rows, (0, 0, 0, groups * PARTITIONS - rows.shape[0]), value=NOTHING)
+    rows = rows.reshape(groups, PARTITIONS, -1, MERGES).transpose(1, 2)
+    return rows.reshape(-1, PARTITIONS * MERGES).to(torch.int32)
