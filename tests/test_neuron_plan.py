@@ -108,7 +108,7 @@ def test_each_key_that_is_seen_is_in_one_slot_in_order(
                 wanted[key] = (block * HEADS * parts + key % BLOCK_SIZE // unit, key % unit)
         found: dict[int, tuple[int, int]] = {}
         for slot in (int(slot) for slot in slots[seq] if slot >= 0):
-            assert int(plan.query_rows[slot]) == 3 * seq
+            assert int(plan.query_rows.flatten()[slot]) == 3 * seq
             for keys, values, low, high, distance, mask_row in units_of_slots(plan)[slot].tolist():
                 assert (keys < 0) == (values < 0) == (low >= high)
                 if keys < 0:
@@ -136,7 +136,7 @@ def test_slots_of_no_chunk_read_nothing() -> None:
     used = int((slots_of_sequences(plan, len(LENS)) >= 0).sum())
     assert (units_of_slots(plan)[used:, :, :2] == NOTHING).all()
     assert (units_of_slots(plan)[used:, :, 2:] == 0).all()
-    assert (plan.query_rows[used:] == NOTHING).all()
+    assert (plan.query_rows.flatten()[used:] == NOTHING).all()
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def attend_chunks(
     query,  # (B * query parts, H / query parts * D)
     cache,  # (C * N * KH * parts, unit * DS), C sides
     units,  # (P, X / SLOTS, 5 or 6) int32
-    query_rows,  # (X, 1) int32
+    query_rows,  # (X / SLOTS, SLOTS) int32
     turns,  # (1, n + 1) int32
     slopes,  # (1, H) float32, or None
     mask,  # (B * mask units, mask heads * unit) uint8, or None; mask heads are 1, KH or H
@@ -355,8 +355,7 @@ class _Turn(nl.NKIObject):
     def _fetch_queries(self, slot, count):
         call = self.call
         of_first_part = nl.ndarray((count, 1), dtype=nl.int32)
-        rows_of_tile = call.query_rows.reshape((call.query_rows.shape[0] // SLOTS, SLOTS))
-        source = rows_of_tile.ap(
+        source = call.query_rows.ap(
             pattern=[[1, count], [1, 1]], offset=self.start * SLOTS + slot, scalar_offset=self.first, indirect_dim=0
         )
         nisa.dma_copy(dst=of_first_part, src=source)

@@ -84,8 +84,8 @@ class DecodePlan:
             - 2, 3: the tokens that the query sees, from and to (exclusive);
             - 4: from its first token to the query, in tokens;
             - 5, with a mask: its row in the mask, seen as rows of a unit of a sequence; ``NOTHING``: all False.
-        query_rows: (X, 1) int32: row of a chunk's queries in (B * query parts, ..), of part 0; ``NOTHING``: no one's
-            chunk.
+        query_rows: (X / TILE_CHUNKS, TILE_CHUNKS) int32: row of a chunk's queries in (B * query parts, ..), of part 0;
+            ``NOTHING``: no one's chunk.
         turns: (1, n + 1) int32: turns of the loops over ``turn_tiles`` tiles of a core, and all tiles of a core.
         places: (groups * C, PARTITIONS * MERGES) int32: where among (X * parts, see ``merge_parts``) the partial
             results of rows (B * parts) are, in the order of keys: for each group of ``PARTITIONS`` rows C times
@@ -232,7 +232,7 @@ def decode_plan(
     merge_turns = ((counts.amax() - MERGES).clamp(min=0) + per_turn - 1) // per_turn
     return DecodePlan(
         units=units.reshape(-1, PARTITIONS, units.shape[-1]).transpose(0, 1).contiguous(),
-        query_rows=torch.where(live, seq * sizes.query_parts, NOTHING).reshape(-1, 1).to(torch.int32),
+        query_rows=torch.where(live, seq * sizes.query_parts, NOTHING).reshape(-1, TILE_CHUNKS).to(torch.int32),
         turns=torch.stack((*turns, tiles), 1).to(torch.int32),
         places=_places(counts, ends, MERGES + -(-max(0, most - MERGES) // per_turn) * per_turn, parts, sizes.cores),
         merge_turns=merge_turns.reshape(1, 1).to(torch.int32),
