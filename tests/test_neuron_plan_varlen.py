@@ -32,7 +32,8 @@ SIZES = VarlenSizes(
     num_heads=12,
     num_kv_heads=3,
     block_size=BLOCK_SIZE,
-    wide=TileShape(2, 2),
+    wide=TileShape(2, 4),
+    middle=TileShape(2, 1),
     mask_heads=None,
     mask_columns=0,
     causal=True,
@@ -43,7 +44,8 @@ SIZES = VarlenSizes(
 OPTIONS: dict[str, dict[str, object]] = {
     "causal": {},
     "not causal": {"causal": False},
-    "narrow": {"wide": None},
+    "narrow": {"wide": None, "middle": None},
+    "wide and narrow": {"wide": TileShape(2, 2), "middle": None},
     "two cores": {"cores": 2, "wide": TileShape(4, 1)},
     "window": {"sliding_window": 300},
     "window, not causal": {"sliding_window": 300, "causal": False},
@@ -162,22 +164,23 @@ def test_every_row_is_in_one_tile_and_reaches_what_it_sees(name: str, listed: bo
         positions[:4] = [2**31 - 1, -(2**31), 2**31 - 2, -1]
         given = torch.tensor(positions + [2**31 - 1] * PADDING, dtype=torch.int32)
     plan = make(sizes, given)
-    rows = check(plan.narrow, NARROW, positions, sizes)
-    if plan.wide is None:
-        assert sizes.wide is None
-    else:
-        assert sizes.wide is not None
-        rows += check(plan.wide, sizes.wide, positions, sizes)
-        assert plan.counts[0, 0] == plan.wide.count > 0
+    rows, counts = [], plan.counts[0].tolist()
+    shapes = (sizes.wide, sizes.middle, NARROW)
+    for tiles, shape, count in zip((plan.wide, plan.middle, plan.narrow), shapes, counts, strict=False):
+        assert (tiles is None) == (shape is None)
+        if tiles is not None and shape is not None:
+            rows += check(tiles, shape, positions, sizes)
+        assert count == (0 if tiles is None else int(tiles.count))
     assert sorted(rows) == list(range(sizes.num_tokens * 4))
-    assert plan.counts[0, 1:].tolist() == [int(plan.narrow.count), 0]
+    assert bool(counts[0]) == (sizes.wide is not None)
+    assert counts[3] == 0
 
 
 def test_units_of_keys_and_entries_that_hold_none() -> None:
     wild = tables()
     wild[0, 50], wild[2, 3], wild[4, 299] = BLOCKS, -1, -7  # the last one is behind the context
     plan = make(SIZES, block_tables=wild)
-    assert plan.counts[0, 2] == 1
+    assert plan.counts[0, 3] == 1
     assert plan.key_units is not None
     assert (plan.key_units[-2:] == NOTHING).all()
     units = plan.key_units[:-2].reshape(len(QUERIES), -1)
@@ -188,11 +191,11 @@ def test_units_of_keys_and_entries_that_hold_none() -> None:
             needed = unit * KEY_UNIT < context and QUERIES[seq] and 0 <= block < BLOCKS
             assert int(units[seq, unit]) == (block * 3 * parts + unit % parts if needed else NOTHING)
     wild[0, 50] = wild[2, 3] = 0
-    assert make(SIZES, block_tables=wild).counts[0, 2] == 0
+    assert make(SIZES, block_tables=wild).counts[0, 3] == 0
     windowed = replace(SIZES, sliding_window=10)
     wild[2] = -1
     wild[2, (4700 + 2500 - 5 - 10) // BLOCK_SIZE :] = -1  # all that is seen lies beside the cache
-    assert make(windowed, block_tables=wild).counts[0, 2] == 0
+    assert make(windowed, block_tables=wild).counts[0, 3] == 0
 
 
 def test_a_sequence_has_the_same_tiles_in_any_batch() -> None:
@@ -205,7 +208,7 @@ def test_a_sequence_has_the_same_tiles_in_any_batch() -> None:
         replace(SIZES, num_tokens=QUERIES[0], num_new_keys=NEW[0]),
     )
     plan = make(SIZES)
-    for one, all_ in ((alone.wide, plan.wide), (alone.narrow, plan.narrow)):
+    for one, all_ in ((alone.wide, plan.wide), (alone.middle, plan.middle), (alone.narrow, plan.narrow)):
         assert one is not None
         assert all_ is not None
         count = int(one.count)
@@ -233,9 +236,9 @@ def test_lengths_that_do_not_fit_are_cut() -> None:
         None,
         SIZES,
     )
-    assert wild.wide is not None
-    assert cut.wide is not None
-    for one, other in ((wild.wide, cut.wide), (wild.narrow, cut.narrow)):
+    for one, other in ((wild.wide, cut.wide), (wild.middle, cut.middle), (wild.narrow, cut.narrow)):
+        assert one is not None
+        assert other is not None
         for field in fields(one):
             a, b = getattr(one, field.name), getattr(other, field.name)
             assert a is b or torch.equal(a, b), field.name
@@ -245,9 +248,9 @@ def test_shapes_depend_on_shapes_alone() -> None:
     none = starts((0,) * len(QUERIES))
     few = varlen_plan(none, torch.zeros(len(QUERIES), dtype=torch.int32), none, tables(), None, SIZES)
     plan = make(SIZES)
-    assert few.narrow.query_units.shape == plan.narrow.query_units.shape
-    assert few.wide is not None
-    assert plan.wide is not None
-    assert few.wide.query_units.shape == plan.wide.query_units.shape
-    assert few.counts.tolist() == [[7, 0, 0]]  # of padding tokens
-    assert not few.wide.turns.any()
+    for one, other in ((few.wide, plan.wide), (few.middle, plan.middle), (few.narrow, plan.narrow)):
+        assert one is not None
+        assert other is not None
+        assert one.query_units.shape == other.query_units.shape
+        assert not one.turns.any()
+    assert few.counts.tolist() == [[3, 2, 0, 0]]  # of padding tokens

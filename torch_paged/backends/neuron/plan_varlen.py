@@ -2,7 +2,8 @@
 
 A *row* is a query token and a member of its group; some rows of neighbouring members are a *unit*, which takes a
 partition. A *tile* is ``PARTITIONS`` units of one sequence, or a multiple; all kv heads have the same tiles. Most rows
-of a long sequence are in wide tiles, which turn keys once for many rows, the rest in narrow ones of a row a unit.
+of a long sequence are in wide tiles, which turn keys once for many rows, the rest in middle ones, and the rest of that
+in narrow ones of a row a unit. Sums of a row are the same in each of them.
 
 A row sees an interval of key positions, so that a tile needs one too, cut into *chunks* of ``CHUNK_KEYS`` keys of a
 source, from its first key: the softmax of a row moves on by whole chunks, so that a sequence is cut in the same way in
@@ -66,7 +67,7 @@ class VarlenSizes:
         num_heads: H.
         num_kv_heads: KH.
         block_size: S.
-        wide: shape of wide tiles; None: all tiles are narrow.
+        wide, middle: shapes of tiles; None: there are none of these.
         mask_heads: heads that have a mask of their own; None: no mask.
         mask_columns: C.
         causal: as the op takes it.
@@ -82,6 +83,7 @@ class VarlenSizes:
     num_kv_heads: int
     block_size: int
     wide: TileShape | None
+    middle: TileShape | None
     mask_heads: int | None
     mask_columns: int
     causal: bool
@@ -134,14 +136,16 @@ class VarlenPlan:
     """The tiles of packed queries.
 
     Attributes:
-        wide: the wide tiles, or None.
+        wide, middle: tiles of these shapes, or None.
         narrow: the others.
-        counts: (1, 3) int32: wide and narrow tiles of a core; 1 where some block id that is needed holds no keys.
+        counts: (1, 4) int32: wide, middle and narrow tiles of a core; 1 where some block id that is needed holds no
+            keys.
         key_units: (B * gathers + CHUNK_GATHERS, PARTITIONS) int32: rows of ``GATHER_KEYS`` keys of a sequence in the
             cache, seen as rows of ``KEY_UNIT`` tokens of a head, of head 0; ``NOTHING``: no keys. None without a cache.
     """
 
     wide: VarlenTiles | None
+    middle: VarlenTiles | None
     narrow: VarlenTiles
     counts: Tensor
     key_units: Tensor | None
@@ -208,24 +212,31 @@ def varlen_plan(
         key_units, missing = _key_units(block_tables, contexts[:-1], low_of_seq, high_of_seq, sizes)
     rows = lens * sizes.group
     batch = _Batch(begins[:-1], rows, contexts, first_new, low, high, position, block_tables.shape[1])
-    wide, wide_rows = None, torch.zeros_like(rows)
-    if sizes.wide is not None:
-        wide_tiles = (rows + sizes.wide.rows // 2 - 1) // sizes.wide.rows  # a rest of up to a half is for narrow ones
-        wide_rows = wide_tiles * sizes.wide.rows
-        wide = _tiles(batch, torch.zeros_like(rows), wide_tiles, sizes.wide, sizes)
-    narrow_tiles = ((rows - wide_rows).clamp(min=0) + NARROW.rows - 1) // NARROW.rows
-    narrow = _tiles(batch, wide_rows, narrow_tiles, NARROW, sizes)
-    counts = (torch.zeros_like(missing) if wide is None else wide.count, narrow.count, missing)
-    return VarlenPlan(wide, narrow, torch.stack(counts, 1), key_units)
+    first_rows, most, counts = torch.zeros_like(rows), None, []
+    found: dict[TileShape | None, VarlenTiles | None] = {None: None}
+    for shape in (sizes.wide, sizes.middle, NARROW):
+        if shape is None:
+            counts.append(torch.zeros_like(missing))
+            continue
+        left = (rows - first_rows).clamp(min=0)
+        spare = shape.rows - 1 if shape == NARROW else shape.rows // 2 - 1  # a rest of up to a half is for smaller ones
+        tiles = (left + spare) // shape.rows
+        found[shape] = mine = _tiles(batch, first_rows, tiles, most, shape, sizes)
+        counts.append(mine.count)
+        first_rows, most = first_rows + tiles * shape.rows, shape.rows // 2
+    return VarlenPlan(found[sizes.wide], found[sizes.middle], mine, torch.stack((*counts, missing), 1), key_units)
 
 
-def _tiles(batch: _Batch, first_rows: Tensor, counts: Tensor, shape: TileShape, sizes: VarlenSizes) -> VarlenTiles:
+def _tiles(
+    batch: _Batch, first_rows: Tensor, counts: Tensor, most_rows: int | None, shape: TileShape, sizes: VarlenSizes
+) -> VarlenTiles:
     """Return the tiles of one shape.
 
     Args:
         batch: the sequences.
         first_rows: (B + 1,) the row of a sequence with which its first tile begins.
         counts: (B + 1,) how many tiles it has.
+        most_rows: that a sequence has in them; None: all.
         shape: of a tile.
         sizes: of the call.
     """
@@ -233,8 +244,8 @@ def _tiles(batch: _Batch, first_rows: Tensor, counts: Tensor, shape: TileShape, 
     group_units = sizes.group // shape.member_rows
     ends = counts.cumsum(0, dtype=torch.int32)
     most = num_tokens * sizes.group // shape.rows + num_seqs
-    if shape == NARROW and sizes.wide is not None:
-        most = min(most, num_seqs * (sizes.wide.rows // 2 // shape.rows))
+    if most_rows is not None:
+        most = min(most, num_seqs * -(-most_rows // shape.rows))
     most = -(-most // cores) * cores
     tile = torch.arange(most, dtype=torch.int32, device=device)
     seq = (tile[:, None] >= ends).sum(1)

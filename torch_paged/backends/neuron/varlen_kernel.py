@@ -25,7 +25,8 @@ LEAST = -1e24  # a maximum below which no logit counts; its product with any sca
 SMALLEST = 2.0**-60  # less than the sum of any row that sees a key, and within the logarithm's range
 LEAST_SCALE = 1e-6  # of the logits: smaller ones, and those that are not positive, are multiplied before the selection
 AHEAD_BYTES = 8192  # of a partition: keys of a head that are fetched while those of another are attended to
-TURNED = 4  # transposes that share a bank of PSUM and a copy
+BANK_BYTES = 2048  # of a partition, in PSUM
+LOGIT_STEPS = 2  # that one instruction selects from
 HUGE = 2.0**100  # its square overflows
 
 
@@ -43,6 +44,13 @@ def attend_tiles(
     wide_starts,  # (X, 2) int32
     wide_turns,  # (X, 2 * (len(BODIES) + 1)) int32
     wide_mask_rows,  # (X, 2 * U) int32, or None
+    middle_query_units,  # None with all that is middle
+    middle_member_units,
+    middle_rows,
+    middle_ends,
+    middle_starts,
+    middle_turns,
+    middle_mask_rows,
     query_units,
     member_units,
     rows,
@@ -50,7 +58,7 @@ def attend_tiles(
     starts,
     turns,
     mask_rows,
-    counts,  # (1, 3) int32
+    counts,  # (1, 4) int32
     mask,  # (mask heads * T * chunks, CHUNK_KEYS) uint8, or None
     new_mask,  # the same for new keys
     sinks,  # (H, 1) float32, or None
@@ -62,7 +70,8 @@ def attend_tiles(
     num_kv_heads,
     sides,
     parts,
-    member_rows,  # of a unit of a wide tile
+    wide_member_rows,  # of a unit of a wide tile
+    middle_member_rows,
     mask_heads,
     value_dim,
     softmax_scale,
@@ -72,16 +81,27 @@ def attend_tiles(
     out = nl.ndarray((query.shape[0], value_dim), dtype=query.dtype, buffer=nl.shared_hbm)
     found = nl.ndarray((query.shape[0], 2), dtype=nl.float32, buffer=nl.shared_hbm)
     cores, core = nl.num_programs(0), nl.program_id(0)
-    numbers = nl.ndarray((1, 3), dtype=nl.int32)
+    numbers = nl.ndarray((1, 4), dtype=nl.int32)
     nisa.dma_copy(dst=numbers, src=counts)
     spoilt = nl.ndarray((P, 1), dtype=nl.float32)  # 1: not finite in some tile
     nisa.memset(dst=spoilt, value=0.0)
     sizes = (num_heads, num_kv_heads, mask_heads, value_dim, softmax_scale, soft_cap)
     narrow = (query_units, member_units, rows, ends, starts, turns, mask_rows)
-    shapes = [(1, 1, narrow)]
+    shapes = [(2, 1, narrow)]
+    if middle_query_units != None:  # noqa: E711
+        middle = (
+            middle_query_units,
+            middle_member_units,
+            middle_rows,
+            middle_ends,
+            middle_starts,
+            middle_turns,
+            middle_mask_rows,
+        )
+        shapes.append((1, middle_member_rows, middle))
     if wide_query_units != None:  # noqa: E711
         wide = (wide_query_units, wide_member_units, wide_rows, wide_ends, wide_starts, wide_turns, wide_mask_rows)
-        shapes.append((0, member_rows, wide))
+        shapes.append((0, wide_member_rows, wide))
     calls = []
     for number, width, plan in shapes:
         call = _Call(query, sinks, slopes, out, found, spoilt, width, plan, sizes)
@@ -98,7 +118,7 @@ def attend_tiles(
     for call, tiles in calls:
         _attend(call, tiles, cores, core, False)
     again = _of_any_core(spoilt, cores, core)
-    nisa.tensor_tensor(dst=again, data1=again, data2=numbers[:, 2:3], op=nl.maximum)
+    nisa.tensor_tensor(dst=again, data1=again, data2=numbers[:, 3:4], op=nl.maximum)
     for call, tiles in calls:
         tiles_again = nl.ndarray((1, 1), dtype=nl.int32)
         nisa.tensor_tensor(dst=tiles_again, data1=again, data2=tiles, op=nl.multiply)
@@ -138,11 +158,6 @@ def _of_any_core(flags, cores, core):
     return of_any
 
 
-def _engine(number):
-    """Return the engine of a copy from PSUM: the vector engine has less time for them."""
-    return nisa.engine.vector if number % 4 == 0 else nisa.engine.scalar
-
-
 class _Call(nl.NKIObject):
     """The arrays and sizes of a call, and what every tile of a shape reads."""
 
@@ -160,6 +175,7 @@ class _Call(nl.NKIObject):
         self.soft_cap = soft_cap
         size = 4 if query.dtype == nl.float32 else 2
         self.ahead = CHUNK_KEYS // P * self.head_dim * size <= AHEAD_BYTES
+        self.turned = min(KEY_UNIT, BANK_BYTES // (P * size))  # transposes that share a bank of PSUM and a copy
         self.sources = []
         # Logits that are more than the product times a positive scale are computed before the selection.
         self.early = soft_cap != 0.0 or slopes != None or softmax_scale < LEAST_SCALE  # noqa: E711
@@ -174,6 +190,11 @@ class _Call(nl.NKIObject):
             nisa.iota(dst=self.places, pattern=[[1, CHUNK_KEYS]])
         self.huge = nl.ndarray((P, STEP_KEYS), dtype=nl.float32)
         nisa.memset(dst=self.huge, value=HUGE)
+
+    def engine_of_weights(self, number):
+        """Return the engine that copies turned weights; where few rows share keys, those keep the scalar engine busy."""
+        eighths = 3 + 5 // self.row_tiles
+        return nisa.engine.vector if number * eighths % 8 < eighths else nisa.engine.scalar
 
     def _by_unit(self, base):
         """Return rows of HBM, (rows, width), as rows of units; None stays None."""
@@ -224,7 +245,7 @@ class _State(nl.NKIObject):
 
     def begin(self, first, core):
         call = self.call
-        nisa.memset(dst=self.sums, value=0.0)
+        nisa.memset(dst=self.sums, value=0.0, engine=nisa.engine.gpsimd)
         self._load_units(self.units, call.query_units, first, core)
         for head in range(call.num_kv_heads):
             for n in range(call.unit_tiles):
@@ -285,7 +306,7 @@ class _State(nl.NKIObject):
             turned = nl.ndarray((lanes, count, P), dtype=call.dtype, buffer=nl.psum)
             for t in range(count):
                 nisa.nc_transpose(dst=turned[:, t, :], data=part[:, t, i * P : i * P + lanes])
-            nisa.tensor_copy(dst=self.queries[i][:, column : column + count, :], src=turned, engine=_engine(head + i))
+            nisa.tensor_copy(dst=self.queries[i][:, column : column + count, :], src=turned)
 
     def add_chunks(self, walk, steps, again, count):
         """Attend to so many chunks of a source that follow each other."""
@@ -346,13 +367,13 @@ class _State(nl.NKIObject):
         for i in range(len(self.queries)):
             lanes = self.queries[i].shape[0]
             turned = nl.ndarray((lanes, gathers, parts, KEY_UNIT), dtype=call.dtype)
-            for k in range(0, gathers * KEY_UNIT, TURNED):
-                product = nl.ndarray((lanes, TURNED, parts), dtype=call.dtype, buffer=nl.psum)
-                for j in range(TURNED):
+            for k in range(0, gathers * KEY_UNIT, call.turned):
+                product = nl.ndarray((lanes, call.turned, parts), dtype=call.dtype, buffer=nl.psum)
+                for j in range(call.turned):
                     nisa.nc_transpose(dst=product[:, j, :], data=keys[:, k + j, i * P : i * P + lanes])
                 place = k % KEY_UNIT
-                ordered = turned[:, k // KEY_UNIT, :, place : place + TURNED].permute((0, 2, 1))
-                nisa.tensor_copy(dst=ordered, src=product, engine=_engine(k // TURNED))
+                ordered = turned[:, k // KEY_UNIT, :, place : place + call.turned].permute((0, 2, 1))
+                nisa.tensor_copy(dst=ordered, src=product, engine=nisa.engine.scalar)
             found.append(turned.reshape((lanes, steps, STEP_KEYS)))
         return found
 
@@ -395,42 +416,40 @@ class _State(nl.NKIObject):
         call, source = self.call, walk.source
         low, high = walk.bounds[:, n, 0:1], walk.bounds[:, n, 1:2]
         selected = nl.ndarray((P, steps, STEP_KEYS), dtype=nl.float32)
-        largest = nl.ndarray((P, steps), dtype=nl.float32)
+        largest = nl.ndarray((P, 1), dtype=nl.float32)
         scale = source.scale(head)
-        for s in range(steps):
-            logits = nl.ndarray((P, STEP_KEYS), dtype=nl.float32, buffer=nl.psum)
-            for i in range(len(turned)):
-                nisa.nc_matmul(
-                    dst=logits, stationary=self.queries[i][:, column, :], moving=turned[i][:, s, :], accumulate=i > 0
-                )
+        width = min(steps, LOGIT_STEPS)
+        for s in range(0, steps, width):
+            logits = nl.ndarray((P, width, STEP_KEYS), dtype=nl.float32, buffer=nl.psum)
+            for w in range(width):
+                for i in range(len(turned)):
+                    queries, keys = self.queries[i][:, column, :], turned[i][:, s + w, :]
+                    nisa.nc_matmul(dst=logits[:, w, :], stationary=queries, moving=keys, accumulate=i > 0)
             if call.early:
                 logits = self._scaled(logits, scale, column, distances, n, s)
+            command = nisa.reduce_cmd.reset_reduce if s == 0 else nisa.reduce_cmd.reduce
             nisa.range_select(
-                dst=selected[:, s, :],
+                dst=selected[:, s : s + width, :],
                 on_true_tile=logits,
                 comp_op0=nl.greater_equal,
                 comp_op1=nl.less,
                 bound0=low,
                 bound1=high,
-                reduce_cmd=nisa.reduce_cmd.reset_reduce,
-                reduce_res=largest[:, s : s + 1],
+                reduce_cmd=command if predicate == None else nisa.reduce_cmd.idle,  # noqa: E711
+                reduce_res=largest if predicate == None and s + width == steps else None,  # noqa: E711
                 reduce_op=nl.maximum,
                 range_start=s * STEP_KEYS,
             )
-            if predicate != None:  # noqa: E711
-                nisa.select_reduce(
-                    dst=selected[:, s, :],
-                    predicate=predicate[:, s, :],
-                    on_true=selected[:, s, :],
-                    on_false=nl.fp32.min,
-                    reduce_res=largest[:, s : s + 1],
-                    reduce_cmd=nisa.reduce_cmd.reset_reduce,
-                    reduce_op=nl.maximum,
-                )
-        if steps > 1:
-            of_steps = largest
-            largest = nl.ndarray((P, 1), dtype=nl.float32)
-            nisa.tensor_reduce(dst=largest, op=nl.maximum, data=of_steps, axis=1)
+        if predicate != None:  # noqa: E711
+            nisa.select_reduce(
+                dst=selected,
+                predicate=predicate,
+                on_true=selected,
+                on_false=nl.fp32.min,
+                reduce_res=largest,
+                reduce_cmd=nisa.reduce_cmd.reset_reduce,
+                reduce_op=nl.maximum,
+            )
         late, negated = source.late_scale(head), source.negated_scale(head)
         before = self.lowest[:, column : column + 1]
         lowest, factor = nl.ndarray((P, 1), dtype=nl.float32), nl.ndarray((P, 1), dtype=nl.float32)
@@ -454,12 +473,14 @@ class _State(nl.NKIObject):
             reduce_cmd=nisa.reduce_cmd.reset_reduce,
         )
         total = self.total[:, column : column + 1]
-        nisa.tensor_scalar(dst=total, data=total, op0=nl.multiply, operand0=factor, op1=nl.add, operand1=part)
+        gpsimd = nisa.engine.gpsimd  # has time for what lies in SBUF
+        nisa.tensor_tensor(dst=total, data1=total, data2=factor, op=nl.multiply, engine=gpsimd)
+        nisa.tensor_tensor(dst=total, data1=total, data2=part, op=nl.add, engine=gpsimd)
         visible = self._visible(low, high, predicate, steps) if again else None
         return (weights, factor, visible)
 
     def _scaled(self, products, scale, column, distances, n, s):
-        """Return logits (P, STEP_KEYS) of a step, as far as they are not a positive multiple of the products."""
+        """Return logits (P, steps, STEP_KEYS), from a step on, where they are no positive multiple of the products."""
         call = self.call
         logits = nl.ndarray(products.shape, dtype=nl.float32)
         operator = nl.copy if call.soft_cap == 0.0 else nl.tanh
@@ -469,7 +490,7 @@ class _State(nl.NKIObject):
                 nisa.tensor_scalar(dst=logits, data=logits, op0=nl.multiply, operand0=call.soft_cap)
             nisa.scalar_tensor_tensor(
                 dst=logits,
-                data=distances[:, n, s * STEP_KEYS : (s + 1) * STEP_KEYS],
+                data=distances[:, n, s * STEP_KEYS : (s + products.shape[1]) * STEP_KEYS].reshape(products.shape),
                 op0=nl.multiply,
                 operand0=self.slopes[:, column : column + 1],
                 op1=nl.add,
@@ -502,7 +523,7 @@ class _State(nl.NKIObject):
     def _weigh(self, item, source):
         """Multiply weights and values, and add them to what came before."""
         column, head, (weights, factor, visible), (values, positive, negative) = item
-        product = self._product(weights, values)
+        product = self._product(weights, values, column)
         sums = self.sums[:, column, :]
         scale = source.value_scale(head)
         if scale != None:  # noqa: E711
@@ -512,30 +533,32 @@ class _State(nl.NKIObject):
         nisa.scalar_tensor_tensor(dst=sums, data=sums, op0=nl.multiply, operand0=factor, op1=nl.add, operand1=product)
         if visible != None:  # noqa: E711
             for infinities in (positive, negative):
-                product = self._product(visible, infinities)
+                product = self._product(visible, infinities, column)
                 nisa.tensor_tensor(dst=sums, data1=sums, data2=product, op=nl.add)
 
-    def _product(self, weights, values):
+    def _product(self, weights, values, column):
         """Return weights (P rows, gathers, parts, KEY_UNIT) times values (parts, gathers * KEY_UNIT, DV) in PSUM."""
         product = nl.ndarray((P, values.shape[2]), dtype=nl.float32, buffer=nl.psum)
-        ahead = self._turn_weights(weights, 0)
-        for k in range(0, values.shape[1], TURNED):
+        count = min(KEY_UNIT, BANK_BYTES // (P * weights.dtype.itemsize))
+        ahead = self._turn_weights(weights, 0, count, column)
+        for k in range(0, values.shape[1], count):
             turned = ahead
-            if k + TURNED < values.shape[1]:
-                ahead = self._turn_weights(weights, k + TURNED)
-            for j in range(TURNED):
+            if k + count < values.shape[1]:
+                ahead = self._turn_weights(weights, k + count, count, column)
+            for j in range(count):
                 stationary, moving = turned[:, j, :], values[:, k + j, :]
                 nisa.nc_matmul(dst=product, stationary=stationary, moving=moving, accumulate=k + j > 0)
         return product
 
-    def _turn_weights(self, weights, k):
-        """Return the weights of some tokens of each unit as (parts, TURNED, P rows)."""
-        shape = (weights.shape[2], TURNED, P)
+    def _turn_weights(self, weights, k, count, column):
+        """Return the weights of some tokens of each unit as (parts, count, P rows)."""
+        shape = (weights.shape[2], count, P)
         product = nl.ndarray(shape, dtype=weights.dtype, buffer=nl.psum)
-        for j in range(TURNED):
+        for j in range(count):
             nisa.nc_transpose(dst=product[:, j, :], data=weights[:, k // KEY_UNIT, :, k % KEY_UNIT + j])
         turned = nl.ndarray(shape, dtype=weights.dtype)
-        nisa.tensor_copy(dst=turned, src=product, engine=_engine(k // TURNED))
+        number = column * (CHUNK_KEYS // P) + k
+        nisa.tensor_copy(dst=turned, src=product, engine=self.call.engine_of_weights(number // count))
         return turned
 
     def finish(self):
