@@ -9,7 +9,6 @@ from torch import Tensor
 from torch_paged.backends.neuron.plan import NOTHING
 from torch_paged.backends.neuron.plan_varlen import (
     BODIES,
-    CHUNK_KEYS,
     GATHER_KEYS,
     KEY_UNIT,
     NARROW,
@@ -120,7 +119,7 @@ def check(tiles: VarlenTiles, shape: TileShape, positions: list[int], sizes: Var
             *bodies, chunks = turns[tile, source].tolist()
             assert sum(bodies) == chunks
             assert sum(bodies[1:]) <= 1
-            executed[source] = CHUNK_KEYS * bodies[0] + STEP_KEYS * (2 * bodies[1] + bodies[2])
+            executed[source] = STEP_KEYS * sum(steps * count for steps, count in zip(BODIES, bodies, strict=True))
         for unit in live:
             row = units[tile][unit]
             token, member = row // (sizes.num_kv_heads * group_units), row % group_units

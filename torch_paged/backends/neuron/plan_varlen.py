@@ -20,13 +20,17 @@ from torch_paged.backends.neuron.plan import NOTHING, PARTITIONS
 
 KEY_UNIT = 8
 """Tokens of a descriptor, as many as the smallest block has; prefill computes longer than it fetches."""
+NEW_UNIT = 4
+"""New tokens beside each other on a partition, so that a step fills all partitions."""
 GATHER_KEYS = PARTITIONS * KEY_UNIT
 CHUNK_GATHERS = 2
 CHUNK_KEYS = CHUNK_GATHERS * GATHER_KEYS
 STEP_KEYS = 512
 """Keys whose products with 128 rows fill a bank of PSUM."""
-BODIES = (4, 2, 1)
+BODIES = (4, 3, 2, 1)
 """Steps of a chunk for which the kernel has a loop's body; all chunks of a tile but the last take the first."""
+CACHE_REST, NEW_REST = 2, 3
+"""Most steps of a last chunk that does not take the first: units of the cache do not fill partitions by thirds."""
 FAR = 2**31 - 1
 
 
@@ -263,11 +267,11 @@ def _tiles(
     seeing = used & (low < high)
     low, high = torch.where(seeing, low, 0), torch.where(seeing, high, 0)
     begin, end = torch.where(seeing, low, FAR).amin(1), high.amax(1)
-    context = batch.contexts[seq]
+    context, nothing = batch.contexts[seq], torch.zeros_like(seq)
     rows, tile_ends, turns, firsts = [], [], [], []
-    for origin, begin_of, end_of, stop in (
-        (torch.zeros_like(context), begin, torch.minimum(end, context), torch.minimum(high, context[:, None])),
-        (context, (begin - context).clamp(min=0), end - context, high),
+    for origin, begin_of, end_of, stop, most_rest in (
+        (nothing, begin, torch.minimum(end, context), torch.minimum(high, context[:, None]), CACHE_REST),
+        (context, (begin - context).clamp(min=0), end - context, high, NEW_REST),
     ):
         first = torch.where(end_of > begin_of, begin_of, 0) // CHUNK_KEYS
         chunks = torch.where(end_of > begin_of, -(-end_of // CHUNK_KEYS) - first, 0)
@@ -275,7 +279,7 @@ def _tiles(
         rows.append(torch.stack((low - start, stop - start, position - start.float()), -1))
         tile_ends.append(end_of - first * CHUNK_KEYS)
         steps = -(-(end_of - (first + chunks - 1) * CHUNK_KEYS) // STEP_KEYS)  # of the last chunk
-        turns.append(_turns(chunks, steps, cores))
+        turns.append(_turns(chunks, steps, most_rest, cores))
         firsts.append(first)
 
     gathers = -(-batch.columns * sizes.block_size // GATHER_KEYS)
@@ -314,15 +318,15 @@ def _interval(position: Tensor, last: Tensor, sizes: VarlenSizes) -> tuple[Tenso
     return low, high
 
 
-def _turns(chunks: Tensor, steps: Tensor, cores: int) -> Tensor:
+def _turns(chunks: Tensor, steps: Tensor, most_rest: int, cores: int) -> Tensor:
     """Return how often each body runs for tiles of so many chunks, of the last of which so many steps are needed."""
 
     def of_all_cores(x: Tensor) -> Tensor:
         return x.reshape(-1, cores).amax(1)
 
-    whole = of_all_cores(chunks - ((chunks > 0) & (steps <= BODIES[1])).to(chunks.dtype))
+    whole = of_all_cores(chunks - ((chunks > 0) & (steps <= most_rest)).to(chunks.dtype))
     rest = of_all_cores(torch.where(chunks > whole.repeat_interleave(cores), steps, 0))
-    turns = (whole, rest == BODIES[1], rest == BODIES[2], of_all_cores(chunks))
+    turns = (whole, *(rest == body for body in BODIES[1:]), of_all_cores(chunks))
     return torch.stack(turns, 1).repeat_interleave(cores, 0)
 
 

@@ -17,8 +17,8 @@ import nki
 import nki.isa as nisa
 import nki.language as nl
 
-from torch_paged.backends.neuron.plan_varlen import BODIES, CHUNK_KEYS, GATHER_KEYS, KEY_UNIT, STEP_KEYS
-from torch_paged.backends.neuron.varlen_keys_kernel import Cache, NewKeys, Walk, gathers_of
+from torch_paged.backends.neuron.plan_varlen import BODIES, CHUNK_KEYS, KEY_UNIT, STEP_KEYS
+from torch_paged.backends.neuron.varlen_keys_kernel import Cache, NewKeys, Walk
 
 P = 128
 LEAST = -1e24  # a maximum below which no logit counts; its product with any scale that is folded stays above fp32.min
@@ -158,6 +158,14 @@ def _of_any_core(flags, cores, core):
     return of_any
 
 
+def _of_a_bank(dtype, count):
+    """Return the first one and the number of each of the parts of some transposes that fill a bank of PSUM."""
+    found, most = [], BANK_BYTES // (P * (4 if dtype == nl.float32 else 2))
+    for k in range(0, count, most):
+        found.append((k, min(most, count - k)))
+    return found
+
+
 class _Call(nl.NKIObject):
     """The arrays and sizes of a call, and what every tile of a shape reads."""
 
@@ -175,7 +183,6 @@ class _Call(nl.NKIObject):
         self.soft_cap = soft_cap
         size = 4 if query.dtype == nl.float32 else 2
         self.ahead = CHUNK_KEYS // P * self.head_dim * size <= AHEAD_BYTES
-        self.turned = min(KEY_UNIT, BANK_BYTES // (P * size))  # transposes that share a bank of PSUM and a copy
         self.sources = []
         # Logits that are more than the product times a positive scale are computed before the selection.
         self.early = soft_cap != 0.0 or slopes != None or softmax_scale < LEAST_SCALE  # noqa: E711
@@ -192,7 +199,7 @@ class _Call(nl.NKIObject):
         nisa.memset(dst=self.huge, value=HUGE)
 
     def engine_of_weights(self, number):
-        """Return the engine that copies turned weights; where few rows share keys, those keep the scalar engine busy."""
+        """Return the engine that copies turned weights; where few rows share keys, they keep the scalar engine busy."""
         eighths = 3 + 5 // self.row_tiles
         return nisa.engine.vector if number * eighths % 8 < eighths else nisa.engine.scalar
 
@@ -221,6 +228,8 @@ class _Call(nl.NKIObject):
             if again:
                 column, bodies = column + bodies, 1
             for body in range(bodies):
+                if BODIES[body] > source.most_rest and body > 0:
+                    continue
                 state.add_chunks(walk, BODIES[body], again, numbers[:, column + body : column + body + 1])
         state.finish()
 
@@ -321,7 +330,7 @@ class _State(nl.NKIObject):
     def add(self, walk, steps, again):
         """Attend to the next chunk of a source."""
         call, source = self.call, walk.source
-        chunk = source.chunk(walk, steps)
+        chunk = source.chunk(walk, steps, again)
         end = nisa.register_alloc()
         nisa.register_load(end, walk.end)
         valid = source.valid(walk, steps) if again else None
@@ -338,8 +347,8 @@ class _State(nl.NKIObject):
             fetched = None
             if head + 1 < call.num_kv_heads and call.ahead and not again:
                 fetched = source.fetch(chunk, head + 1)
-            turned = self._turn_keys(keys, steps)
-            values = self._clean(values, end, again)
+            turned = self._turn_keys(keys, source.layout(steps))
+            values = self._clean(values, end, source.layout(steps), again)
             for n in range(call.unit_tiles):
                 shown = shared[n] if shared else None
                 if source.mask != None and call.mask_heads == call.num_kv_heads and not shared:  # noqa: E711
@@ -360,31 +369,34 @@ class _State(nl.NKIObject):
             self._weigh(waiting, source)
         walk.advance()
 
-    def _turn_keys(self, keys, steps):
-        """Return keys (parts, gathers * KEY_UNIT, ..), for each 128 lanes, as (lanes, steps, STEP_KEYS), in order."""
+    def _turn_keys(self, keys, layout):
+        """Return keys (parts, gathers * unit, ..), for each 128 lanes, as (lanes, steps, STEP_KEYS), in order."""
         call, found = self.call, []
-        parts, gathers = keys.shape[0], keys.shape[1] // KEY_UNIT
+        parts, gathers, unit = layout
         for i in range(len(self.queries)):
             lanes = self.queries[i].shape[0]
-            turned = nl.ndarray((lanes, gathers, parts, KEY_UNIT), dtype=call.dtype)
-            for k in range(0, gathers * KEY_UNIT, call.turned):
-                product = nl.ndarray((lanes, call.turned, parts), dtype=call.dtype, buffer=nl.psum)
-                for j in range(call.turned):
+            turned = nl.ndarray((lanes, gathers, parts, unit), dtype=call.dtype)
+            for k, count in _of_a_bank(keys.dtype, gathers * unit):
+                product = nl.ndarray((lanes, count, parts), dtype=call.dtype, buffer=nl.psum)
+                for j in range(count):
                     nisa.nc_transpose(dst=product[:, j, :], data=keys[:, k + j, i * P : i * P + lanes])
-                place = k % KEY_UNIT
-                ordered = turned[:, k // KEY_UNIT, :, place : place + call.turned].permute((0, 2, 1))
+                place, width = k % unit, min(count, unit)
+                units = slice(k // unit, k // unit + count // width)
+                ordered = turned[:, units, :, place : place + width].permute((0, 1, 3, 2))
+                product = product.reshape((lanes, count // width, width, parts))
                 nisa.tensor_copy(dst=ordered, src=product, engine=nisa.engine.scalar)
-            found.append(turned.reshape((lanes, steps, STEP_KEYS)))
+            found.append(turned.reshape((lanes, gathers * parts * unit // STEP_KEYS, STEP_KEYS)))
         return found
 
-    def _clean(self, values, end, again):
+    def _clean(self, values, end, layout, again):
         """Return values, zeros behind the keys of the tile; ``again``: finite, and what is to be added to them."""
         call = self.call
+        parts, gathers, unit = layout
         values = values[:, :, 0 : call.value_dim]
         nisa.affine_select(
             dst=values,
-            pattern=[[-GATHER_KEYS, values.shape[1] // KEY_UNIT], [-1, KEY_UNIT], [0, call.value_dim]],
-            channel_multiplier=-KEY_UNIT,
+            pattern=[[-parts * unit, gathers], [-1, unit], [0, call.value_dim]],
+            channel_multiplier=-unit,
             on_true_tile=values,
             on_false_value=0.0,
             cmp_op=nl.greater,
@@ -417,9 +429,9 @@ class _State(nl.NKIObject):
         low, high = walk.bounds[:, n, 0:1], walk.bounds[:, n, 1:2]
         selected = nl.ndarray((P, steps, STEP_KEYS), dtype=nl.float32)
         largest = nl.ndarray((P, 1), dtype=nl.float32)
-        scale = source.scale(head)
-        width = min(steps, LOGIT_STEPS)
-        for s in range(0, steps, width):
+        scale, parts = source.scale(head), []
+        for s in range(0, steps, LOGIT_STEPS):
+            width = min(steps - s, LOGIT_STEPS)
             logits = nl.ndarray((P, width, STEP_KEYS), dtype=nl.float32, buffer=nl.psum)
             for w in range(width):
                 for i in range(len(turned)):
@@ -427,6 +439,8 @@ class _State(nl.NKIObject):
                     nisa.nc_matmul(dst=logits[:, w, :], stationary=queries, moving=keys, accumulate=i > 0)
             if call.early:
                 logits = self._scaled(logits, scale, column, distances, n, s)
+            parts.append((s, width, logits))
+        for s, width, logits in parts:  # with no other instruction between them that finds a maximum
             command = nisa.reduce_cmd.reset_reduce if s == 0 else nisa.reduce_cmd.reduce
             nisa.range_select(
                 dst=selected[:, s : s + width, :],
@@ -459,8 +473,8 @@ class _State(nl.NKIObject):
         if call.sinks != None:  # noqa: E711
             key = self.lowest_key[:, column : column + 1]
             nisa.tensor_scalar(dst=key, data=largest, op0=nl.multiply, operand0=negated, op1=nl.minimum, operand1=key)
-        parts, gathers = gathers_of(steps)
-        weights = nl.ndarray((P, gathers, parts, KEY_UNIT), dtype=call.dtype)
+        parts, gathers, unit = source.layout(steps)
+        weights = nl.ndarray((P, gathers, parts, unit), dtype=call.dtype)
         part = nl.ndarray((P, 1), dtype=nl.float32)
         nisa.activation(
             dst=weights.reshape((P, steps * STEP_KEYS)),
@@ -476,7 +490,7 @@ class _State(nl.NKIObject):
         gpsimd = nisa.engine.gpsimd  # has time for what lies in SBUF
         nisa.tensor_tensor(dst=total, data1=total, data2=factor, op=nl.multiply, engine=gpsimd)
         nisa.tensor_tensor(dst=total, data1=total, data2=part, op=nl.add, engine=gpsimd)
-        visible = self._visible(low, high, predicate, steps) if again else None
+        visible = self._visible(low, high, predicate, steps, source.layout(steps)) if again else None
         return (weights, factor, visible)
 
     def _scaled(self, products, scale, column, distances, n, s):
@@ -498,10 +512,10 @@ class _State(nl.NKIObject):
             )
         return logits
 
-    def _visible(self, low, high, predicate, steps):
-        """Return (P, gathers, parts, KEY_UNIT) bfloat16: ``HUGE`` where a row sees a key, else 0."""
-        parts, gathers = gathers_of(steps)
-        found = nl.ndarray((P, gathers, parts, KEY_UNIT), dtype=nl.bfloat16)
+    def _visible(self, low, high, predicate, steps, layout):
+        """Return (P, gathers, parts, unit) bfloat16: ``HUGE`` where a row sees a key, else 0."""
+        parts, gathers, unit = layout
+        found = nl.ndarray((P, gathers, parts, unit), dtype=nl.bfloat16)
         for s in range(steps):
             within = nl.ndarray((P, STEP_KEYS), dtype=nl.float32)
             nisa.range_select(
@@ -537,28 +551,29 @@ class _State(nl.NKIObject):
                 nisa.tensor_tensor(dst=sums, data1=sums, data2=product, op=nl.add)
 
     def _product(self, weights, values, column):
-        """Return weights (P rows, gathers, parts, KEY_UNIT) times values (parts, gathers * KEY_UNIT, DV) in PSUM."""
+        """Return weights (P rows, gathers, parts, unit) times values (parts, gathers * unit, DV) in PSUM."""
         product = nl.ndarray((P, values.shape[2]), dtype=nl.float32, buffer=nl.psum)
-        count = min(KEY_UNIT, BANK_BYTES // (P * weights.dtype.itemsize))
-        ahead = self._turn_weights(weights, 0, count, column)
-        for k in range(0, values.shape[1], count):
+        places = _of_a_bank(weights.dtype, values.shape[1])
+        ahead = self._turn_weights(weights, places[0], column * len(places))
+        for i in range(len(places)):
             turned = ahead
-            if k + count < values.shape[1]:
-                ahead = self._turn_weights(weights, k + count, count, column)
+            if i + 1 < len(places):
+                ahead = self._turn_weights(weights, places[i + 1], column * len(places) + i + 1)
+            k, count = places[i]
             for j in range(count):
                 stationary, moving = turned[:, j, :], values[:, k + j, :]
                 nisa.nc_matmul(dst=product, stationary=stationary, moving=moving, accumulate=k + j > 0)
         return product
 
-    def _turn_weights(self, weights, k, count, column):
+    def _turn_weights(self, weights, place, number):
         """Return the weights of some tokens of each unit as (parts, count, P rows)."""
+        (k, count), unit = place, weights.shape[3]
         shape = (weights.shape[2], count, P)
         product = nl.ndarray(shape, dtype=weights.dtype, buffer=nl.psum)
         for j in range(count):
-            nisa.nc_transpose(dst=product[:, j, :], data=weights[:, k // KEY_UNIT, :, k % KEY_UNIT + j])
+            nisa.nc_transpose(dst=product[:, j, :], data=weights[:, (k + j) // unit, :, (k + j) % unit])
         turned = nl.ndarray(shape, dtype=weights.dtype)
-        number = column * (CHUNK_KEYS // P) + k
-        nisa.tensor_copy(dst=turned, src=product, engine=self.call.engine_of_weights(number // count))
+        nisa.tensor_copy(dst=turned, src=product, engine=self.call.engine_of_weights(number))
         return turned
 
     def finish(self):

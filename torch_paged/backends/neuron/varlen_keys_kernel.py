@@ -3,7 +3,15 @@
 import nki.isa as nisa
 import nki.language as nl
 
-from torch_paged.backends.neuron.plan_varlen import CHUNK_GATHERS, CHUNK_KEYS, GATHER_KEYS, KEY_UNIT, STEP_KEYS
+from torch_paged.backends.neuron.plan_varlen import (
+    CACHE_REST,
+    CHUNK_GATHERS,
+    CHUNK_KEYS,
+    KEY_UNIT,
+    NEW_REST,
+    NEW_UNIT,
+    STEP_KEYS,
+)
 
 P = 128
 NEW_BYTES = 2048  # of a new token that are fetched at once, from heads that follow each other
@@ -20,12 +28,6 @@ def _constant(value):
     found = nl.ndarray((P, 1), dtype=nl.int32)
     nisa.memset(dst=found, value=value)
     return found
-
-
-def gathers_of(steps):
-    """Return the partitions that hold keys of so many steps, and how many units of keys each has."""
-    parts = min(P, steps * STEP_KEYS // KEY_UNIT)
-    return (parts, steps * STEP_KEYS // (parts * KEY_UNIT))
 
 
 def _clamp(rows, bound, op):
@@ -121,6 +123,7 @@ class Cache(nl.NKIObject):
         if table != None:  # noqa: E711
             self.table = _spread(table)
         self.number, self.stride, self.end = 0, CHUNK_GATHERS, key_units.shape[0] - CHUNK_GATHERS
+        self.most_rest = CACHE_REST
         self.stored_dim = cache.shape[1] // KEY_UNIT
 
     def lay_out_constants(self, head_scales, sides, parts):
@@ -140,6 +143,11 @@ class Cache(nl.NKIObject):
         for found, factor in ((self.scales, call.scale), (self.negated, -call.scale)):
             nisa.tensor_scalar(dst=found, data=stored[:, 0:heads], op0=nl.multiply, operand0=factor)
 
+    def layout(self, steps):
+        """Return the partitions that hold keys of so many steps, their units of keys, and the keys of a unit."""
+        parts = min(P, steps * STEP_KEYS // KEY_UNIT)
+        return (parts, steps * STEP_KEYS // (parts * KEY_UNIT), KEY_UNIT)
+
     def scale(self, head):
         """Return the factor of a head's products, a number or (P, 1)."""
         return self.call.scale if self.scales == None else self.scales[:, head : head + 1]  # noqa: E711
@@ -158,9 +166,9 @@ class Cache(nl.NKIObject):
         """Return the factor of a head's values (P, 1), or None."""
         return None if self.value_scales == None else self.value_scales[:, head : head + 1]  # noqa: E711
 
-    def chunk(self, walk, steps):
+    def chunk(self, walk, steps, again):
         """Return the rows of a chunk's units (parts, sides * KH, gathers), negative for those that hold no keys."""
-        parts, gathers = gathers_of(steps)
+        parts, gathers, _ = self.layout(steps)
         units = nl.ndarray((parts, 1, gathers), dtype=nl.int32)
         start = walk.start[0:1, :]
         mine = self.key_units.ap(pattern=[[1, parts], [P, gathers]], offset=0, scalar_offset=start, indirect_dim=0)
@@ -176,7 +184,7 @@ class Cache(nl.NKIObject):
 
     def valid(self, walk, steps):
         """Return (P, units of the chunk) uint8: 1 for units that hold keys, on every partition."""
-        parts, gathers = gathers_of(steps)
+        parts, gathers, _ = self.layout(steps)
         units = nl.ndarray((P, gathers * parts), dtype=nl.int32)
         start = walk.start[0:1, :]
         pattern = [[0, P], [1, gathers * parts]]
@@ -232,8 +240,8 @@ class Cache(nl.NKIObject):
 class _Tokens(nl.NKIObject):
     """New tokens of a chunk, and what was fetched of them: some heads that follow each other."""
 
-    def __init__(self, rows):
-        self.rows = rows
+    def __init__(self, rows, heads):
+        self.rows, self.heads = rows, heads
         self.keys, self.values = None, None
 
 
@@ -244,6 +252,7 @@ class NewKeys(nl.NKIObject):
         self.call, self.key, self.mask = call, key, mask
         self.value, self.latent = value, value == None  # noqa: E711
         self.number, self.stride, self.end = 1, CHUNK_KEYS, key.shape[0]
+        self.most_rest = NEW_REST
         heads, size = call.num_kv_heads, 4 if call.dtype == nl.float32 else 2
         self.heads = heads  # that are fetched at once
         while heads % self.heads or (self.heads > 1 and self.heads * key.shape[1] // heads * size > NEW_BYTES):
@@ -252,9 +261,14 @@ class NewKeys(nl.NKIObject):
     def lay_out_constants(self):
         """Lay out the numbers of a chunk's tokens."""
         _lay_out_mask(self)
-        self.tokens = nl.ndarray((P, CHUNK_GATHERS, KEY_UNIT), dtype=nl.int32)
-        pattern = [[GATHER_KEYS, CHUNK_GATHERS], [1, KEY_UNIT]]
-        nisa.iota(dst=self.tokens, pattern=pattern, channel_multiplier=KEY_UNIT)
+        gathers = CHUNK_KEYS // (P * NEW_UNIT)
+        self.tokens = nl.ndarray((P, gathers, NEW_UNIT), dtype=nl.int32)
+        pattern = [[P * NEW_UNIT, gathers], [1, NEW_UNIT]]
+        nisa.iota(dst=self.tokens, pattern=pattern, channel_multiplier=NEW_UNIT)
+
+    def layout(self, steps):
+        """Return the partitions that hold keys of so many steps, their units of keys, and the keys of a unit."""
+        return (P, steps * STEP_KEYS // (P * NEW_UNIT), NEW_UNIT)
 
     def scale(self, head):
         """Return the factor of a head's products."""
@@ -272,14 +286,15 @@ class NewKeys(nl.NKIObject):
         """Return None: values are as they are."""
         return
 
-    def chunk(self, walk, steps):
+    def chunk(self, walk, steps, again):
         """Return the tokens of a chunk, the last token in place of those behind it."""
-        parts, gathers = gathers_of(steps)
-        rows = nl.ndarray((parts, gathers, KEY_UNIT), dtype=nl.int32)
-        start = walk.start.reshape((P, 1, 1))[0:parts, :, :].broadcast(1, gathers).broadcast(2, KEY_UNIT)
-        nisa.tensor_tensor(dst=rows, data1=self.tokens[0:parts, 0:gathers, :], data2=start, op=nl.add)
+        _, gathers, unit = self.layout(steps)
+        rows = nl.ndarray((P, gathers, unit), dtype=nl.int32)
+        start = walk.start.reshape((P, 1, 1)).broadcast(1, gathers).broadcast(2, unit)
+        nisa.tensor_tensor(dst=rows, data1=self.tokens[:, 0:gathers, :], data2=start, op=nl.add)
         _clamp(rows, self.key.shape[0] - 1, nl.minimum)
-        return _Tokens(rows.reshape((parts, gathers * KEY_UNIT)))
+        heads = 1 if again else self.heads  # what is not finite takes room on chip
+        return _Tokens(rows.reshape((P, gathers * unit)), heads)
 
     def valid(self, walk, steps):
         """Return None: all tokens hold keys."""
@@ -287,23 +302,24 @@ class NewKeys(nl.NKIObject):
 
     def fetch(self, tokens, head):
         """Return keys and values of a head (parts, gathers * KEY_UNIT, lanes)."""
-        if head % self.heads == 0:
-            tokens.keys = self._fetched(self.key, tokens.rows, head)
+        if head % tokens.heads == 0:
+            tokens.keys = self._fetched(self.key, tokens, head)
             tokens.values = tokens.keys
             if not self.latent:
-                tokens.values = self._fetched(self.value, tokens.rows, head)
-        return (self._of_head(tokens.keys, head), self._of_head(tokens.values, head))
+                tokens.values = self._fetched(self.value, tokens, head)
+        return (self._of_head(tokens.keys, tokens, head), self._of_head(tokens.values, tokens, head))
 
-    def _fetched(self, base, rows, head):
-        (parts, count), width = rows.shape, base.shape[1] // self.call.num_kv_heads * self.heads
+    def _fetched(self, base, tokens, head):
+        rows, (parts, count) = tokens.rows, tokens.rows.shape
+        width = base.shape[1] // self.call.num_kv_heads * tokens.heads
         found = nl.ndarray((parts, count, width), dtype=base.dtype)
         for k in range(count):
-            pattern, offset = [[base.shape[1], parts], [1, width]], head // self.heads * width
+            pattern, offset = [[base.shape[1], parts], [1, width]], head // tokens.heads * width
             mine = base.ap(pattern=pattern, offset=offset, vector_offset=rows[:, k : k + 1], indirect_dim=0)
             nisa.dma_copy(dst=found[:, k, :], src=mine)
         return found
 
-    def _of_head(self, fetched, head):
-        width = fetched.shape[2] // self.heads
-        place = head % self.heads * width
+    def _of_head(self, fetched, tokens, head):
+        width = fetched.shape[2] // tokens.heads
+        place = head % tokens.heads * width
         return fetched[:, :, place : place + width]
