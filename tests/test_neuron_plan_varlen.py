@@ -119,7 +119,7 @@ def check(tiles: VarlenTiles, shape: TileShape, positions: list[int], sizes: Var
             *bodies, chunks = turns[tile, source].tolist()
             assert sum(bodies) == chunks
             assert sum(bodies[1:]) <= 1
-            executed[source] = STEP_KEYS * sum(steps * count for steps, count in zip(BODIES, bodies, strict=True))
+            executed[source] = STEP_KEYS * sum(steps * count for (steps, _), count in zip(BODIES, bodies, strict=True))
         for unit in live:
             row = units[tile][unit]
             token, member = row // (sizes.num_kv_heads * group_units), row % group_units

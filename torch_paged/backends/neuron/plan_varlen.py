@@ -20,17 +20,16 @@ from torch_paged.backends.neuron.plan import NOTHING, PARTITIONS
 
 KEY_UNIT = 8
 """Tokens of a descriptor, as many as the smallest block has; prefill computes longer than it fetches."""
-NEW_UNIT = 4
-"""New tokens beside each other on a partition, so that a step fills all partitions."""
 GATHER_KEYS = PARTITIONS * KEY_UNIT
 CHUNK_GATHERS = 2
 CHUNK_KEYS = CHUNK_GATHERS * GATHER_KEYS
 STEP_KEYS = 512
 """Keys whose products with 128 rows fill a bank of PSUM."""
-BODIES = (4, 3, 2, 1)
-"""Steps of a chunk for which the kernel has a loop's body; all chunks of a tile but the last take the first."""
-CACHE_REST, NEW_REST = 2, 3
-"""Most steps of a last chunk that does not take the first: units of the cache do not fill partitions by thirds."""
+BODIES = ((4, False), (3, False), (2, False), (1, False), (3, True), (2, True), (1, True))
+"""Loop bodies of the kernel: steps of a chunk, and whether earlier rows of a tile see less of the last step. All chunks
+of a tile but the last take the first one."""
+NEW_REST, CACHE_REST = (3, 2, 1), (2, 1)
+"""Steps of a last chunk that have a body of their own: units of the cache do not fill partitions by thirds."""
 FAR = 2**31 - 1
 
 
@@ -179,6 +178,12 @@ class _Batch:
     columns: int
 
 
+def diagonal_keys(unit_tile: int, tokens: int) -> int:
+    """Return how many keys of the last step a row tile of so many tokens sees where the step begins with the tile."""
+    seen = (unit_tile + 1) * tokens
+    return 128 if seen <= 128 else 256 if seen <= 256 else STEP_KEYS  # sums of a power of two keep their bits
+
+
 def varlen_plan(
     cu_seqlens_q: Tensor,  # (B + 1,)
     contexts: Tensor,  # (B,): keys in the cache
@@ -269,7 +274,9 @@ def _tiles(
     begin, end = torch.where(seeing, low, FAR).amin(1), high.amax(1)
     context, nothing = batch.contexts[seq], torch.zeros_like(seq)
     rows, tile_ends, turns, firsts = [], [], [], []
-    for origin, begin_of, end_of, stop, most_rest in (
+    tiles_of = [diagonal_keys(n, PARTITIONS // group_units) for n in range(shape.unit_tiles)]
+    least = torch.tensor(tiles_of, dtype=torch.int32, device=device)
+    for origin, begin_of, end_of, stop, rests in (
         (nothing, begin, torch.minimum(end, context), torch.minimum(high, context[:, None]), CACHE_REST),
         (context, (begin - context).clamp(min=0), end - context, high, NEW_REST),
     ):
@@ -279,7 +286,8 @@ def _tiles(
         rows.append(torch.stack((low - start, stop - start, position - start.float()), -1))
         tile_ends.append(end_of - first * CHUNK_KEYS)
         steps = -(-(end_of - (first + chunks - 1) * CHUNK_KEYS) // STEP_KEYS)  # of the last chunk
-        turns.append(_turns(chunks, steps, most_rest, cores))
+        reach = (stop - (origin + (first + chunks - 1) * CHUNK_KEYS)[:, None]).reshape(most, shape.unit_tiles, -1)
+        turns.append(_turns(chunks, steps, rests, reach.amax(2) - least, cores))
         firsts.append(first)
 
     gathers = -(-batch.columns * sizes.block_size // GATHER_KEYS)
@@ -318,16 +326,29 @@ def _interval(position: Tensor, last: Tensor, sizes: VarlenSizes) -> tuple[Tenso
     return low, high
 
 
-def _turns(chunks: Tensor, steps: Tensor, most_rest: int, cores: int) -> Tensor:
-    """Return how often each body runs for tiles of so many chunks, of the last of which so many steps are needed."""
+def _turns(chunks: Tensor, steps: Tensor, rests: tuple[int, ...], beyond: Tensor, cores: int) -> Tensor:
+    """Return how often each body runs for tiles.
+
+    Args:
+        chunks: (X,) of each tile.
+        steps: (X,) that are needed of its last chunk.
+        rests: numbers of steps of a last chunk that have a body of their own.
+        beyond: (X, unit tiles) where the last key lies that a unit tile sees of the last chunk, less what it computes
+            of the diagonal's step.
+        cores: that compute as many tiles at the same time, by the same bodies.
+    """
 
     def of_all_cores(x: Tensor) -> Tensor:
         return x.reshape(-1, cores).amax(1)
 
-    whole = of_all_cores(chunks - ((chunks > 0) & (steps <= most_rest)).to(chunks.dtype))
-    rest = of_all_cores(torch.where(chunks > whole.repeat_interleave(cores), steps, 0))
-    turns = (whole, *(rest == body for body in BODIES[1:]), of_all_cores(chunks))
-    return torch.stack(turns, 1).repeat_interleave(cores, 0)
+    whole = of_all_cores(chunks - ((chunks > 0) & (steps <= rests[0])).to(chunks.dtype))
+    last = chunks > whole.repeat_interleave(cores)
+    rest = of_all_cores(torch.where(last, steps, 0))
+    computed = ((rest - 1) * STEP_KEYS).repeat_interleave(cores)
+    crossing = of_all_cores((last & (beyond.amax(1) > computed)).to(torch.int32))
+    diagonal = (crossing == 0) & (rests == NEW_REST)
+    bodies = [(rest == steps) & (diagonal == part) for steps, part in BODIES[1:]]
+    return torch.stack((whole, *bodies, of_all_cores(chunks)), 1).repeat_interleave(cores, 0)
 
 
 def _key_units(

@@ -17,7 +17,7 @@ import nki
 import nki.isa as nisa
 import nki.language as nl
 
-from torch_paged.backends.neuron.plan_varlen import BODIES, CHUNK_KEYS, KEY_UNIT, STEP_KEYS
+from torch_paged.backends.neuron.plan_varlen import BODIES, CHUNK_KEYS, KEY_UNIT, STEP_KEYS, diagonal_keys
 from torch_paged.backends.neuron.varlen_keys_kernel import Cache, NewKeys, Walk
 
 P = 128
@@ -26,7 +26,7 @@ SMALLEST = 2.0**-60  # less than the sum of any row that sees a key, and within 
 LEAST_SCALE = 1e-6  # of the logits: smaller ones, and those that are not positive, are multiplied before the selection
 AHEAD_BYTES = 8192  # of a partition: keys of a head that are fetched while those of another are attended to
 BANK_BYTES = 2048  # of a partition, in PSUM
-LOGIT_STEPS = 2  # that one instruction selects from
+LOGIT_KEYS = 1024  # that one instruction selects from
 HUGE = 2.0**100  # its square overflows
 
 
@@ -177,6 +177,7 @@ class _Call(nl.NKIObject):
         self.group_units = self.group // member_rows
         self.unit_tiles = self.query_units.shape[1] // P
         self.row_tiles = self.unit_tiles * member_rows  # of a kv head
+        self.tokens = P // self.group_units  # of a row tile
         self.columns = self.num_kv_heads * self.row_tiles  # of the state
         self.query, self.out, self.found = self._by_unit(query), self._by_unit(out), self._by_unit(found)
         self.sinks, self.slopes = self._by_unit(sinks), self._by_unit(slopes)
@@ -223,14 +224,14 @@ class _Call(nl.NKIObject):
         nisa.dma_copy(dst=numbers, src=self.of_tile(self.turns, pattern, 0, first, core))
         for source in self.sources:
             walk = Walk(self, source, first, core)
-            column = source.number * (len(BODIES) + 1)
-            bodies = len(BODIES)
+            column, bodies = source.number * (len(BODIES) + 1), len(BODIES)
             if again:
                 column, bodies = column + bodies, 1
             for body in range(bodies):
-                if BODIES[body] > source.most_rest and body > 0:
+                if not source.takes(body):
                     continue
-                state.add_chunks(walk, BODIES[body], again, numbers[:, column + body : column + body + 1])
+                steps, diagonal = BODIES[body]
+                state.add_chunks(walk, steps, diagonal, again, numbers[:, column + body : column + body + 1])
         state.finish()
 
 
@@ -317,18 +318,18 @@ class _State(nl.NKIObject):
                 nisa.nc_transpose(dst=turned[:, t, :], data=part[:, t, i * P : i * P + lanes])
             nisa.tensor_copy(dst=self.queries[i][:, column : column + count, :], src=turned)
 
-    def add_chunks(self, walk, steps, again, count):
+    def add_chunks(self, walk, steps, diagonal, again, count):
         """Attend to so many chunks of a source that follow each other."""
         turns = nisa.register_alloc()
         nisa.register_load(turns, count)
 
         def some_keys(turn):
-            self.add(walk, steps, again)
+            self.add(walk, steps, diagonal, again)
 
         nl.fori_loop(0, turns, some_keys)
 
-    def add(self, walk, steps, again):
-        """Attend to the next chunk of a source."""
+    def add(self, walk, steps, diagonal, again):
+        """Attend to the next chunk of a source; ``diagonal``: earlier rows see less of its last step."""
         call, source = self.call, walk.source
         chunk = source.chunk(walk, steps, again)
         end = nisa.register_alloc()
@@ -358,7 +359,8 @@ class _State(nl.NKIObject):
                         shown = walk.shown(steps, head, n, t)
                     predicate = _both(shown, valid, steps)
                     column = head * call.row_tiles + n * call.member_rows + t
-                    item = self._weights(walk, head, n, column, turned, distances, predicate, steps, again)
+                    keys = (steps - 1) * STEP_KEYS + diagonal_keys(n, call.tokens) if diagonal else steps * STEP_KEYS
+                    item = self._weights(walk, head, n, column, turned, distances, predicate, keys, again)
                     if waiting != None:  # noqa: E711
                         self._weigh(waiting, source)
                     waiting = (column, head, item, values)
@@ -370,7 +372,7 @@ class _State(nl.NKIObject):
         walk.advance()
 
     def _turn_keys(self, keys, layout):
-        """Return keys (parts, gathers * unit, ..), for each 128 lanes, as (lanes, steps, STEP_KEYS), in order."""
+        """Return keys (parts, gathers * unit, ..), for each 128 lanes, as (lanes, keys), in order."""
         call, found = self.call, []
         parts, gathers, unit = layout
         for i in range(len(self.queries)):
@@ -385,7 +387,7 @@ class _State(nl.NKIObject):
                 ordered = turned[:, units, :, place : place + width].permute((0, 1, 3, 2))
                 product = product.reshape((lanes, count // width, width, parts))
                 nisa.tensor_copy(dst=ordered, src=product, engine=nisa.engine.scalar)
-            found.append(turned.reshape((lanes, gathers * parts * unit // STEP_KEYS, STEP_KEYS)))
+            found.append(turned.reshape((lanes, gathers * parts * unit)))
         return found
 
     def _clean(self, values, end, layout, again):
@@ -423,41 +425,43 @@ class _State(nl.NKIObject):
         nisa.tensor_tensor(dst=finite.view(words), data1=values.view(words), data2=bits, op=nl.bitwise_and)
         return (finite, infinities[0], infinities[1])
 
-    def _weights(self, walk, head, n, column, turned, distances, predicate, steps, again):
+    def _weights(self, walk, head, n, column, turned, distances, predicate, keys, again):
         """Return the weights of a chunk's keys for 128 rows, the factor of what came before, and what is visible."""
         call, source = self.call, walk.source
         low, high = walk.bounds[:, n, 0:1], walk.bounds[:, n, 1:2]
-        selected = nl.ndarray((P, steps, STEP_KEYS), dtype=nl.float32)
+        selected = nl.ndarray((P, keys), dtype=nl.float32)
         largest = nl.ndarray((P, 1), dtype=nl.float32)
-        scale, parts = source.scale(head), []
-        for s in range(0, steps, LOGIT_STEPS):
-            width = min(steps - s, LOGIT_STEPS)
-            logits = nl.ndarray((P, width, STEP_KEYS), dtype=nl.float32, buffer=nl.psum)
-            for w in range(width):
+        scale, products = source.scale(head), []
+        for first in range(0, keys, LOGIT_KEYS):
+            width = min(keys - first, LOGIT_KEYS)
+            logits = nl.ndarray((P, width), dtype=nl.float32, buffer=nl.psum)
+            for k in range(0, width, STEP_KEYS):
+                last = min(k + STEP_KEYS, width)
                 for i in range(len(turned)):
-                    queries, keys = self.queries[i][:, column, :], turned[i][:, s + w, :]
-                    nisa.nc_matmul(dst=logits[:, w, :], stationary=queries, moving=keys, accumulate=i > 0)
+                    stationary, moving = self.queries[i][:, column, :], turned[i][:, first + k : first + last]
+                    nisa.nc_matmul(dst=logits[:, k:last], stationary=stationary, moving=moving, accumulate=i > 0)
             if call.early:
-                logits = self._scaled(logits, scale, column, distances, n, s)
-            parts.append((s, width, logits))
-        for s, width, logits in parts:  # with no other instruction between them that finds a maximum
-            command = nisa.reduce_cmd.reset_reduce if s == 0 else nisa.reduce_cmd.reduce
+                logits = self._scaled(logits, scale, column, distances, n, first)
+            products.append((first, logits))
+        for first, logits in products:  # with no other instruction between them that finds a maximum
+            last = first + logits.shape[1]
+            command = nisa.reduce_cmd.reset_reduce if first == 0 else nisa.reduce_cmd.reduce
             nisa.range_select(
-                dst=selected[:, s : s + width, :],
+                dst=selected[:, first:last],
                 on_true_tile=logits,
                 comp_op0=nl.greater_equal,
                 comp_op1=nl.less,
                 bound0=low,
                 bound1=high,
                 reduce_cmd=command if predicate == None else nisa.reduce_cmd.idle,  # noqa: E711
-                reduce_res=largest if predicate == None and s + width == steps else None,  # noqa: E711
+                reduce_res=largest if predicate == None and last == keys else None,  # noqa: E711
                 reduce_op=nl.maximum,
-                range_start=s * STEP_KEYS,
+                range_start=first,
             )
         if predicate != None:  # noqa: E711
             nisa.select_reduce(
                 dst=selected,
-                predicate=predicate,
+                predicate=predicate[:, 0:keys],
                 on_true=selected,
                 on_false=nl.fp32.min,
                 reduce_res=largest,
@@ -473,28 +477,34 @@ class _State(nl.NKIObject):
         if call.sinks != None:  # noqa: E711
             key = self.lowest_key[:, column : column + 1]
             nisa.tensor_scalar(dst=key, data=largest, op0=nl.multiply, operand0=negated, op1=nl.minimum, operand1=key)
-        parts, gathers, unit = source.layout(steps)
-        weights = nl.ndarray((P, gathers, parts, unit), dtype=call.dtype)
-        part = nl.ndarray((P, 1), dtype=nl.float32)
-        nisa.activation(
-            dst=weights.reshape((P, steps * STEP_KEYS)),
-            op=nl.exp,
-            data=selected.reshape((P, steps * STEP_KEYS)),
-            bias=lowest,
-            scale=late,
-            reduce_op=nl.add,
-            reduce_res=part,
-            reduce_cmd=nisa.reduce_cmd.reset_reduce,
-        )
+        parts, _, unit = source.layout(keys // STEP_KEYS)
+        weights = nl.ndarray((P, keys), dtype=call.dtype)
+        part, whole = nl.ndarray((P, 1), dtype=nl.float32), P
+        while 2 * whole <= keys:
+            whole = 2 * whole
+        # Halves of a power of two are added as the whole is, so that keys that a row does not see change no bit.
+        for first, last in ((0, whole), (whole, keys)):
+            if first < last:
+                nisa.activation(
+                    dst=weights[:, first:last],
+                    op=nl.exp,
+                    data=selected[:, first:last],
+                    bias=lowest,
+                    scale=late,
+                    reduce_op=nl.add,
+                    reduce_res=part if last == keys else None,
+                    reduce_cmd=nisa.reduce_cmd.reset_reduce if first == 0 else nisa.reduce_cmd.reduce,
+                )
+        weights = weights.reshape((P, keys // (parts * unit), parts, unit))
         total = self.total[:, column : column + 1]
         gpsimd = nisa.engine.gpsimd  # has time for what lies in SBUF
         nisa.tensor_tensor(dst=total, data1=total, data2=factor, op=nl.multiply, engine=gpsimd)
         nisa.tensor_tensor(dst=total, data1=total, data2=part, op=nl.add, engine=gpsimd)
-        visible = self._visible(low, high, predicate, steps, source.layout(steps)) if again else None
+        visible = self._visible(low, high, predicate, weights.shape) if again else None
         return (weights, factor, visible)
 
-    def _scaled(self, products, scale, column, distances, n, s):
-        """Return logits (P, steps, STEP_KEYS), from a step on, where they are no positive multiple of the products."""
+    def _scaled(self, products, scale, column, distances, n, first):
+        """Return logits (P, keys), from a key on, where they are no positive multiple of the products."""
         call = self.call
         logits = nl.ndarray(products.shape, dtype=nl.float32)
         operator = nl.copy if call.soft_cap == 0.0 else nl.tanh
@@ -504,7 +514,7 @@ class _State(nl.NKIObject):
                 nisa.tensor_scalar(dst=logits, data=logits, op0=nl.multiply, operand0=call.soft_cap)
             nisa.scalar_tensor_tensor(
                 dst=logits,
-                data=distances[:, n, s * STEP_KEYS : (s + products.shape[1]) * STEP_KEYS].reshape(products.shape),
+                data=distances[:, n, first : first + products.shape[1]],
                 op0=nl.multiply,
                 operand0=self.slopes[:, column : column + 1],
                 op1=nl.add,
@@ -512,11 +522,11 @@ class _State(nl.NKIObject):
             )
         return logits
 
-    def _visible(self, low, high, predicate, steps, layout):
-        """Return (P, gathers, parts, unit) bfloat16: ``HUGE`` where a row sees a key, else 0."""
-        parts, gathers, unit = layout
-        found = nl.ndarray((P, gathers, parts, unit), dtype=nl.bfloat16)
-        for s in range(steps):
+    def _visible(self, low, high, predicate, shape):
+        """Return bfloat16 of the shape of weights: ``HUGE`` where a row sees a key, else 0."""
+        keys = shape[1] * shape[2] * shape[3]
+        found = nl.ndarray(shape, dtype=nl.bfloat16)
+        for first in range(0, keys, STEP_KEYS):
             within = nl.ndarray((P, STEP_KEYS), dtype=nl.float32)
             nisa.range_select(
                 dst=within,
@@ -526,12 +536,13 @@ class _State(nl.NKIObject):
                 bound0=low,
                 bound1=high,
                 reduce_cmd=nisa.reduce_cmd.idle,
-                range_start=s * STEP_KEYS,
+                range_start=first,
             )
-            mine = found.reshape((P, steps, STEP_KEYS))[:, s, :]
+            mine = found.reshape((P, keys))[:, first : first + STEP_KEYS]
             nisa.tensor_scalar(dst=mine, data=within, op0=nl.maximum, operand0=0.0)
             if predicate != None:  # noqa: E711
-                nisa.tensor_tensor(dst=mine, data1=mine, data2=predicate[:, s, :], op=nl.multiply)
+                shown = predicate[:, first : first + STEP_KEYS]
+                nisa.tensor_tensor(dst=mine, data1=mine, data2=shown, op=nl.multiply)
         return found
 
     def _weigh(self, item, source):
@@ -553,7 +564,7 @@ class _State(nl.NKIObject):
     def _product(self, weights, values, column):
         """Return weights (P rows, gathers, parts, unit) times values (parts, gathers * unit, DV) in PSUM."""
         product = nl.ndarray((P, values.shape[2]), dtype=nl.float32, buffer=nl.psum)
-        places = _of_a_bank(weights.dtype, values.shape[1])
+        places = _of_a_bank(weights.dtype, weights.shape[1] * weights.shape[3])
         ahead = self._turn_weights(weights, places[0], column * len(places))
         for i in range(len(places)):
             turned = ahead
@@ -621,10 +632,10 @@ class _State(nl.NKIObject):
 
 
 def _both(shown, valid, steps):
-    """Return (P, steps, STEP_KEYS) uint8: what the mask shows and the cache holds; None: everything."""
+    """Return (P, keys) uint8: what the mask shows and the cache holds; None: everything."""
     if valid == None:  # noqa: E711
         return shown
-    found = nl.ndarray((P, steps, STEP_KEYS), dtype=nl.uint8)
+    found = nl.ndarray((P, steps * STEP_KEYS), dtype=nl.uint8)
     units = valid.shape[1]
     wide = valid.reshape((P, units, 1)).broadcast(2, KEY_UNIT)
     mine = found.reshape((P, units, KEY_UNIT))

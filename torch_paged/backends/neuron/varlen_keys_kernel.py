@@ -4,12 +4,10 @@ import nki.isa as nisa
 import nki.language as nl
 
 from torch_paged.backends.neuron.plan_varlen import (
-    CACHE_REST,
+    BODIES,
     CHUNK_GATHERS,
     CHUNK_KEYS,
     KEY_UNIT,
-    NEW_REST,
-    NEW_UNIT,
     STEP_KEYS,
 )
 
@@ -83,7 +81,7 @@ class Walk(nl.NKIObject):
         return found
 
     def shown(self, steps, head, n, member):
-        """Return (P, steps, STEP_KEYS) uint8: what the mask shows to the rows of a head."""
+        """Return (P, keys) uint8: what the mask shows to the rows of a head."""
         source, keys = self.source, steps * STEP_KEYS
         rows = nl.ndarray((P, 1), dtype=nl.int32)
         column = head * self.call.member_rows + member
@@ -91,10 +89,10 @@ class Walk(nl.NKIObject):
         nisa.tensor_tensor(dst=rows, data1=self.mask_rows[:, n : n + 1], data2=head_row, op=nl.add)
         _clamp(rows, 0, nl.maximum)
         _clamp(rows, source.mask.shape[0] - 1, nl.minimum)
-        found = nl.ndarray((P, steps, STEP_KEYS), dtype=nl.uint8)
+        found = nl.ndarray((P, keys), dtype=nl.uint8)
         pattern = [[CHUNK_KEYS, P], [1, keys]]
         mine = source.mask.ap(pattern=pattern, offset=0, vector_offset=rows, indirect_dim=0)
-        nisa.dma_copy(dst=found.reshape((P, keys)), src=mine)
+        nisa.dma_copy(dst=found, src=mine)
         return found
 
 
@@ -123,7 +121,6 @@ class Cache(nl.NKIObject):
         if table != None:  # noqa: E711
             self.table = _spread(table)
         self.number, self.stride, self.end = 0, CHUNK_GATHERS, key_units.shape[0] - CHUNK_GATHERS
-        self.most_rest = CACHE_REST
         self.stored_dim = cache.shape[1] // KEY_UNIT
 
     def lay_out_constants(self, head_scales, sides, parts):
@@ -147,6 +144,11 @@ class Cache(nl.NKIObject):
         """Return the partitions that hold keys of so many steps, their units of keys, and the keys of a unit."""
         parts = min(P, steps * STEP_KEYS // KEY_UNIT)
         return (parts, steps * STEP_KEYS // (parts * KEY_UNIT), KEY_UNIT)
+
+    def takes(self, body):
+        """Return whether one of ``BODIES`` runs: units do not fill partitions by thirds, or by less than a step."""
+        steps, diagonal = BODIES[body]
+        return steps != 3 and not diagonal
 
     def scale(self, head):
         """Return the factor of a head's products, a number or (P, 1)."""
@@ -252,7 +254,6 @@ class NewKeys(nl.NKIObject):
         self.call, self.key, self.mask = call, key, mask
         self.value, self.latent = value, value == None  # noqa: E711
         self.number, self.stride, self.end = 1, CHUNK_KEYS, key.shape[0]
-        self.most_rest = NEW_REST
         heads, size = call.num_kv_heads, 4 if call.dtype == nl.float32 else 2
         self.heads = heads  # that are fetched at once
         while heads % self.heads or (self.heads > 1 and self.heads * key.shape[1] // heads * size > NEW_BYTES):
@@ -261,14 +262,16 @@ class NewKeys(nl.NKIObject):
     def lay_out_constants(self):
         """Lay out the numbers of a chunk's tokens."""
         _lay_out_mask(self)
-        gathers = CHUNK_KEYS // (P * NEW_UNIT)
-        self.tokens = nl.ndarray((P, gathers, NEW_UNIT), dtype=nl.int32)
-        pattern = [[P * NEW_UNIT, gathers], [1, NEW_UNIT]]
-        nisa.iota(dst=self.tokens, pattern=pattern, channel_multiplier=NEW_UNIT)
+        self.tokens = nl.ndarray((P, CHUNK_KEYS // P), dtype=nl.int32)
+        nisa.iota(dst=self.tokens, pattern=[[P, CHUNK_KEYS // P]], channel_multiplier=1)
 
     def layout(self, steps):
         """Return the partitions that hold keys of so many steps, their units of keys, and the keys of a unit."""
-        return (P, steps * STEP_KEYS // (P * NEW_UNIT), NEW_UNIT)
+        return (P, steps * STEP_KEYS // P, 1)
+
+    def takes(self, body):
+        """Return whether one of ``BODIES`` runs: all of them do."""
+        return True
 
     def scale(self, head):
         """Return the factor of a head's products."""
@@ -288,13 +291,13 @@ class NewKeys(nl.NKIObject):
 
     def chunk(self, walk, steps, again):
         """Return the tokens of a chunk, the last token in place of those behind it."""
-        _, gathers, unit = self.layout(steps)
-        rows = nl.ndarray((P, gathers, unit), dtype=nl.int32)
-        start = walk.start.reshape((P, 1, 1)).broadcast(1, gathers).broadcast(2, unit)
-        nisa.tensor_tensor(dst=rows, data1=self.tokens[:, 0:gathers, :], data2=start, op=nl.add)
+        count = steps * STEP_KEYS // P
+        rows = nl.ndarray((P, count), dtype=nl.int32)
+        start = walk.start.broadcast(1, count)
+        nisa.tensor_tensor(dst=rows, data1=self.tokens[:, 0:count], data2=start, op=nl.add)
         _clamp(rows, self.key.shape[0] - 1, nl.minimum)
         heads = 1 if again else self.heads  # what is not finite takes room on chip
-        return _Tokens(rows.reshape((P, gathers * unit)), heads)
+        return _Tokens(rows, heads)
 
     def valid(self, walk, steps):
         """Return None: all tokens hold keys."""
