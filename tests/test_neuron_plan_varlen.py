@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_paged.backends.neuron.plan import NOTHING
+from torch_paged.backends.neuron.plan import NOTHING, PARTITIONS
 from torch_paged.backends.neuron.plan_varlen import (
     BODIES,
     GATHER_KEYS,
@@ -17,6 +17,7 @@ from torch_paged.backends.neuron.plan_varlen import (
     VarlenPlan,
     VarlenSizes,
     VarlenTiles,
+    diagonal_keys,
     varlen_plan,
 )
 
@@ -108,17 +109,19 @@ def check(tiles: VarlenTiles, shape: TileShape, positions: list[int], sizes: Var
     first_rows, ends = tiles.starts.tolist(), tiles.ends.tolist()
     bounds = tiles.rows.reshape(-1, shape.units, 2, 3)
     turns = tiles.turns.reshape(-1, 2, len(BODIES) + 1)
+    tokens = PARTITIONS // group_units
     units, members, lists = tiles.query_units.tolist(), tiles.member_units.tolist(), bounds.tolist()
     assert tiles.query_units.shape[0] % sizes.cores == 0
     assert (tiles.query_units[int(tiles.count) * sizes.cores :] == NOTHING).all()
     rows = []
     for tile in range(int(tiles.count) * sizes.cores):
         live = [unit for unit, row in enumerate(units[tile]) if row >= 0]
-        executed, needed, seqs = [0, 0], [0, 0], set()
+        executed, skipped, needed, seqs = [0, 0], [False, False], [0, 0], set()
         for source in range(2):
             *bodies, chunks = turns[tile, source].tolist()
             assert sum(bodies) == chunks
             assert sum(bodies[1:]) <= 1
+            skipped[source] = any(count for (_, diagonal), count in zip(BODIES, bodies, strict=True) if diagonal)
             executed[source] = STEP_KEYS * sum(steps * count for (steps, _), count in zip(BODIES, bodies, strict=True))
         for unit in live:
             row = units[tile][unit]
@@ -141,13 +144,14 @@ def check(tiles: VarlenTiles, shape: TileShape, positions: list[int], sizes: Var
                 assert found == common(intervals[token], limits[source])
                 assert abs(own + origins[source] - positions[token]) <= 1e-6 * abs(positions[token])
                 reach = int(found[1]) - origins[source] if found[1] else 0
-                assert reach <= executed[source]
+                seen_of_step = diagonal_keys(unit // PARTITIONS, tokens) if skipped[source] else STEP_KEYS
+                assert reach <= executed[source] - STEP_KEYS + seen_of_step
                 assert not found[1] or reach <= ends[tile][source]
                 needed[source] = max(needed[source], reach)
         assert len(seqs) <= 1
         if sizes.cores == 1:
             for source in range(2):
-                assert executed[source] < needed[source] + 2 * STEP_KEYS
+                assert executed[source] < needed[source] + (2 - source) * STEP_KEYS
     return rows
 
 
@@ -170,6 +174,9 @@ def test_every_row_is_in_one_tile_and_reaches_what_it_sees(name: str, listed: bo
         if tiles is not None and shape is not None:
             rows += check(tiles, shape, positions, sizes)
         assert count == (0 if tiles is None else int(tiles.count))
+    if name == "causal" and not listed:
+        assert plan.wide is not None
+        assert plan.wide.turns[:, -4:-1].any(), "no tile lies on the diagonal"
     assert sorted(rows) == list(range(sizes.num_tokens * 4))
     assert bool(counts[0]) == (sizes.wide is not None)
     assert counts[3] == 0

@@ -130,6 +130,14 @@ INVARIANT = [
         num_kv_heads=1,
     ),
     AttentionCase(
+        "invariant_steps",
+        context_lens=(0, 100, 0),
+        query_lens=(700, 150, 1500),
+        new_lens=(700, 150, 1500),
+        dtype=torch.bfloat16,
+        num_kv_heads=1,
+    ),
+    AttentionCase(
         "invariant_e4m3",
         context_lens=(700, 0, 63),
         query_lens=(40, 3, 2),
