@@ -28,8 +28,8 @@ STEP_KEYS = 512
 BODIES = ((4, False), (3, False), (2, False), (1, False), (3, True), (2, True), (1, True))
 """Loop bodies of the kernel: steps of a chunk, and whether earlier rows of a tile see less of the last step. All chunks
 of a tile but the last take the first one."""
-NEW_REST, CACHE_REST = (3, 2, 1), (2, 1)
-"""Steps of a last chunk that have a body of their own: units of the cache do not fill partitions by thirds."""
+NEW_REST, CACHE_REST = 3, 2
+"""Most steps of a last chunk that does not take the first body: units of the cache do not fill partitions by thirds."""
 FAR = 2**31 - 1
 
 
@@ -272,42 +272,43 @@ def _tiles(
     seeing = used & (low < high)
     low, high = torch.where(seeing, low, 0), torch.where(seeing, high, 0)
     begin, end = torch.where(seeing, low, FAR).amin(1), high.amax(1)
-    context, nothing = batch.contexts[seq], torch.zeros_like(seq)
-    rows, tile_ends, turns, firsts = [], [], [], []
-    tiles_of = [diagonal_keys(n, PARTITIONS // group_units) for n in range(shape.unit_tiles)]
-    least = torch.tensor(tiles_of, dtype=torch.int32, device=device)
-    for origin, begin_of, end_of, stop, rests in (
-        (nothing, begin, torch.minimum(end, context), torch.minimum(high, context[:, None]), CACHE_REST),
-        (context, (begin - context).clamp(min=0), end - context, high, NEW_REST),
-    ):
-        first = torch.where(end_of > begin_of, begin_of, 0) // CHUNK_KEYS
-        chunks = torch.where(end_of > begin_of, -(-end_of // CHUNK_KEYS) - first, 0)
-        start = (origin + first * CHUNK_KEYS)[:, None]
-        rows.append(torch.stack((low - start, stop - start, position - start.float()), -1))
-        tile_ends.append(end_of - first * CHUNK_KEYS)
-        steps = -(-(end_of - (first + chunks - 1) * CHUNK_KEYS) // STEP_KEYS)  # of the last chunk
-        reach = (stop - (origin + (first + chunks - 1) * CHUNK_KEYS)[:, None]).reshape(most, shape.unit_tiles, -1)
-        turns.append(_turns(chunks, steps, rests, reach.amax(2) - least, cores))
-        firsts.append(first)
+    context = batch.contexts[seq]
+    # Of both sources at once, since every operation takes its time: (2, X), of units (2, X, U).
+    origin = torch.stack((torch.zeros_like(context), context))
+    begin = torch.stack((begin, (begin - context).clamp(min=0)))
+    end = torch.stack((torch.minimum(end, context), end - context))
+    stop = torch.stack((torch.minimum(high, context[:, None]), high))
+    first = torch.where(end > begin, begin, 0) // CHUNK_KEYS
+    chunks = torch.where(end > begin, -(-end // CHUNK_KEYS) - first, 0)
+    end = end - first * CHUNK_KEYS
+    start = (origin + first * CHUNK_KEYS)[:, :, None]
+    stop = stop - start
+    rows = torch.stack((low - start, stop, position - start), -1)  # (2, X, U, 3)
+    last = (chunks - 1) * CHUNK_KEYS
+    steps = -((last - end) // STEP_KEYS)  # of the last chunk
+    least = [diagonal_keys(n, PARTITIONS // group_units) for n in range(shape.unit_tiles)]
+    reach = (stop - last[:, :, None]).reshape(2, most, shape.unit_tiles, -1).amax(3)
+    beyond = (reach - torch.tensor(least, dtype=torch.int32, device=device)).amax(2)
+    turns = _turns(chunks, steps, beyond, cores)
 
     gathers = -(-batch.columns * sizes.block_size // GATHER_KEYS)
-    new_starts = batch.first_new[seq] + firsts[1] * CHUNK_KEYS
-    starts = torch.stack((seq * gathers + firsts[0] * CHUNK_GATHERS, new_starts), -1)
+    new_starts = batch.first_new[seq] + first[1] * CHUNK_KEYS
+    starts = torch.stack((seq * gathers + first[0] * CHUNK_GATHERS, new_starts), -1)
     mask_rows = None
     if sizes.mask_heads is not None:
         mask_token = place
         if sizes.mask_heads > sizes.num_kv_heads:
             mask_token = place + member * (shape.member_rows * num_tokens)
         chunks_of = sizes.mask_chunks(batch.columns)
-        mask_rows = [mask_token * chunks_of[source] + firsts[source][:, None] for source in range(2)]
+        mask_rows = [mask_token * chunks_of[source] + first[source][:, None] for source in range(2)]
     return VarlenTiles(
         query_units=query_units.to(torch.int32),
         member_units=member_units.to(torch.int32),
-        rows=torch.stack(rows, 2).reshape(most, -1).to(torch.float32),
-        ends=torch.stack(tile_ends, 1).to(torch.int32),
+        rows=rows.permute(1, 2, 0, 3).reshape(most, -1).to(torch.float32),
+        ends=end.T.to(torch.int32).contiguous(),
         starts=starts.to(torch.int32),
         mask_rows=None if mask_rows is None else torch.cat(mask_rows, 1).to(torch.int32),
-        turns=torch.cat(turns, 1).to(torch.int32),
+        turns=turns.to(torch.int32),
         count=((ends[-1:] + cores - 1) // cores).to(torch.int32),
     )
 
@@ -326,29 +327,37 @@ def _interval(position: Tensor, last: Tensor, sizes: VarlenSizes) -> tuple[Tenso
     return low, high
 
 
-def _turns(chunks: Tensor, steps: Tensor, rests: tuple[int, ...], beyond: Tensor, cores: int) -> Tensor:
-    """Return how often each body runs for tiles.
+def _turns(chunks: Tensor, steps: Tensor, beyond: Tensor, cores: int) -> Tensor:
+    """Return how often each body runs for tiles, (X, sources * (len(BODIES) + 1)).
 
     Args:
-        chunks: (X,) of each tile.
-        steps: (X,) that are needed of its last chunk.
-        rests: numbers of steps of a last chunk that have a body of their own.
-        beyond: (X, unit tiles) where the last key lies that a unit tile sees of the last chunk, less what it computes
-            of the diagonal's step.
+        chunks: (2, X) of each source and tile.
+        steps: (2, X) that are needed of the last chunk.
+        beyond: (2, X) how far the last key that a unit tile sees of the last chunk lies behind what it computes of the
+            diagonal's step, the most of a tile.
         cores: that compute as many tiles at the same time, by the same bodies.
     """
+    if cores > 1:  # all of them take the steps of the tile that needs the most
 
-    def of_all_cores(x: Tensor) -> Tensor:
-        return x.reshape(-1, cores).amax(1)
+        def of_all_cores(x: Tensor) -> Tensor:
+            return x.reshape(2, -1, cores).amax(2).repeat_interleave(cores, 1)
+    else:
 
-    whole = of_all_cores(chunks - ((chunks > 0) & (steps <= rests[0])).to(chunks.dtype))
-    last = chunks > whole.repeat_interleave(cores)
+        def of_all_cores(x: Tensor) -> Tensor:
+            return x
+
+    most_rest, alike, codes = (
+        torch.tensor(values, dtype=torch.int32, device=chunks.device)
+        for values in (((CACHE_REST,), (NEW_REST,)), ((0,), (1,)), tuple(2 * rest + part for rest, part in BODIES[1:]))
+    )
+    whole = of_all_cores(chunks - ((chunks > 0) & (steps <= most_rest)).to(torch.int32))
+    last = chunks > whole
     rest = of_all_cores(torch.where(last, steps, 0))
-    computed = ((rest - 1) * STEP_KEYS).repeat_interleave(cores)
-    crossing = of_all_cores((last & (beyond.amax(1) > computed)).to(torch.int32))
-    diagonal = (crossing == 0) & (rests == NEW_REST)
-    bodies = [(rest == steps) & (diagonal == part) for steps, part in BODIES[1:]]
-    return torch.stack((whole, *bodies, of_all_cores(chunks)), 1).repeat_interleave(cores, 0)
+    computed = (rest - 1) * STEP_KEYS
+    crossing = of_all_cores((last & (beyond > computed)).to(torch.int32))
+    bodies = (2 * rest + (1 - crossing) * alike)[:, :, None] == codes
+    turns = torch.cat((whole[:, :, None], bodies, of_all_cores(chunks)[:, :, None]), 2)
+    return turns.permute(1, 0, 2).reshape(chunks.shape[1], -1)
 
 
 def _key_units(
