@@ -75,13 +75,14 @@ class Recorder:
 
     Attributes:
         bodies: what a turn of an innermost loop does, by core and place. A loop that is known does not turn, one that
-            is not turns once. Where bodies differ in one number, as tiles of a turn, what a turn does is continued
-            from two of them. None: every loop turns.
+            is not turns once. None: every loop turns.
+        continued: where bodies differ in one number, as tiles of a turn, what a turn does is continued from two of
+            them: for kernels whose counts grow evenly with it.
         counts: of each core.
     """
 
-    def __init__(self, bodies: dict[Any, Counts] | None) -> None:
-        self.bodies = bodies
+    def __init__(self, bodies: dict[Any, Counts] | None, continued: bool) -> None:
+        self.bodies, self.continued = bodies, continued
         self.counts: dict[int, Counts] = {}
         self._loops: dict[int, _Loops] = {}
 
@@ -93,6 +94,8 @@ class Recorder:
     def _alike(self, core: int, place: Place) -> Counts | None:
         """Return what a turn does by two known bodies that differ from it in the same number."""
         *parents, mine = place
+        if not self.continued:
+            return None
         for i in range(1, len(mine) - 1):
             found: dict[int, Counts] = {}
             for (of_core, (*others, body)), counts in (self.bodies or {}).items():
@@ -164,9 +167,9 @@ class Recorder:
 
 
 @contextmanager
-def recorded(bodies: dict[Any, Counts] | None = None) -> Iterator[Recorder]:
+def recorded(bodies: dict[Any, Counts] | None = None, continued: bool = False) -> Iterator[Recorder]:
     """Record the kernels that run within; of loops whose turns are known, see ``Recorder``, no turn runs."""
-    recorder = Recorder(bodies)
+    recorder = Recorder(bodies, continued)
     originals: list[tuple[Any, str, Any]] = [(nl, "fori_loop", nl.fori_loop)]
     for name in nisa.__all__:
         function = getattr(nisa, name)
@@ -188,16 +191,19 @@ class Counted(TorchDispatchMode):
         sizes: bytes that each operation of torch reads and writes, views left out.
         results: of each kernel.
         bodies: what is known of the loops of each kernel, and what is learnt; None: every loop turns.
+        continued: see ``Recorder``.
         kernels: name and counts of each kernel, the busiest core's, in the order in which they ran.
         launch: hand it to an op of the backend.
     """
 
-    def __init__(self, generation: str, cores: int, bodies: dict[str, dict[Any, Counts]] | None) -> None:
+    def __init__(
+        self, generation: str, cores: int, bodies: dict[str, dict[Any, Counts]] | None, continued: bool = False
+    ) -> None:
         super().__init__()
         self.kernels: list[tuple[str, Counts]] = []
         self.sizes: list[int] = []
         self.results: list[Any] = []
-        self.bodies = bodies
+        self.bodies, self.continued = bodies, continued
         self.launch = Launch(generation, cores, self._run)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -213,7 +219,7 @@ class Counted(TorchDispatchMode):
         os.environ.update(dict(zip(VARIABLES, (self.launch.generation, str(cores)), strict=True)))
         try:
             bodies = None if self.bodies is None else self.bodies.setdefault(kernel.__name__, {})
-            with recorded(bodies) as recorder, _disable_current_modes():
+            with recorded(bodies, self.continued) as recorder, _disable_current_modes():
                 results = run(kernel, cores, *arguments)
         finally:
             for name, value in before.items():

@@ -123,12 +123,12 @@ def attention(point: Point, known: Known) -> Work:
         else:
             alike = replace(point, batch=0, context=0, block_size=_unit(point))
             if alike not in known:
-                learnt = Counted(GENERATION, point.cores, {})
+                learnt = Counted(GENERATION, point.cores, {}, continued=True)
                 op(learnt.launch, _decode(replace(point, batch=1, context=3 * tile)))
                 name, _ = learnt.kernels[0]
                 known[alike] = {name: (learnt.bodies or {})[name]}
             bodies = {name: dict(found) for name, found in known[alike].items()}
-    first = Counted(GENERATION, point.cores, bodies)
+    first = Counted(GENERATION, point.cores, bodies, continued=point.is_decode)
     with first:
         op(first.launch, arguments)
     second = Replayed(first)

@@ -49,6 +49,8 @@ MUTANTS = [
            attention("window")),
     Mutant("new keys of another sequence", "plan_varlen.py", "new_starts = batch.first_new[seq] +",
            "new_starts = 0 * batch.first_new[seq] +", attention("both")),
+    Mutant("row tiles compute too little of the diagonal's step", "plan_varlen.py", "(beyond > computed)",
+           "(beyond > computed + STEP_KEYS)", ("tests/test_neuron_plan_varlen.py",)),
     Mutant("packed queries lose their sink", "varlen_kernel.py",
            "self._load_members(self.lowest, call.sinks, members, LEAST)",
            "nisa.memset(dst=self.lowest, value=LEAST)", attention("both")),

@@ -195,8 +195,15 @@ def test_decode_is_counted_from_few_turns(cores: int) -> None:
     assert quick[1] >= wanted[1]
 
 
-def test_prefill_is_counted_from_few_turns() -> None:
-    point = Point(1, 1024, 512, kv_heads=1, group=2, head_dim=32, block_size=16)
+@pytest.mark.parametrize(
+    "point",
+    [
+        Point(1, 1024, 512, kv_heads=1, group=2, head_dim=32, block_size=16),
+        Point(1, 0, 2048, kv_heads=1, group=4, head_dim=32, block_size=16),  # one, two, three and four steps
+    ],
+    ids=["cache", "alone"],
+)
+def test_prefill_is_counted_from_few_turns(point: Point) -> None:
     for quick, wanted in zip(neuron_points.attention(point, {}).kernels, whole(point), strict=True):
         assert without_gathers(quick[1])[0] == without_gathers(wanted[1])[0]
         assert without_gathers(quick[1])[1] >= without_gathers(wanted[1])[1]

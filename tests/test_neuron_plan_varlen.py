@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_paged.backends.neuron.plan import NOTHING
+from torch_paged.backends.neuron.plan import NOTHING, PARTITIONS
 from torch_paged.backends.neuron.plan_varlen import (
     BODIES,
-    CHUNK_KEYS,
     GATHER_KEYS,
     KEY_UNIT,
     NARROW,
@@ -18,6 +17,7 @@ from torch_paged.backends.neuron.plan_varlen import (
     VarlenPlan,
     VarlenSizes,
     VarlenTiles,
+    diagonal_keys,
     varlen_plan,
 )
 
@@ -32,7 +32,8 @@ SIZES = VarlenSizes(
     num_heads=12,
     num_kv_heads=3,
     block_size=BLOCK_SIZE,
-    wide=TileShape(2, 2),
+    wide=TileShape(2, 4),
+    middle=TileShape(2, 1),
     mask_heads=None,
     mask_columns=0,
     causal=True,
@@ -43,7 +44,8 @@ SIZES = VarlenSizes(
 OPTIONS: dict[str, dict[str, object]] = {
     "causal": {},
     "not causal": {"causal": False},
-    "narrow": {"wide": None},
+    "narrow": {"wide": None, "middle": None},
+    "wide and narrow": {"wide": TileShape(2, 2), "middle": None},
     "two cores": {"cores": 2, "wide": TileShape(4, 1)},
     "window": {"sliding_window": 300},
     "window, not causal": {"sliding_window": 300, "causal": False},
@@ -107,18 +109,20 @@ def check(tiles: VarlenTiles, shape: TileShape, positions: list[int], sizes: Var
     first_rows, ends = tiles.starts.tolist(), tiles.ends.tolist()
     bounds = tiles.rows.reshape(-1, shape.units, 2, 3)
     turns = tiles.turns.reshape(-1, 2, len(BODIES) + 1)
+    tokens = PARTITIONS // group_units
     units, members, lists = tiles.query_units.tolist(), tiles.member_units.tolist(), bounds.tolist()
     assert tiles.query_units.shape[0] % sizes.cores == 0
     assert (tiles.query_units[int(tiles.count) * sizes.cores :] == NOTHING).all()
     rows = []
     for tile in range(int(tiles.count) * sizes.cores):
         live = [unit for unit, row in enumerate(units[tile]) if row >= 0]
-        executed, needed, seqs = [0, 0], [0, 0], set()
+        executed, skipped, needed, seqs = [0, 0], [False, False], [0, 0], set()
         for source in range(2):
             *bodies, chunks = turns[tile, source].tolist()
             assert sum(bodies) == chunks
             assert sum(bodies[1:]) <= 1
-            executed[source] = CHUNK_KEYS * bodies[0] + STEP_KEYS * (2 * bodies[1] + bodies[2])
+            skipped[source] = any(count for (_, diagonal), count in zip(BODIES, bodies, strict=True) if diagonal)
+            executed[source] = STEP_KEYS * sum(steps * count for (steps, _), count in zip(BODIES, bodies, strict=True))
         for unit in live:
             row = units[tile][unit]
             token, member = row // (sizes.num_kv_heads * group_units), row % group_units
@@ -140,13 +144,14 @@ def check(tiles: VarlenTiles, shape: TileShape, positions: list[int], sizes: Var
                 assert found == common(intervals[token], limits[source])
                 assert abs(own + origins[source] - positions[token]) <= 1e-6 * abs(positions[token])
                 reach = int(found[1]) - origins[source] if found[1] else 0
-                assert reach <= executed[source]
+                seen_of_step = diagonal_keys(unit // PARTITIONS, tokens) if skipped[source] else STEP_KEYS
+                assert reach <= executed[source] - STEP_KEYS + seen_of_step
                 assert not found[1] or reach <= ends[tile][source]
                 needed[source] = max(needed[source], reach)
         assert len(seqs) <= 1
         if sizes.cores == 1:
             for source in range(2):
-                assert executed[source] < needed[source] + 2 * STEP_KEYS
+                assert executed[source] < needed[source] + (2 - source) * STEP_KEYS
     return rows
 
 
@@ -162,22 +167,26 @@ def test_every_row_is_in_one_tile_and_reaches_what_it_sees(name: str, listed: bo
         positions[:4] = [2**31 - 1, -(2**31), 2**31 - 2, -1]
         given = torch.tensor(positions + [2**31 - 1] * PADDING, dtype=torch.int32)
     plan = make(sizes, given)
-    rows = check(plan.narrow, NARROW, positions, sizes)
-    if plan.wide is None:
-        assert sizes.wide is None
-    else:
-        assert sizes.wide is not None
-        rows += check(plan.wide, sizes.wide, positions, sizes)
-        assert plan.counts[0, 0] == plan.wide.count > 0
+    rows, counts = [], plan.counts[0].tolist()
+    shapes = (sizes.wide, sizes.middle, NARROW)
+    for tiles, shape, count in zip((plan.wide, plan.middle, plan.narrow), shapes, counts, strict=False):
+        assert (tiles is None) == (shape is None)
+        if tiles is not None and shape is not None:
+            rows += check(tiles, shape, positions, sizes)
+        assert count == (0 if tiles is None else int(tiles.count))
+    if name == "causal" and not listed:
+        assert plan.wide is not None
+        assert plan.wide.turns[:, -4:-1].any(), "no tile lies on the diagonal"
     assert sorted(rows) == list(range(sizes.num_tokens * 4))
-    assert plan.counts[0, 1:].tolist() == [int(plan.narrow.count), 0]
+    assert bool(counts[0]) == (sizes.wide is not None)
+    assert counts[3] == 0
 
 
 def test_units_of_keys_and_entries_that_hold_none() -> None:
     wild = tables()
     wild[0, 50], wild[2, 3], wild[4, 299] = BLOCKS, -1, -7  # the last one is behind the context
     plan = make(SIZES, block_tables=wild)
-    assert plan.counts[0, 2] == 1
+    assert plan.counts[0, 3] == 1
     assert plan.key_units is not None
     assert (plan.key_units[-2:] == NOTHING).all()
     units = plan.key_units[:-2].reshape(len(QUERIES), -1)
@@ -188,11 +197,11 @@ def test_units_of_keys_and_entries_that_hold_none() -> None:
             needed = unit * KEY_UNIT < context and QUERIES[seq] and 0 <= block < BLOCKS
             assert int(units[seq, unit]) == (block * 3 * parts + unit % parts if needed else NOTHING)
     wild[0, 50] = wild[2, 3] = 0
-    assert make(SIZES, block_tables=wild).counts[0, 2] == 0
+    assert make(SIZES, block_tables=wild).counts[0, 3] == 0
     windowed = replace(SIZES, sliding_window=10)
     wild[2] = -1
     wild[2, (4700 + 2500 - 5 - 10) // BLOCK_SIZE :] = -1  # all that is seen lies beside the cache
-    assert make(windowed, block_tables=wild).counts[0, 2] == 0
+    assert make(windowed, block_tables=wild).counts[0, 3] == 0
 
 
 def test_a_sequence_has_the_same_tiles_in_any_batch() -> None:
@@ -205,7 +214,7 @@ def test_a_sequence_has_the_same_tiles_in_any_batch() -> None:
         replace(SIZES, num_tokens=QUERIES[0], num_new_keys=NEW[0]),
     )
     plan = make(SIZES)
-    for one, all_ in ((alone.wide, plan.wide), (alone.narrow, plan.narrow)):
+    for one, all_ in ((alone.wide, plan.wide), (alone.middle, plan.middle), (alone.narrow, plan.narrow)):
         assert one is not None
         assert all_ is not None
         count = int(one.count)
@@ -233,9 +242,9 @@ def test_lengths_that_do_not_fit_are_cut() -> None:
         None,
         SIZES,
     )
-    assert wild.wide is not None
-    assert cut.wide is not None
-    for one, other in ((wild.wide, cut.wide), (wild.narrow, cut.narrow)):
+    for one, other in ((wild.wide, cut.wide), (wild.middle, cut.middle), (wild.narrow, cut.narrow)):
+        assert one is not None
+        assert other is not None
         for field in fields(one):
             a, b = getattr(one, field.name), getattr(other, field.name)
             assert a is b or torch.equal(a, b), field.name
@@ -245,9 +254,9 @@ def test_shapes_depend_on_shapes_alone() -> None:
     none = starts((0,) * len(QUERIES))
     few = varlen_plan(none, torch.zeros(len(QUERIES), dtype=torch.int32), none, tables(), None, SIZES)
     plan = make(SIZES)
-    assert few.narrow.query_units.shape == plan.narrow.query_units.shape
-    assert few.wide is not None
-    assert plan.wide is not None
-    assert few.wide.query_units.shape == plan.wide.query_units.shape
-    assert few.counts.tolist() == [[7, 0, 0]]  # of padding tokens
-    assert not few.wide.turns.any()
+    for one, other in ((few.wide, plan.wide), (few.middle, plan.middle), (few.narrow, plan.narrow)):
+        assert one is not None
+        assert other is not None
+        assert one.query_units.shape == other.query_units.shape
+        assert not one.turns.any()
+    assert few.counts.tolist() == [[3, 2, 0, 0]]  # of padding tokens

@@ -52,9 +52,9 @@ def test_pairs_of_options(number: int, case: AttentionCase) -> None:
 def test_wide_and_narrow_tiles_and_every_body_of_a_loop(cores: int) -> None:
     case = AttentionCase(
         "bodies",
-        context_lens=(2500, 5000, 40, 3400),
-        query_lens=(200, 1, 0, 30),
-        new_lens=(2300, 900, 0, 30),
+        context_lens=(2500, 5000, 40, 3400, 0, 0, 0),
+        query_lens=(200, 1, 0, 40, 2, 3, 2),
+        new_lens=(2300, 900, 0, 1500, 1100, 600, 100),
         num_kv_heads=1,
         group=6,
         head_dim=24,
@@ -74,10 +74,13 @@ def test_wide_and_narrow_tiles_and_every_body_of_a_loop(cores: int) -> None:
         patch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2")
         results = varlen.flash_attn_varlen(Launch("trn2", cores, keep), arguments)
     assert_attention(case.op, arguments, *results)
-    wide, narrow = given[0][10], given[0][17]
-    each = (torch.cat((wide, narrow)).reshape(-1, 2, 4) > 0).any(0)
-    assert each.all() or cores == 2, "a body of a source does not run"
+    wide, middle, narrow = (given[0][place] for place in (10, 17, 24))
+    each = (torch.cat((wide, middle, narrow)).reshape(-1, 2, 8) > 0).any(0)
+    if cores == 1:
+        assert each[0].tolist() == [True, False, True, True, False, False, False, True]
+        assert each[1].all(), "a body does not run for new keys"
     assert wide.any()
+    assert middle.any()
     assert narrow.any()
 
 
@@ -124,6 +127,14 @@ INVARIANT = [
         context_lens=(600, 0, 5, 63),
         query_lens=(150, 33, 1, 0),
         new_lens=(150, 1100, 1, 4),
+        dtype=torch.bfloat16,
+        num_kv_heads=1,
+    ),
+    AttentionCase(
+        "invariant_steps",
+        context_lens=(0, 100, 0),
+        query_lens=(700, 150, 1500),
+        new_lens=(700, 150, 1500),
         dtype=torch.bfloat16,
         num_kv_heads=1,
     ),

@@ -2,7 +2,8 @@
 
 A *row* is a query token and a member of its group; some rows of neighbouring members are a *unit*, which takes a
 partition. A *tile* is ``PARTITIONS`` units of one sequence, or a multiple; all kv heads have the same tiles. Most rows
-of a long sequence are in wide tiles, which turn keys once for many rows, the rest in narrow ones of a row a unit.
+of a long sequence are in wide tiles, which turn keys once for many rows, the rest in middle ones, and the rest of that
+in narrow ones of a row a unit. Sums of a row are the same in each of them.
 
 A row sees an interval of key positions, so that a tile needs one too, cut into *chunks* of ``CHUNK_KEYS`` keys of a
 source, from its first key: the softmax of a row moves on by whole chunks, so that a sequence is cut in the same way in
@@ -24,8 +25,11 @@ CHUNK_GATHERS = 2
 CHUNK_KEYS = CHUNK_GATHERS * GATHER_KEYS
 STEP_KEYS = 512
 """Keys whose products with 128 rows fill a bank of PSUM."""
-BODIES = (4, 2, 1)
-"""Steps of a chunk for which the kernel has a loop's body; all chunks of a tile but the last take the first."""
+BODIES = ((4, False), (3, False), (2, False), (1, False), (3, True), (2, True), (1, True))
+"""Loop bodies of the kernel: steps of a chunk, and whether earlier rows of a tile see less of the last step. All chunks
+of a tile but the last take the first one."""
+NEW_REST, CACHE_REST = 3, 2
+"""Most steps of a last chunk that does not take the first body: units of the cache do not fill partitions by thirds."""
 FAR = 2**31 - 1
 
 
@@ -66,7 +70,7 @@ class VarlenSizes:
         num_heads: H.
         num_kv_heads: KH.
         block_size: S.
-        wide: shape of wide tiles; None: all tiles are narrow.
+        wide, middle: shapes of tiles; None: there are none of these.
         mask_heads: heads that have a mask of their own; None: no mask.
         mask_columns: C.
         causal: as the op takes it.
@@ -82,6 +86,7 @@ class VarlenSizes:
     num_kv_heads: int
     block_size: int
     wide: TileShape | None
+    middle: TileShape | None
     mask_heads: int | None
     mask_columns: int
     causal: bool
@@ -134,14 +139,16 @@ class VarlenPlan:
     """The tiles of packed queries.
 
     Attributes:
-        wide: the wide tiles, or None.
+        wide, middle: tiles of these shapes, or None.
         narrow: the others.
-        counts: (1, 3) int32: wide and narrow tiles of a core; 1 where some block id that is needed holds no keys.
+        counts: (1, 4) int32: wide, middle and narrow tiles of a core; 1 where some block id that is needed holds no
+            keys.
         key_units: (B * gathers + CHUNK_GATHERS, PARTITIONS) int32: rows of ``GATHER_KEYS`` keys of a sequence in the
             cache, seen as rows of ``KEY_UNIT`` tokens of a head, of head 0; ``NOTHING``: no keys. None without a cache.
     """
 
     wide: VarlenTiles | None
+    middle: VarlenTiles | None
     narrow: VarlenTiles
     counts: Tensor
     key_units: Tensor | None
@@ -169,6 +176,12 @@ class _Batch:
     high: Tensor
     position: Tensor
     columns: int
+
+
+def diagonal_keys(unit_tile: int, tokens: int) -> int:
+    """Return how many keys of the last step a row tile of so many tokens sees where the step begins with the tile."""
+    seen = (unit_tile + 1) * tokens
+    return 128 if seen <= 128 else 256 if seen <= 256 else STEP_KEYS  # sums of a power of two keep their bits
 
 
 def varlen_plan(
@@ -208,24 +221,31 @@ def varlen_plan(
         key_units, missing = _key_units(block_tables, contexts[:-1], low_of_seq, high_of_seq, sizes)
     rows = lens * sizes.group
     batch = _Batch(begins[:-1], rows, contexts, first_new, low, high, position, block_tables.shape[1])
-    wide, wide_rows = None, torch.zeros_like(rows)
-    if sizes.wide is not None:
-        wide_tiles = (rows + sizes.wide.rows // 2 - 1) // sizes.wide.rows  # a rest of up to a half is for narrow ones
-        wide_rows = wide_tiles * sizes.wide.rows
-        wide = _tiles(batch, torch.zeros_like(rows), wide_tiles, sizes.wide, sizes)
-    narrow_tiles = ((rows - wide_rows).clamp(min=0) + NARROW.rows - 1) // NARROW.rows
-    narrow = _tiles(batch, wide_rows, narrow_tiles, NARROW, sizes)
-    counts = (torch.zeros_like(missing) if wide is None else wide.count, narrow.count, missing)
-    return VarlenPlan(wide, narrow, torch.stack(counts, 1), key_units)
+    first_rows, most, counts = torch.zeros_like(rows), None, []
+    found: dict[TileShape | None, VarlenTiles | None] = {None: None}
+    for shape in (sizes.wide, sizes.middle, NARROW):
+        if shape is None:
+            counts.append(torch.zeros_like(missing))
+            continue
+        left = (rows - first_rows).clamp(min=0)
+        spare = shape.rows - 1 if shape == NARROW else shape.rows // 2 - 1  # a rest of up to a half is for smaller ones
+        tiles = (left + spare) // shape.rows
+        found[shape] = mine = _tiles(batch, first_rows, tiles, most, shape, sizes)
+        counts.append(mine.count)
+        first_rows, most = first_rows + tiles * shape.rows, shape.rows // 2
+    return VarlenPlan(found[sizes.wide], found[sizes.middle], mine, torch.stack((*counts, missing), 1), key_units)
 
 
-def _tiles(batch: _Batch, first_rows: Tensor, counts: Tensor, shape: TileShape, sizes: VarlenSizes) -> VarlenTiles:
+def _tiles(
+    batch: _Batch, first_rows: Tensor, counts: Tensor, most_rows: int | None, shape: TileShape, sizes: VarlenSizes
+) -> VarlenTiles:
     """Return the tiles of one shape.
 
     Args:
         batch: the sequences.
         first_rows: (B + 1,) the row of a sequence with which its first tile begins.
         counts: (B + 1,) how many tiles it has.
+        most_rows: that a sequence has in them; None: all.
         shape: of a tile.
         sizes: of the call.
     """
@@ -233,8 +253,8 @@ def _tiles(batch: _Batch, first_rows: Tensor, counts: Tensor, shape: TileShape, 
     group_units = sizes.group // shape.member_rows
     ends = counts.cumsum(0, dtype=torch.int32)
     most = num_tokens * sizes.group // shape.rows + num_seqs
-    if shape == NARROW and sizes.wide is not None:
-        most = min(most, num_seqs * (sizes.wide.rows // 2 // shape.rows))
+    if most_rows is not None:
+        most = min(most, num_seqs * -(-most_rows // shape.rows))
     most = -(-most // cores) * cores
     tile = torch.arange(most, dtype=torch.int32, device=device)
     seq = (tile[:, None] >= ends).sum(1)
@@ -253,38 +273,42 @@ def _tiles(batch: _Batch, first_rows: Tensor, counts: Tensor, shape: TileShape, 
     low, high = torch.where(seeing, low, 0), torch.where(seeing, high, 0)
     begin, end = torch.where(seeing, low, FAR).amin(1), high.amax(1)
     context = batch.contexts[seq]
-    rows, tile_ends, turns, firsts = [], [], [], []
-    for origin, begin_of, end_of, stop in (
-        (torch.zeros_like(context), begin, torch.minimum(end, context), torch.minimum(high, context[:, None])),
-        (context, (begin - context).clamp(min=0), end - context, high),
-    ):
-        first = torch.where(end_of > begin_of, begin_of, 0) // CHUNK_KEYS
-        chunks = torch.where(end_of > begin_of, -(-end_of // CHUNK_KEYS) - first, 0)
-        start = (origin + first * CHUNK_KEYS)[:, None]
-        rows.append(torch.stack((low - start, stop - start, position - start.float()), -1))
-        tile_ends.append(end_of - first * CHUNK_KEYS)
-        steps = -(-(end_of - (first + chunks - 1) * CHUNK_KEYS) // STEP_KEYS)  # of the last chunk
-        turns.append(_turns(chunks, steps, cores))
-        firsts.append(first)
+    # Of both sources at once, since every operation takes its time: (2, X), of units (2, X, U).
+    origin = torch.stack((torch.zeros_like(context), context))
+    begin = torch.stack((begin, (begin - context).clamp(min=0)))
+    end = torch.stack((torch.minimum(end, context), end - context))
+    stop = torch.stack((torch.minimum(high, context[:, None]), high))
+    first = torch.where(end > begin, begin, 0) // CHUNK_KEYS
+    chunks = torch.where(end > begin, -(-end // CHUNK_KEYS) - first, 0)
+    end = end - first * CHUNK_KEYS
+    start = (origin + first * CHUNK_KEYS)[:, :, None]
+    stop = stop - start
+    rows = torch.stack((low - start, stop, position - start), -1)  # (2, X, U, 3)
+    last = (chunks - 1) * CHUNK_KEYS
+    steps = -((last - end) // STEP_KEYS)  # of the last chunk
+    least = [diagonal_keys(n, PARTITIONS // group_units) for n in range(shape.unit_tiles)]
+    reach = (stop - last[:, :, None]).reshape(2, most, shape.unit_tiles, -1).amax(3)
+    beyond = (reach - torch.tensor(least, dtype=torch.int32, device=device)).amax(2)
+    turns = _turns(chunks, steps, beyond, cores)
 
     gathers = -(-batch.columns * sizes.block_size // GATHER_KEYS)
-    new_starts = batch.first_new[seq] + firsts[1] * CHUNK_KEYS
-    starts = torch.stack((seq * gathers + firsts[0] * CHUNK_GATHERS, new_starts), -1)
+    new_starts = batch.first_new[seq] + first[1] * CHUNK_KEYS
+    starts = torch.stack((seq * gathers + first[0] * CHUNK_GATHERS, new_starts), -1)
     mask_rows = None
     if sizes.mask_heads is not None:
         mask_token = place
         if sizes.mask_heads > sizes.num_kv_heads:
             mask_token = place + member * (shape.member_rows * num_tokens)
         chunks_of = sizes.mask_chunks(batch.columns)
-        mask_rows = [mask_token * chunks_of[source] + firsts[source][:, None] for source in range(2)]
+        mask_rows = [mask_token * chunks_of[source] + first[source][:, None] for source in range(2)]
     return VarlenTiles(
         query_units=query_units.to(torch.int32),
         member_units=member_units.to(torch.int32),
-        rows=torch.stack(rows, 2).reshape(most, -1).to(torch.float32),
-        ends=torch.stack(tile_ends, 1).to(torch.int32),
+        rows=rows.permute(1, 2, 0, 3).reshape(most, -1).to(torch.float32),
+        ends=end.T.to(torch.int32).contiguous(),
         starts=starts.to(torch.int32),
         mask_rows=None if mask_rows is None else torch.cat(mask_rows, 1).to(torch.int32),
-        turns=torch.cat(turns, 1).to(torch.int32),
+        turns=turns.to(torch.int32),
         count=((ends[-1:] + cores - 1) // cores).to(torch.int32),
     )
 
@@ -303,16 +327,37 @@ def _interval(position: Tensor, last: Tensor, sizes: VarlenSizes) -> tuple[Tenso
     return low, high
 
 
-def _turns(chunks: Tensor, steps: Tensor, cores: int) -> Tensor:
-    """Return how often each body runs for tiles of so many chunks, of the last of which so many steps are needed."""
+def _turns(chunks: Tensor, steps: Tensor, beyond: Tensor, cores: int) -> Tensor:
+    """Return how often each body runs for tiles, (X, sources * (len(BODIES) + 1)).
 
-    def of_all_cores(x: Tensor) -> Tensor:
-        return x.reshape(-1, cores).amax(1)
+    Args:
+        chunks: (2, X) of each source and tile.
+        steps: (2, X) that are needed of the last chunk.
+        beyond: (2, X) how far the last key that a unit tile sees of the last chunk lies behind what it computes of the
+            diagonal's step, the most of a tile.
+        cores: that compute as many tiles at the same time, by the same bodies.
+    """
+    if cores > 1:  # all of them take the steps of the tile that needs the most
 
-    whole = of_all_cores(chunks - ((chunks > 0) & (steps <= BODIES[1])).to(chunks.dtype))
-    rest = of_all_cores(torch.where(chunks > whole.repeat_interleave(cores), steps, 0))
-    turns = (whole, rest == BODIES[1], rest == BODIES[2], of_all_cores(chunks))
-    return torch.stack(turns, 1).repeat_interleave(cores, 0)
+        def of_all_cores(x: Tensor) -> Tensor:
+            return x.reshape(2, -1, cores).amax(2).repeat_interleave(cores, 1)
+    else:
+
+        def of_all_cores(x: Tensor) -> Tensor:
+            return x
+
+    most_rest, alike, codes = (
+        torch.tensor(values, dtype=torch.int32, device=chunks.device)
+        for values in (((CACHE_REST,), (NEW_REST,)), ((0,), (1,)), tuple(2 * rest + part for rest, part in BODIES[1:]))
+    )
+    whole = of_all_cores(chunks - ((chunks > 0) & (steps <= most_rest)).to(torch.int32))
+    last = chunks > whole
+    rest = of_all_cores(torch.where(last, steps, 0))
+    computed = (rest - 1) * STEP_KEYS
+    crossing = of_all_cores((last & (beyond > computed)).to(torch.int32))
+    bodies = (2 * rest + (1 - crossing) * alike)[:, :, None] == codes
+    turns = torch.cat((whole[:, :, None], bodies, of_all_cores(chunks)[:, :, None]), 2)
+    return turns.permute(1, 0, 2).reshape(chunks.shape[1], -1)
 
 
 def _key_units(

@@ -23,10 +23,12 @@ from torch_paged.backends.neuron.plan_varlen import (
 )
 from torch_paged.backends.neuron.varlen_kernel import attend_tiles
 
-ROW_TILES = 4
-"""128 rows each, of a tile's kv head; keys are turned once for all of them."""
-STATE_BYTES = 40 * 1024
-"""Of a partition, for queries and weighted values of a tile."""
+ROW_TILES = 16
+"""128 rows each, of a wide tile's kv head; keys are turned once for all of them."""
+MIDDLE = 4
+"""A wide tile is worth so many middle ones."""
+STATE_BYTES = 96 * 1024
+"""Of a partition, for queries and weighted values of a tile; keys of float32 queries take half of it."""
 
 
 def flash_attn_varlen(launch: Launch, arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,11 +58,13 @@ def flash_attn_varlen(launch: Launch, arguments: Arguments) -> tuple[Tensor, Ten
     sides, num_blocks, block_size = (0, 0, 1) if kv_cache is None else (*kv_cache.shape[:2], kv_cache.shape[3])
     num_kv_heads = key.shape[1] if kv_cache is None else kv_cache.shape[2]
     group, lanes = num_heads // num_kv_heads, -(-head_dim // PARTITIONS) * PARTITIONS
-    wide = _wide_tiles(
-        group,
+    row_tiles = _row_tiles(
         arguments["max_seqlen_q"] * group,
         num_kv_heads * (lanes * query.dtype.itemsize + value_dim * 4),
+        attn_mask is None and slopes is None,
+        query.dtype.itemsize,
     )
+    wide, middle = _tile_shape(group, row_tiles), _tile_shape(group, row_tiles // MIDDLE)
     sizes = VarlenSizes(
         num_tokens=num_tokens,
         num_new_keys=0 if key is None else key.shape[0],
@@ -69,6 +73,7 @@ def flash_attn_varlen(launch: Launch, arguments: Arguments) -> tuple[Tensor, Ten
         num_kv_heads=num_kv_heads,
         block_size=block_size,
         wide=wide,
+        middle=middle,
         mask_heads=None if attn_mask is None else 1 if attn_mask.dim() == 2 else attn_mask.shape[0],
         mask_columns=0 if attn_mask is None else attn_mask.shape[-1],
         causal=arguments["causal"],
@@ -107,6 +112,7 @@ def flash_attn_varlen(launch: Launch, arguments: Arguments) -> tuple[Tensor, Ten
         None if key is None else key.reshape(key.shape[0], -1),
         None if value is None else value.reshape(value.shape[0], -1),
         *_tiles(plan.wide),
+        *_tiles(plan.middle),
         *_tiles(plan.narrow),
         plan.counts,
         mask,
@@ -121,6 +127,7 @@ def flash_attn_varlen(launch: Launch, arguments: Arguments) -> tuple[Tensor, Ten
         sides,
         parts,
         1 if wide is None else wide.member_rows,
+        1 if middle is None else middle.member_rows,
         sizes.mask_heads or 0,
         value_dim,
         1 / math.sqrt(head_dim) if scale is None else scale,
@@ -130,17 +137,24 @@ def flash_attn_varlen(launch: Launch, arguments: Arguments) -> tuple[Tensor, Ten
     return out.reshape(num_tokens, num_heads, value_dim), lse, max_logits
 
 
-def _wide_tiles(group: int, most_rows: int, row_bytes: int) -> TileShape | None:
-    """Return the shape of tiles for most rows of a long sequence, or None.
+def _row_tiles(most_rows: int, row_bytes: int, plain: bool, itemsize: int) -> int:
+    """Return the row tiles of a wide tile.
 
     Args:
-        group: query heads of a kv head.
         most_rows: of a sequence and kv head.
         row_bytes: that a row of each kv head takes on chip while its keys are attended to.
+        plain: rows have no masks or distances to keys, which take room on chip as well.
+        itemsize: of queries and keys on chip.
     """
-    wanted = min(ROW_TILES, STATE_BYTES // row_bytes, 1 << max(0, most_rows // PARTITIONS - 1).bit_length())
-    member_rows = max(rows for rows in range(1, max(1, wanted) + 1) if group % rows == 0)
-    return TileShape(member_rows, wanted // member_rows) if wanted > 1 else None
+    most = ROW_TILES if plain else ROW_TILES // MIDDLE
+    fitting = STATE_BYTES * 2 // (max(2, itemsize) * row_bytes)
+    return min(most, fitting, 1 << max(0, most_rows // PARTITIONS - 1).bit_length())
+
+
+def _tile_shape(group: int, row_tiles: int) -> TileShape | None:
+    """Return the shape of a tile of so many row tiles and a group of so many query heads; None: it is a narrow one."""
+    member_rows = max(rows for rows in range(1, max(1, row_tiles) + 1) if group % rows == 0)
+    return TileShape(member_rows, row_tiles // member_rows) if row_tiles > 1 else None
 
 
 def _tiles(tiles: VarlenTiles | None) -> tuple[Tensor | None, ...]:

@@ -17,15 +17,16 @@ import nki
 import nki.isa as nisa
 import nki.language as nl
 
-from torch_paged.backends.neuron.plan_varlen import BODIES, CHUNK_KEYS, GATHER_KEYS, KEY_UNIT, STEP_KEYS
-from torch_paged.backends.neuron.varlen_keys_kernel import Cache, NewKeys, Walk, gathers_of
+from torch_paged.backends.neuron.plan_varlen import BODIES, CHUNK_KEYS, KEY_UNIT, STEP_KEYS, diagonal_keys
+from torch_paged.backends.neuron.varlen_keys_kernel import Cache, NewKeys, Walk
 
 P = 128
 LEAST = -1e24  # a maximum below which no logit counts; its product with any scale that is folded stays above fp32.min
 SMALLEST = 2.0**-60  # less than the sum of any row that sees a key, and within the logarithm's range
 LEAST_SCALE = 1e-6  # of the logits: smaller ones, and those that are not positive, are multiplied before the selection
 AHEAD_BYTES = 8192  # of a partition: keys of a head that are fetched while those of another are attended to
-TURNED = 4  # transposes that share a bank of PSUM and a copy
+BANK_BYTES = 2048  # of a partition, in PSUM
+LOGIT_KEYS = 1024  # that one instruction selects from
 HUGE = 2.0**100  # its square overflows
 
 
@@ -43,6 +44,13 @@ def attend_tiles(
     wide_starts,  # (X, 2) int32
     wide_turns,  # (X, 2 * (len(BODIES) + 1)) int32
     wide_mask_rows,  # (X, 2 * U) int32, or None
+    middle_query_units,  # None with all that is middle
+    middle_member_units,
+    middle_rows,
+    middle_ends,
+    middle_starts,
+    middle_turns,
+    middle_mask_rows,
     query_units,
     member_units,
     rows,
@@ -50,7 +58,7 @@ def attend_tiles(
     starts,
     turns,
     mask_rows,
-    counts,  # (1, 3) int32
+    counts,  # (1, 4) int32
     mask,  # (mask heads * T * chunks, CHUNK_KEYS) uint8, or None
     new_mask,  # the same for new keys
     sinks,  # (H, 1) float32, or None
@@ -62,7 +70,8 @@ def attend_tiles(
     num_kv_heads,
     sides,
     parts,
-    member_rows,  # of a unit of a wide tile
+    wide_member_rows,  # of a unit of a wide tile
+    middle_member_rows,
     mask_heads,
     value_dim,
     softmax_scale,
@@ -72,16 +81,27 @@ def attend_tiles(
     out = nl.ndarray((query.shape[0], value_dim), dtype=query.dtype, buffer=nl.shared_hbm)
     found = nl.ndarray((query.shape[0], 2), dtype=nl.float32, buffer=nl.shared_hbm)
     cores, core = nl.num_programs(0), nl.program_id(0)
-    numbers = nl.ndarray((1, 3), dtype=nl.int32)
+    numbers = nl.ndarray((1, 4), dtype=nl.int32)
     nisa.dma_copy(dst=numbers, src=counts)
     spoilt = nl.ndarray((P, 1), dtype=nl.float32)  # 1: not finite in some tile
     nisa.memset(dst=spoilt, value=0.0)
     sizes = (num_heads, num_kv_heads, mask_heads, value_dim, softmax_scale, soft_cap)
     narrow = (query_units, member_units, rows, ends, starts, turns, mask_rows)
-    shapes = [(1, 1, narrow)]
+    shapes = [(2, 1, narrow)]
+    if middle_query_units != None:  # noqa: E711
+        middle = (
+            middle_query_units,
+            middle_member_units,
+            middle_rows,
+            middle_ends,
+            middle_starts,
+            middle_turns,
+            middle_mask_rows,
+        )
+        shapes.append((1, middle_member_rows, middle))
     if wide_query_units != None:  # noqa: E711
         wide = (wide_query_units, wide_member_units, wide_rows, wide_ends, wide_starts, wide_turns, wide_mask_rows)
-        shapes.append((0, member_rows, wide))
+        shapes.append((0, wide_member_rows, wide))
     calls = []
     for number, width, plan in shapes:
         call = _Call(query, sinks, slopes, out, found, spoilt, width, plan, sizes)
@@ -98,7 +118,7 @@ def attend_tiles(
     for call, tiles in calls:
         _attend(call, tiles, cores, core, False)
     again = _of_any_core(spoilt, cores, core)
-    nisa.tensor_tensor(dst=again, data1=again, data2=numbers[:, 2:3], op=nl.maximum)
+    nisa.tensor_tensor(dst=again, data1=again, data2=numbers[:, 3:4], op=nl.maximum)
     for call, tiles in calls:
         tiles_again = nl.ndarray((1, 1), dtype=nl.int32)
         nisa.tensor_tensor(dst=tiles_again, data1=again, data2=tiles, op=nl.multiply)
@@ -138,9 +158,12 @@ def _of_any_core(flags, cores, core):
     return of_any
 
 
-def _engine(number):
-    """Return the engine of a copy from PSUM: the vector engine has less time for them."""
-    return nisa.engine.vector if number % 4 == 0 else nisa.engine.scalar
+def _of_a_bank(dtype, count):
+    """Return the first one and the number of each of the parts of some transposes that fill a bank of PSUM."""
+    found, most = [], BANK_BYTES // (P * (4 if dtype == nl.float32 else 2))
+    for k in range(0, count, most):
+        found.append((k, min(most, count - k)))
+    return found
 
 
 class _Call(nl.NKIObject):
@@ -154,6 +177,7 @@ class _Call(nl.NKIObject):
         self.group_units = self.group // member_rows
         self.unit_tiles = self.query_units.shape[1] // P
         self.row_tiles = self.unit_tiles * member_rows  # of a kv head
+        self.tokens = P // self.group_units  # of a row tile
         self.columns = self.num_kv_heads * self.row_tiles  # of the state
         self.query, self.out, self.found = self._by_unit(query), self._by_unit(out), self._by_unit(found)
         self.sinks, self.slopes = self._by_unit(sinks), self._by_unit(slopes)
@@ -175,6 +199,11 @@ class _Call(nl.NKIObject):
         self.huge = nl.ndarray((P, STEP_KEYS), dtype=nl.float32)
         nisa.memset(dst=self.huge, value=HUGE)
 
+    def engine_of_weights(self, number):
+        """Return the engine that copies turned weights; where few rows share keys, they keep the scalar engine busy."""
+        eighths = 3 + 5 // self.row_tiles
+        return nisa.engine.vector if number * eighths % 8 < eighths else nisa.engine.scalar
+
     def _by_unit(self, base):
         """Return rows of HBM, (rows, width), as rows of units; None stays None."""
         if base == None:  # noqa: E711
@@ -195,12 +224,14 @@ class _Call(nl.NKIObject):
         nisa.dma_copy(dst=numbers, src=self.of_tile(self.turns, pattern, 0, first, core))
         for source in self.sources:
             walk = Walk(self, source, first, core)
-            column = source.number * (len(BODIES) + 1)
-            bodies = len(BODIES)
+            column, bodies = source.number * (len(BODIES) + 1), len(BODIES)
             if again:
                 column, bodies = column + bodies, 1
             for body in range(bodies):
-                state.add_chunks(walk, BODIES[body], again, numbers[:, column + body : column + body + 1])
+                if not source.takes(body):
+                    continue
+                steps, diagonal = BODIES[body]
+                state.add_chunks(walk, steps, diagonal, again, numbers[:, column + body : column + body + 1])
         state.finish()
 
 
@@ -224,7 +255,7 @@ class _State(nl.NKIObject):
 
     def begin(self, first, core):
         call = self.call
-        nisa.memset(dst=self.sums, value=0.0)
+        nisa.memset(dst=self.sums, value=0.0, engine=nisa.engine.gpsimd)
         self._load_units(self.units, call.query_units, first, core)
         for head in range(call.num_kv_heads):
             for n in range(call.unit_tiles):
@@ -285,22 +316,22 @@ class _State(nl.NKIObject):
             turned = nl.ndarray((lanes, count, P), dtype=call.dtype, buffer=nl.psum)
             for t in range(count):
                 nisa.nc_transpose(dst=turned[:, t, :], data=part[:, t, i * P : i * P + lanes])
-            nisa.tensor_copy(dst=self.queries[i][:, column : column + count, :], src=turned, engine=_engine(head + i))
+            nisa.tensor_copy(dst=self.queries[i][:, column : column + count, :], src=turned)
 
-    def add_chunks(self, walk, steps, again, count):
+    def add_chunks(self, walk, steps, diagonal, again, count):
         """Attend to so many chunks of a source that follow each other."""
         turns = nisa.register_alloc()
         nisa.register_load(turns, count)
 
         def some_keys(turn):
-            self.add(walk, steps, again)
+            self.add(walk, steps, diagonal, again)
 
         nl.fori_loop(0, turns, some_keys)
 
-    def add(self, walk, steps, again):
-        """Attend to the next chunk of a source."""
+    def add(self, walk, steps, diagonal, again):
+        """Attend to the next chunk of a source; ``diagonal``: earlier rows see less of its last step."""
         call, source = self.call, walk.source
-        chunk = source.chunk(walk, steps)
+        chunk = source.chunk(walk, steps, again)
         end = nisa.register_alloc()
         nisa.register_load(end, walk.end)
         valid = source.valid(walk, steps) if again else None
@@ -317,8 +348,8 @@ class _State(nl.NKIObject):
             fetched = None
             if head + 1 < call.num_kv_heads and call.ahead and not again:
                 fetched = source.fetch(chunk, head + 1)
-            turned = self._turn_keys(keys, steps)
-            values = self._clean(values, end, again)
+            turned = self._turn_keys(keys, source.layout(steps))
+            values = self._clean(values, end, source.layout(steps), again)
             for n in range(call.unit_tiles):
                 shown = shared[n] if shared else None
                 if source.mask != None and call.mask_heads == call.num_kv_heads and not shared:  # noqa: E711
@@ -328,7 +359,8 @@ class _State(nl.NKIObject):
                         shown = walk.shown(steps, head, n, t)
                     predicate = _both(shown, valid, steps)
                     column = head * call.row_tiles + n * call.member_rows + t
-                    item = self._weights(walk, head, n, column, turned, distances, predicate, steps, again)
+                    keys = (steps - 1) * STEP_KEYS + diagonal_keys(n, call.tokens) if diagonal else steps * STEP_KEYS
+                    item = self._weights(walk, head, n, column, turned, distances, predicate, keys, again)
                     if waiting != None:  # noqa: E711
                         self._weigh(waiting, source)
                     waiting = (column, head, item, values)
@@ -339,31 +371,34 @@ class _State(nl.NKIObject):
             self._weigh(waiting, source)
         walk.advance()
 
-    def _turn_keys(self, keys, steps):
-        """Return keys (parts, gathers * KEY_UNIT, ..), for each 128 lanes, as (lanes, steps, STEP_KEYS), in order."""
+    def _turn_keys(self, keys, layout):
+        """Return keys (parts, gathers * unit, ..), for each 128 lanes, as (lanes, keys), in order."""
         call, found = self.call, []
-        parts, gathers = keys.shape[0], keys.shape[1] // KEY_UNIT
+        parts, gathers, unit = layout
         for i in range(len(self.queries)):
             lanes = self.queries[i].shape[0]
-            turned = nl.ndarray((lanes, gathers, parts, KEY_UNIT), dtype=call.dtype)
-            for k in range(0, gathers * KEY_UNIT, TURNED):
-                product = nl.ndarray((lanes, TURNED, parts), dtype=call.dtype, buffer=nl.psum)
-                for j in range(TURNED):
+            turned = nl.ndarray((lanes, gathers, parts, unit), dtype=call.dtype)
+            for k, count in _of_a_bank(keys.dtype, gathers * unit):
+                product = nl.ndarray((lanes, count, parts), dtype=call.dtype, buffer=nl.psum)
+                for j in range(count):
                     nisa.nc_transpose(dst=product[:, j, :], data=keys[:, k + j, i * P : i * P + lanes])
-                place = k % KEY_UNIT
-                ordered = turned[:, k // KEY_UNIT, :, place : place + TURNED].permute((0, 2, 1))
-                nisa.tensor_copy(dst=ordered, src=product, engine=_engine(k // TURNED))
-            found.append(turned.reshape((lanes, steps, STEP_KEYS)))
+                place, width = k % unit, min(count, unit)
+                units = slice(k // unit, k // unit + count // width)
+                ordered = turned[:, units, :, place : place + width].permute((0, 1, 3, 2))
+                product = product.reshape((lanes, count // width, width, parts))
+                nisa.tensor_copy(dst=ordered, src=product, engine=nisa.engine.scalar)
+            found.append(turned.reshape((lanes, gathers * parts * unit)))
         return found
 
-    def _clean(self, values, end, again):
+    def _clean(self, values, end, layout, again):
         """Return values, zeros behind the keys of the tile; ``again``: finite, and what is to be added to them."""
         call = self.call
+        parts, gathers, unit = layout
         values = values[:, :, 0 : call.value_dim]
         nisa.affine_select(
             dst=values,
-            pattern=[[-GATHER_KEYS, values.shape[1] // KEY_UNIT], [-1, KEY_UNIT], [0, call.value_dim]],
-            channel_multiplier=-KEY_UNIT,
+            pattern=[[-parts * unit, gathers], [-1, unit], [0, call.value_dim]],
+            channel_multiplier=-unit,
             on_true_tile=values,
             on_false_value=0.0,
             cmp_op=nl.greater,
@@ -390,47 +425,49 @@ class _State(nl.NKIObject):
         nisa.tensor_tensor(dst=finite.view(words), data1=values.view(words), data2=bits, op=nl.bitwise_and)
         return (finite, infinities[0], infinities[1])
 
-    def _weights(self, walk, head, n, column, turned, distances, predicate, steps, again):
+    def _weights(self, walk, head, n, column, turned, distances, predicate, keys, again):
         """Return the weights of a chunk's keys for 128 rows, the factor of what came before, and what is visible."""
         call, source = self.call, walk.source
         low, high = walk.bounds[:, n, 0:1], walk.bounds[:, n, 1:2]
-        selected = nl.ndarray((P, steps, STEP_KEYS), dtype=nl.float32)
-        largest = nl.ndarray((P, steps), dtype=nl.float32)
-        scale = source.scale(head)
-        for s in range(steps):
-            logits = nl.ndarray((P, STEP_KEYS), dtype=nl.float32, buffer=nl.psum)
-            for i in range(len(turned)):
-                nisa.nc_matmul(
-                    dst=logits, stationary=self.queries[i][:, column, :], moving=turned[i][:, s, :], accumulate=i > 0
-                )
+        selected = nl.ndarray((P, keys), dtype=nl.float32)
+        largest = nl.ndarray((P, 1), dtype=nl.float32)
+        scale, products = source.scale(head), []
+        for first in range(0, keys, LOGIT_KEYS):
+            width = min(keys - first, LOGIT_KEYS)
+            logits = nl.ndarray((P, width), dtype=nl.float32, buffer=nl.psum)
+            for k in range(0, width, STEP_KEYS):
+                last = min(k + STEP_KEYS, width)
+                for i in range(len(turned)):
+                    stationary, moving = self.queries[i][:, column, :], turned[i][:, first + k : first + last]
+                    nisa.nc_matmul(dst=logits[:, k:last], stationary=stationary, moving=moving, accumulate=i > 0)
             if call.early:
-                logits = self._scaled(logits, scale, column, distances, n, s)
+                logits = self._scaled(logits, scale, column, distances, n, first)
+            products.append((first, logits))
+        for first, logits in products:  # with no other instruction between them that finds a maximum
+            last = first + logits.shape[1]
+            command = nisa.reduce_cmd.reset_reduce if first == 0 else nisa.reduce_cmd.reduce
             nisa.range_select(
-                dst=selected[:, s, :],
+                dst=selected[:, first:last],
                 on_true_tile=logits,
                 comp_op0=nl.greater_equal,
                 comp_op1=nl.less,
                 bound0=low,
                 bound1=high,
-                reduce_cmd=nisa.reduce_cmd.reset_reduce,
-                reduce_res=largest[:, s : s + 1],
+                reduce_cmd=command if predicate == None else nisa.reduce_cmd.idle,  # noqa: E711
+                reduce_res=largest if predicate == None and last == keys else None,  # noqa: E711
                 reduce_op=nl.maximum,
-                range_start=s * STEP_KEYS,
+                range_start=first,
             )
-            if predicate != None:  # noqa: E711
-                nisa.select_reduce(
-                    dst=selected[:, s, :],
-                    predicate=predicate[:, s, :],
-                    on_true=selected[:, s, :],
-                    on_false=nl.fp32.min,
-                    reduce_res=largest[:, s : s + 1],
-                    reduce_cmd=nisa.reduce_cmd.reset_reduce,
-                    reduce_op=nl.maximum,
-                )
-        if steps > 1:
-            of_steps = largest
-            largest = nl.ndarray((P, 1), dtype=nl.float32)
-            nisa.tensor_reduce(dst=largest, op=nl.maximum, data=of_steps, axis=1)
+        if predicate != None:  # noqa: E711
+            nisa.select_reduce(
+                dst=selected,
+                predicate=predicate[:, 0:keys],
+                on_true=selected,
+                on_false=nl.fp32.min,
+                reduce_res=largest,
+                reduce_cmd=nisa.reduce_cmd.reset_reduce,
+                reduce_op=nl.maximum,
+            )
         late, negated = source.late_scale(head), source.negated_scale(head)
         before = self.lowest[:, column : column + 1]
         lowest, factor = nl.ndarray((P, 1), dtype=nl.float32), nl.ndarray((P, 1), dtype=nl.float32)
@@ -440,26 +477,34 @@ class _State(nl.NKIObject):
         if call.sinks != None:  # noqa: E711
             key = self.lowest_key[:, column : column + 1]
             nisa.tensor_scalar(dst=key, data=largest, op0=nl.multiply, operand0=negated, op1=nl.minimum, operand1=key)
-        parts, gathers = gathers_of(steps)
-        weights = nl.ndarray((P, gathers, parts, KEY_UNIT), dtype=call.dtype)
-        part = nl.ndarray((P, 1), dtype=nl.float32)
-        nisa.activation(
-            dst=weights.reshape((P, steps * STEP_KEYS)),
-            op=nl.exp,
-            data=selected.reshape((P, steps * STEP_KEYS)),
-            bias=lowest,
-            scale=late,
-            reduce_op=nl.add,
-            reduce_res=part,
-            reduce_cmd=nisa.reduce_cmd.reset_reduce,
-        )
+        parts, _, unit = source.layout(keys // STEP_KEYS)
+        weights = nl.ndarray((P, keys), dtype=call.dtype)
+        part, whole = nl.ndarray((P, 1), dtype=nl.float32), P
+        while 2 * whole <= keys:
+            whole = 2 * whole
+        # Halves of a power of two are added as the whole is, so that keys that a row does not see change no bit.
+        for first, last in ((0, whole), (whole, keys)):
+            if first < last:
+                nisa.activation(
+                    dst=weights[:, first:last],
+                    op=nl.exp,
+                    data=selected[:, first:last],
+                    bias=lowest,
+                    scale=late,
+                    reduce_op=nl.add,
+                    reduce_res=part if last == keys else None,
+                    reduce_cmd=nisa.reduce_cmd.reset_reduce if first == 0 else nisa.reduce_cmd.reduce,
+                )
+        weights = weights.reshape((P, keys // (parts * unit), parts, unit))
         total = self.total[:, column : column + 1]
-        nisa.tensor_scalar(dst=total, data=total, op0=nl.multiply, operand0=factor, op1=nl.add, operand1=part)
-        visible = self._visible(low, high, predicate, steps) if again else None
+        gpsimd = nisa.engine.gpsimd  # has time for what lies in SBUF
+        nisa.tensor_tensor(dst=total, data1=total, data2=factor, op=nl.multiply, engine=gpsimd)
+        nisa.tensor_tensor(dst=total, data1=total, data2=part, op=nl.add, engine=gpsimd)
+        visible = self._visible(low, high, predicate, weights.shape) if again else None
         return (weights, factor, visible)
 
-    def _scaled(self, products, scale, column, distances, n, s):
-        """Return logits (P, STEP_KEYS) of a step, as far as they are not a positive multiple of the products."""
+    def _scaled(self, products, scale, column, distances, n, first):
+        """Return logits (P, keys), from a key on, where they are no positive multiple of the products."""
         call = self.call
         logits = nl.ndarray(products.shape, dtype=nl.float32)
         operator = nl.copy if call.soft_cap == 0.0 else nl.tanh
@@ -469,7 +514,7 @@ class _State(nl.NKIObject):
                 nisa.tensor_scalar(dst=logits, data=logits, op0=nl.multiply, operand0=call.soft_cap)
             nisa.scalar_tensor_tensor(
                 dst=logits,
-                data=distances[:, n, s * STEP_KEYS : (s + 1) * STEP_KEYS],
+                data=distances[:, n, first : first + products.shape[1]],
                 op0=nl.multiply,
                 operand0=self.slopes[:, column : column + 1],
                 op1=nl.add,
@@ -477,11 +522,11 @@ class _State(nl.NKIObject):
             )
         return logits
 
-    def _visible(self, low, high, predicate, steps):
-        """Return (P, gathers, parts, KEY_UNIT) bfloat16: ``HUGE`` where a row sees a key, else 0."""
-        parts, gathers = gathers_of(steps)
-        found = nl.ndarray((P, gathers, parts, KEY_UNIT), dtype=nl.bfloat16)
-        for s in range(steps):
+    def _visible(self, low, high, predicate, shape):
+        """Return bfloat16 of the shape of weights: ``HUGE`` where a row sees a key, else 0."""
+        keys = shape[1] * shape[2] * shape[3]
+        found = nl.ndarray(shape, dtype=nl.bfloat16)
+        for first in range(0, keys, STEP_KEYS):
             within = nl.ndarray((P, STEP_KEYS), dtype=nl.float32)
             nisa.range_select(
                 dst=within,
@@ -491,18 +536,19 @@ class _State(nl.NKIObject):
                 bound0=low,
                 bound1=high,
                 reduce_cmd=nisa.reduce_cmd.idle,
-                range_start=s * STEP_KEYS,
+                range_start=first,
             )
-            mine = found.reshape((P, steps, STEP_KEYS))[:, s, :]
+            mine = found.reshape((P, keys))[:, first : first + STEP_KEYS]
             nisa.tensor_scalar(dst=mine, data=within, op0=nl.maximum, operand0=0.0)
             if predicate != None:  # noqa: E711
-                nisa.tensor_tensor(dst=mine, data1=mine, data2=predicate[:, s, :], op=nl.multiply)
+                shown = predicate[:, first : first + STEP_KEYS]
+                nisa.tensor_tensor(dst=mine, data1=mine, data2=shown, op=nl.multiply)
         return found
 
     def _weigh(self, item, source):
         """Multiply weights and values, and add them to what came before."""
         column, head, (weights, factor, visible), (values, positive, negative) = item
-        product = self._product(weights, values)
+        product = self._product(weights, values, column)
         sums = self.sums[:, column, :]
         scale = source.value_scale(head)
         if scale != None:  # noqa: E711
@@ -512,30 +558,33 @@ class _State(nl.NKIObject):
         nisa.scalar_tensor_tensor(dst=sums, data=sums, op0=nl.multiply, operand0=factor, op1=nl.add, operand1=product)
         if visible != None:  # noqa: E711
             for infinities in (positive, negative):
-                product = self._product(visible, infinities)
+                product = self._product(visible, infinities, column)
                 nisa.tensor_tensor(dst=sums, data1=sums, data2=product, op=nl.add)
 
-    def _product(self, weights, values):
-        """Return weights (P rows, gathers, parts, KEY_UNIT) times values (parts, gathers * KEY_UNIT, DV) in PSUM."""
+    def _product(self, weights, values, column):
+        """Return weights (P rows, gathers, parts, unit) times values (parts, gathers * unit, DV) in PSUM."""
         product = nl.ndarray((P, values.shape[2]), dtype=nl.float32, buffer=nl.psum)
-        ahead = self._turn_weights(weights, 0)
-        for k in range(0, values.shape[1], TURNED):
+        places = _of_a_bank(weights.dtype, weights.shape[1] * weights.shape[3])
+        ahead = self._turn_weights(weights, places[0], column * len(places))
+        for i in range(len(places)):
             turned = ahead
-            if k + TURNED < values.shape[1]:
-                ahead = self._turn_weights(weights, k + TURNED)
-            for j in range(TURNED):
+            if i + 1 < len(places):
+                ahead = self._turn_weights(weights, places[i + 1], column * len(places) + i + 1)
+            k, count = places[i]
+            for j in range(count):
                 stationary, moving = turned[:, j, :], values[:, k + j, :]
                 nisa.nc_matmul(dst=product, stationary=stationary, moving=moving, accumulate=k + j > 0)
         return product
 
-    def _turn_weights(self, weights, k):
-        """Return the weights of some tokens of each unit as (parts, TURNED, P rows)."""
-        shape = (weights.shape[2], TURNED, P)
+    def _turn_weights(self, weights, place, number):
+        """Return the weights of some tokens of each unit as (parts, count, P rows)."""
+        (k, count), unit = place, weights.shape[3]
+        shape = (weights.shape[2], count, P)
         product = nl.ndarray(shape, dtype=weights.dtype, buffer=nl.psum)
-        for j in range(TURNED):
-            nisa.nc_transpose(dst=product[:, j, :], data=weights[:, k // KEY_UNIT, :, k % KEY_UNIT + j])
+        for j in range(count):
+            nisa.nc_transpose(dst=product[:, j, :], data=weights[:, (k + j) // unit, :, (k + j) % unit])
         turned = nl.ndarray(shape, dtype=weights.dtype)
-        nisa.tensor_copy(dst=turned, src=product, engine=_engine(k // TURNED))
+        nisa.tensor_copy(dst=turned, src=product, engine=self.call.engine_of_weights(number))
         return turned
 
     def finish(self):
@@ -583,10 +632,10 @@ class _State(nl.NKIObject):
 
 
 def _both(shown, valid, steps):
-    """Return (P, steps, STEP_KEYS) uint8: what the mask shows and the cache holds; None: everything."""
+    """Return (P, keys) uint8: what the mask shows and the cache holds; None: everything."""
     if valid == None:  # noqa: E711
         return shown
-    found = nl.ndarray((P, steps, STEP_KEYS), dtype=nl.uint8)
+    found = nl.ndarray((P, steps * STEP_KEYS), dtype=nl.uint8)
     units = valid.shape[1]
     wide = valid.reshape((P, units, 1)).broadcast(2, KEY_UNIT)
     mine = found.reshape((P, units, KEY_UNIT))

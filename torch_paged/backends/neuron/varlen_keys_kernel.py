@@ -3,7 +3,13 @@
 import nki.isa as nisa
 import nki.language as nl
 
-from torch_paged.backends.neuron.plan_varlen import CHUNK_GATHERS, CHUNK_KEYS, GATHER_KEYS, KEY_UNIT, STEP_KEYS
+from torch_paged.backends.neuron.plan_varlen import (
+    BODIES,
+    CHUNK_GATHERS,
+    CHUNK_KEYS,
+    KEY_UNIT,
+    STEP_KEYS,
+)
 
 P = 128
 NEW_BYTES = 2048  # of a new token that are fetched at once, from heads that follow each other
@@ -20,12 +26,6 @@ def _constant(value):
     found = nl.ndarray((P, 1), dtype=nl.int32)
     nisa.memset(dst=found, value=value)
     return found
-
-
-def gathers_of(steps):
-    """Return the partitions that hold keys of so many steps, and how many units of keys each has."""
-    parts = min(P, steps * STEP_KEYS // KEY_UNIT)
-    return (parts, steps * STEP_KEYS // (parts * KEY_UNIT))
 
 
 def _clamp(rows, bound, op):
@@ -81,7 +81,7 @@ class Walk(nl.NKIObject):
         return found
 
     def shown(self, steps, head, n, member):
-        """Return (P, steps, STEP_KEYS) uint8: what the mask shows to the rows of a head."""
+        """Return (P, keys) uint8: what the mask shows to the rows of a head."""
         source, keys = self.source, steps * STEP_KEYS
         rows = nl.ndarray((P, 1), dtype=nl.int32)
         column = head * self.call.member_rows + member
@@ -89,10 +89,10 @@ class Walk(nl.NKIObject):
         nisa.tensor_tensor(dst=rows, data1=self.mask_rows[:, n : n + 1], data2=head_row, op=nl.add)
         _clamp(rows, 0, nl.maximum)
         _clamp(rows, source.mask.shape[0] - 1, nl.minimum)
-        found = nl.ndarray((P, steps, STEP_KEYS), dtype=nl.uint8)
+        found = nl.ndarray((P, keys), dtype=nl.uint8)
         pattern = [[CHUNK_KEYS, P], [1, keys]]
         mine = source.mask.ap(pattern=pattern, offset=0, vector_offset=rows, indirect_dim=0)
-        nisa.dma_copy(dst=found.reshape((P, keys)), src=mine)
+        nisa.dma_copy(dst=found, src=mine)
         return found
 
 
@@ -140,6 +140,16 @@ class Cache(nl.NKIObject):
         for found, factor in ((self.scales, call.scale), (self.negated, -call.scale)):
             nisa.tensor_scalar(dst=found, data=stored[:, 0:heads], op0=nl.multiply, operand0=factor)
 
+    def layout(self, steps):
+        """Return the partitions that hold keys of so many steps, their units of keys, and the keys of a unit."""
+        parts = min(P, steps * STEP_KEYS // KEY_UNIT)
+        return (parts, steps * STEP_KEYS // (parts * KEY_UNIT), KEY_UNIT)
+
+    def takes(self, body):
+        """Return whether one of ``BODIES`` runs: units do not fill partitions by thirds, or by less than a step."""
+        steps, diagonal = BODIES[body]
+        return steps != 3 and not diagonal
+
     def scale(self, head):
         """Return the factor of a head's products, a number or (P, 1)."""
         return self.call.scale if self.scales == None else self.scales[:, head : head + 1]  # noqa: E711
@@ -158,9 +168,9 @@ class Cache(nl.NKIObject):
         """Return the factor of a head's values (P, 1), or None."""
         return None if self.value_scales == None else self.value_scales[:, head : head + 1]  # noqa: E711
 
-    def chunk(self, walk, steps):
+    def chunk(self, walk, steps, again):
         """Return the rows of a chunk's units (parts, sides * KH, gathers), negative for those that hold no keys."""
-        parts, gathers = gathers_of(steps)
+        parts, gathers, _ = self.layout(steps)
         units = nl.ndarray((parts, 1, gathers), dtype=nl.int32)
         start = walk.start[0:1, :]
         mine = self.key_units.ap(pattern=[[1, parts], [P, gathers]], offset=0, scalar_offset=start, indirect_dim=0)
@@ -176,7 +186,7 @@ class Cache(nl.NKIObject):
 
     def valid(self, walk, steps):
         """Return (P, units of the chunk) uint8: 1 for units that hold keys, on every partition."""
-        parts, gathers = gathers_of(steps)
+        parts, gathers, _ = self.layout(steps)
         units = nl.ndarray((P, gathers * parts), dtype=nl.int32)
         start = walk.start[0:1, :]
         pattern = [[0, P], [1, gathers * parts]]
@@ -232,8 +242,8 @@ class Cache(nl.NKIObject):
 class _Tokens(nl.NKIObject):
     """New tokens of a chunk, and what was fetched of them: some heads that follow each other."""
 
-    def __init__(self, rows):
-        self.rows = rows
+    def __init__(self, rows, heads):
+        self.rows, self.heads = rows, heads
         self.keys, self.values = None, None
 
 
@@ -252,9 +262,16 @@ class NewKeys(nl.NKIObject):
     def lay_out_constants(self):
         """Lay out the numbers of a chunk's tokens."""
         _lay_out_mask(self)
-        self.tokens = nl.ndarray((P, CHUNK_GATHERS, KEY_UNIT), dtype=nl.int32)
-        pattern = [[GATHER_KEYS, CHUNK_GATHERS], [1, KEY_UNIT]]
-        nisa.iota(dst=self.tokens, pattern=pattern, channel_multiplier=KEY_UNIT)
+        self.tokens = nl.ndarray((P, CHUNK_KEYS // P), dtype=nl.int32)
+        nisa.iota(dst=self.tokens, pattern=[[P, CHUNK_KEYS // P]], channel_multiplier=1)
+
+    def layout(self, steps):
+        """Return the partitions that hold keys of so many steps, their units of keys, and the keys of a unit."""
+        return (P, steps * STEP_KEYS // P, 1)
+
+    def takes(self, body):
+        """Return whether one of ``BODIES`` runs: all of them do."""
+        return True
 
     def scale(self, head):
         """Return the factor of a head's products."""
@@ -272,14 +289,15 @@ class NewKeys(nl.NKIObject):
         """Return None: values are as they are."""
         return
 
-    def chunk(self, walk, steps):
+    def chunk(self, walk, steps, again):
         """Return the tokens of a chunk, the last token in place of those behind it."""
-        parts, gathers = gathers_of(steps)
-        rows = nl.ndarray((parts, gathers, KEY_UNIT), dtype=nl.int32)
-        start = walk.start.reshape((P, 1, 1))[0:parts, :, :].broadcast(1, gathers).broadcast(2, KEY_UNIT)
-        nisa.tensor_tensor(dst=rows, data1=self.tokens[0:parts, 0:gathers, :], data2=start, op=nl.add)
+        count = steps * STEP_KEYS // P
+        rows = nl.ndarray((P, count), dtype=nl.int32)
+        start = walk.start.broadcast(1, count)
+        nisa.tensor_tensor(dst=rows, data1=self.tokens[:, 0:count], data2=start, op=nl.add)
         _clamp(rows, self.key.shape[0] - 1, nl.minimum)
-        return _Tokens(rows.reshape((parts, gathers * KEY_UNIT)))
+        heads = 1 if again else self.heads  # what is not finite takes room on chip
+        return _Tokens(rows, heads)
 
     def valid(self, walk, steps):
         """Return None: all tokens hold keys."""
@@ -287,23 +305,24 @@ class NewKeys(nl.NKIObject):
 
     def fetch(self, tokens, head):
         """Return keys and values of a head (parts, gathers * KEY_UNIT, lanes)."""
-        if head % self.heads == 0:
-            tokens.keys = self._fetched(self.key, tokens.rows, head)
+        if head % tokens.heads == 0:
+            tokens.keys = self._fetched(self.key, tokens, head)
             tokens.values = tokens.keys
             if not self.latent:
-                tokens.values = self._fetched(self.value, tokens.rows, head)
-        return (self._of_head(tokens.keys, head), self._of_head(tokens.values, head))
+                tokens.values = self._fetched(self.value, tokens, head)
+        return (self._of_head(tokens.keys, tokens, head), self._of_head(tokens.values, tokens, head))
 
-    def _fetched(self, base, rows, head):
-        (parts, count), width = rows.shape, base.shape[1] // self.call.num_kv_heads * self.heads
+    def _fetched(self, base, tokens, head):
+        rows, (parts, count) = tokens.rows, tokens.rows.shape
+        width = base.shape[1] // self.call.num_kv_heads * tokens.heads
         found = nl.ndarray((parts, count, width), dtype=base.dtype)
         for k in range(count):
-            pattern, offset = [[base.shape[1], parts], [1, width]], head // self.heads * width
+            pattern, offset = [[base.shape[1], parts], [1, width]], head // tokens.heads * width
             mine = base.ap(pattern=pattern, offset=offset, vector_offset=rows[:, k : k + 1], indirect_dim=0)
             nisa.dma_copy(dst=found[:, k, :], src=mine)
         return found
 
-    def _of_head(self, fetched, head):
-        width = fetched.shape[2] // self.heads
-        place = head % self.heads * width
+    def _of_head(self, fetched, tokens, head):
+        width = fetched.shape[2] // tokens.heads
+        place = head % tokens.heads * width
         return fetched[:, :, place : place + width]
