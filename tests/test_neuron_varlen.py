@@ -11,7 +11,7 @@ from nki_sim_kernels import strict_only
 from torch_paged.backends.neuron import bridge_simulator, varlen
 from torch_paged.backends.neuron.launch import Launch
 from torch_paged.backends.neuron.plan_varlen import VarlenPlan, varlen_plan
-from torch_paged.testing import AttentionCase, assert_attention, assert_same, build, option_pairs
+from torch_paged.testing import AttentionCase, assert_attention, assert_same, build, option_pairs, oracle
 from torch_paged.testing.batches import take_sequences
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -254,3 +254,38 @@ def test_work_follows_the_keys_that_are_seen_and_not_what_tables_and_caches_coul
     more_tallies, found = counted(dict(arguments, block_tables=tables, kv_cache=cache, max_seqlen_k=2**20))
     assert_all_same(found, expected)
     assert more_tallies == tallies
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e-15, 1e-30])
+def test_rows_without_keys_see_none_however_small_the_scales_are(scale: float) -> None:
+    case = AttentionCase("tiny", (40, 0, 20), (5, 3, 7), cache_dtype=torch.int8, scales_rank=2, block_size=8)
+    arguments = build(case)
+    arguments["kv_scales"][0] = torch.tensor([scale, 0.01])
+    arguments["query_positions"] = torch.arange(15, dtype=torch.int32)
+    arguments["query_positions"][::2] = -5
+    assert_attention(case.op, arguments, *run(arguments))
+
+
+def test_half_precision_keys_times_scales_of_their_own_may_be_large() -> None:
+    case = AttentionCase(
+        "large", (40, 20), (5, 7), (5, 7), dtype=torch.float16, cache_dtype=torch.int8, scales_rank=4, block_size=8
+    )
+    arguments = build(case)
+    arguments["kv_scales"][0] *= 600 / arguments["kv_scales"][0].nan_to_num().max()
+    arguments["query"] *= 1e-3
+    out, lse, _ = run(arguments)
+    expected, expected_lse, _ = oracle(case.op, arguments)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "starts", [[0, 5, 0, 5, 0, 12], [3, 5, 4, 9, 12, 12], [7, 7, 7, 7, 7, 7], [-9, 40, 3, 12, 99, 5]]
+)
+def test_starts_that_are_none_do_no_harm(starts: list[int]) -> None:
+    case = AttentionCase("wild", (40, 0, 20, 8, 9), (5, 3, 2, 1, 1), block_size=8)
+    arguments = build(case)
+    arguments["cu_seqlens_q"] = torch.tensor(starts, dtype=torch.int32)
+    for part in run(arguments):
+        assert not part.isnan().any()

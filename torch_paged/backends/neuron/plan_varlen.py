@@ -194,9 +194,9 @@ def varlen_plan(
 ) -> VarlenPlan:
     """Return the plan of packed queries; lengths are cut to what tokens, keys and tables hold."""
     device, num_tokens = cu_seqlens_q.device, sizes.num_tokens
-    begins = cu_seqlens_q.clamp(0, num_tokens).to(torch.int32)
+    begins = cu_seqlens_q.clamp(0, num_tokens).to(torch.int32).cummax(0).values
     begins = pad(begins, (0, 1), value=num_tokens)  # padding tokens are a sequence without keys
-    lens = begins.diff().clamp(min=0)
+    lens = begins.diff()
     contexts = contexts.clamp(0, block_tables.shape[1] * sizes.block_size).to(torch.int32)
     contexts = pad(contexts, (0, 1))
     first_new = new_begins.clamp(0, sizes.num_new_keys).to(torch.int32)

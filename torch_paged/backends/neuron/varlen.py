@@ -54,6 +54,9 @@ def flash_attn_varlen(launch: Launch, arguments: Arguments) -> tuple[Tensor, Ten
         key = value = None
     if not num_tokens or (kv_cache is None and key is None):
         return _no_keys(query, arguments["cu_seqlens_q"], sinks, value_dim)
+    dtype = query.dtype
+    if dtype == torch.float16 and kv_scales is not None and kv_scales.dim() == 4:  # keys times scales may overflow
+        query, key, value = (None if x is None else x.float() for x in (query, key, value))
 
     sides, num_blocks, block_size = (0, 0, 1) if kv_cache is None else (*kv_cache.shape[:2], kv_cache.shape[3])
     num_kv_heads = key.shape[1] if kv_cache is None else kv_cache.shape[2]
@@ -134,7 +137,7 @@ def flash_attn_varlen(launch: Launch, arguments: Arguments) -> tuple[Tensor, Ten
         arguments["logits_soft_cap"],
     )
     lse, max_logits = (part.contiguous() for part in found.reshape(num_tokens, num_heads, 2).unbind(-1))
-    return out.reshape(num_tokens, num_heads, value_dim), lse, max_logits
+    return out.reshape(num_tokens, num_heads, value_dim).to(dtype), lse, max_logits
 
 
 def _row_tiles(most_rows: int, row_bytes: int, plain: bool, itemsize: int) -> int:
@@ -173,13 +176,20 @@ def _tiles(tiles: VarlenTiles | None) -> tuple[Tensor | None, ...]:
 
 
 def _lengths(given: tuple[Any, ...]) -> tuple[dict[str, Tensor], VarlenSizes]:
-    """Return lengths, tables and positions by name, what a source does not have as zeros."""
+    """Return lengths, tables and positions by name, what a source does not have as zeros.
+
+    Rows in front of the first sequence, of which the contract has none, are a sequence without keys, so that no row of
+    the results holds what was in memory before.
+    """
     *tensors, (names, sizes) = given
     found = dict(zip(names, tensors, strict=True))
     cu_seqlens_q = found["cu_seqlens_q"]
     found.setdefault("cu_seqlens_k", torch.zeros_like(cu_seqlens_q))
     found.setdefault("context_lens", torch.zeros_like(cu_seqlens_q[1:]))
     found.setdefault("block_tables", cu_seqlens_q.new_zeros((cu_seqlens_q.shape[0] - 1, 0)))
+    found["cu_seqlens_k"] = torch.cat((found["cu_seqlens_k"][:1], found["cu_seqlens_k"]))
+    for name, front in (("cu_seqlens_q", (1, 0)), ("context_lens", (1, 0)), ("block_tables", (0, 0, 1, 0))):
+        found[name] = pad(found[name], front)
     return found, sizes
 
 

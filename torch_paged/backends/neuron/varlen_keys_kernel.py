@@ -12,6 +12,7 @@ from torch_paged.backends.neuron.plan_varlen import (
 )
 
 P = 128
+LEAST_FACTOR = 1e-14  # of what is selected: fp32.min times it is still no logit, and products times it are about 0
 NEW_BYTES = 2048  # of a new token that are fetched at once, from heads that follow each other
 
 
@@ -137,8 +138,10 @@ class Cache(nl.NKIObject):
         stored = _spread(head_scales)
         self.value_scales = stored[:, heads : 2 * heads]
         self.scales, self.negated = nl.ndarray((P, heads), dtype=nl.float32), nl.ndarray((P, heads), dtype=nl.float32)
-        for found, factor in ((self.scales, call.scale), (self.negated, -call.scale)):
-            nisa.tensor_scalar(dst=found, data=stored[:, 0:heads], op0=nl.multiply, operand0=factor)
+        nisa.tensor_scalar(dst=self.scales, data=stored[:, 0:heads], op0=nl.multiply, operand0=call.scale)
+        if not call.early:
+            nisa.tensor_scalar(dst=self.scales, data=self.scales, op0=nl.maximum, operand0=LEAST_FACTOR)
+        nisa.tensor_scalar(dst=self.negated, data=self.scales, op0=nl.multiply, operand0=-1.0)
 
     def layout(self, steps):
         """Return the partitions that hold keys of so many steps, their units of keys, and the keys of a unit."""
