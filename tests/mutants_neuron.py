@@ -43,6 +43,8 @@ MUTANTS = [
            "on_true=exponents, on_false=1.0", attention("decode")),
     Mutant("the scale of another head", "decode_kernel.py", "call.logit_scales[own, kv_head : kv_head + 1]",
            "call.logit_scales[own, 0:1]", attention("decode, float16")),
+    Mutant("a key that is not finite spoils its pair", "decode_kernel.py", "if again and call.pair > 1:",
+           "if again and call.pair > 2:", attention("decode")),
     Mutant("causality shows the next key", "plan_varlen.py", "high = torch.where(position >= last, last, position + 1)",
            "high = torch.where(position >= last - 1, last, position + 2)", attention("cache")),
     Mutant("varlen's window sees one key more", "plan_varlen.py", "position - window + 1, 0)", "position - window, 0)",
