@@ -40,7 +40,7 @@ MUTANTS = [
     Mutant("a soft cap that does not scale back", "decode_kernel.py", "op0=nl.multiply, operand0=call.soft_cap)",
            "op0=nl.multiply, operand0=1.0)", attention("decode, window")),
     Mutant("keys that are not seen weigh", "decode_kernel.py", "on_true=exponents, on_false=0.0",
-           "on_true=exponents, on_false=1.0", attention("decode")),
+           "on_true=exponents, on_false=1.0", attention("decode, chunk")),
     Mutant("the scale of another head", "decode_kernel.py", "call.logit_scales[own, kv_head : kv_head + 1]",
            "call.logit_scales[own, 0:1]", attention("decode, float16")),
     Mutant("a key that is not finite spoils its pair", "decode_kernel.py", "if again and call.pair > 1:",
