@@ -53,7 +53,7 @@ def test_every_length_of_turn_and_the_values_that_are_not_finite() -> None:
     """Loops over 4, 2 and 1 tiles, and all tiles once more because of one infinity."""
     case = AttentionCase("turns", context_lens=(1000, 17, 700, 513, 0, 600), num_kv_heads=1, group=256, head_dim=40)
     arguments = build(case)
-    turns = []
+    turns: list[Any] = []
 
     def keep(kernel: Any, cores: int, *given: Any) -> Any:
         if not turns:
