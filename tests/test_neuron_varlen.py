@@ -289,3 +289,11 @@ def test_starts_that_are_none_do_no_harm(starts: list[int]) -> None:
     arguments["cu_seqlens_q"] = torch.tensor(starts, dtype=torch.int32)
     for part in run(arguments):
         assert not part.isnan().any()
+
+
+def test_the_widest_heads_of_a_long_prompt_fit_on_chip() -> None:
+    """What fits is seen by running: numbers are other tests' affair."""
+    case = AttentionCase(
+        "widest", (0,), (256,), (1500,), num_kv_heads=8, group=4, head_dim=256, dtype=torch.bfloat16, block_size=8
+    )
+    assert all(part.isfinite().all() for part in run(build(case)))

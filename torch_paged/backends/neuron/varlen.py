@@ -63,7 +63,7 @@ def flash_attn_varlen(launch: Launch, arguments: Arguments) -> tuple[Tensor, Ten
     group, lanes = num_heads // num_kv_heads, -(-head_dim // PARTITIONS) * PARTITIONS
     row_tiles = _row_tiles(
         arguments["max_seqlen_q"] * group,
-        num_kv_heads * (lanes * query.dtype.itemsize + value_dim * 4),
+        num_kv_heads * (lanes * query.dtype.itemsize + value_dim * 4) * (lanes // PARTITIONS),
         attn_mask is None and slopes is None,
         query.dtype.itemsize,
     )
@@ -145,7 +145,8 @@ def _row_tiles(most_rows: int, row_bytes: int, plain: bool, itemsize: int) -> in
 
     Args:
         most_rows: of a sequence and kv head.
-        row_bytes: that a row of each kv head takes on chip while its keys are attended to.
+        row_bytes: that a row of each kv head takes on chip while its keys are attended to; twice as many where keys
+            have more than 128 lanes, since these take more as well.
         plain: rows have no masks or distances to keys, which take room on chip as well.
         itemsize: of queries and keys on chip.
     """
