@@ -3,9 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-import nki
 import pytest
 import torch
+from neuron_calls import GENERATIONS, assert_all_same, check, counted, run
 from nki_sim_kernels import strict_only
 
 from torch_paged.backends.neuron import bridge_simulator, varlen
@@ -15,25 +15,6 @@ from torch_paged.testing import AttentionCase, assert_attention, assert_same, bu
 from torch_paged.testing.batches import take_sequences
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-GENERATIONS = ("trn2", "trn3")
-Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def run(arguments: dict[str, Any], generation: str = "trn2", cores: int = 1) -> Results:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", generation)
-        return varlen.flash_attn_varlen(Launch(generation, cores, bridge_simulator.run), arguments)
-
-
-def check(case: AttentionCase, generation: str = "trn2", cores: int = 1) -> None:
-    arguments = build(case)
-    assert_attention(case.op, arguments, *run(arguments, generation, cores))
-
-
-def assert_all_same(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
-    for name, a, b in zip(("out", "lse", "max_logits"), actual, expected, strict=True):
-        assert_same(a, b, name)
 
 
 def served(case: AttentionCase) -> AttentionCase:
@@ -234,19 +215,6 @@ def test_the_layers_of_a_step_share_a_plan() -> None:
 def test_work_follows_the_keys_that_are_seen_and_not_what_tables_and_caches_could_hold() -> None:
     case = AttentionCase("capacity", context_lens=(700, 40), query_lens=(9, 30), num_kv_heads=1)
     arguments = build(case)
-
-    def counted(given: dict[str, Any]) -> tuple[list[Any], Results]:
-        tallies = []
-
-        def keep(kernel: Any, cores: int, *kernel_arguments: Any) -> Any:
-            simulated = nki.simulate(kernel)
-            found = simulated(*kernel_arguments)
-            tallies.append(simulated.cores[0].tally)
-            return found
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2")
-            return tallies, varlen.flash_attn_varlen(Launch("trn2", 1, keep), given)
 
     tables = torch.nn.functional.pad(arguments["block_tables"], (0, 3000), value=-1)
     cache = torch.nn.functional.pad(arguments["kv_cache"], (0, 0) * 3 + (0, 300), value=float("nan"))
