@@ -58,6 +58,13 @@ def test_a_latent_cache_is_refused_only_for_its_width() -> None:
     assert "head_dim 576 (at most 256)" in str(refusal(replace(latent, head_dim=576)))
 
 
+def test_parts_too_wide_for_a_partition_are_refused() -> None:
+    outs = torch.empty((2, 1, 1, 8193), device="meta")
+    says = "does not support outs with D = 8193 (at most 8192); merge its lanes in parts"
+    assert str(support.refusal("merge_attention_states", {"outs": outs})).endswith(says)
+    assert support.refusal("merge_attention_states", {"outs": outs[..., 1:]}) is None
+
+
 def test_a_cache_in_another_layout_is_refused() -> None:
     said = refusal(replace(SERVED, layout="nhd"))
     assert said is not None

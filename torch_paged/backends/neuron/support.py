@@ -39,6 +39,7 @@ _GENERATIONS = {"trn2": "trn2", "gen3": "trn2", "trn3": "trn3", "gen4": "trn3"}
 _INSTANCE = Path("/sys/devices/virtual/dmi/id/product_name")
 """Where an EC2 instance says its type, such as ``trn2.48xlarge``."""
 _MAX_HEAD_DIM = 256
+_MAX_MERGED_DIM = 8192
 _SMALLEST_BLOCK = 8
 _MAX_ROWS = 2**30
 """Rows of a cache: the kernels count them in int32, with room for marks."""
@@ -138,6 +139,9 @@ def _unsupported(op: str, arguments: Arguments) -> tuple[str, str, str] | None:
     if rows is not None and rows.size(-1) > _MAX_HEAD_DIM:
         limit = f"at most {_MAX_HEAD_DIM}"
         return f"head_dim {rows.size(-1)}", limit, "run it on another backend"
+    outs = arguments.get("outs")
+    if outs is not None and outs.size(-1) > _MAX_MERGED_DIM:
+        return f"outs with D = {outs.size(-1)}", f"at most {_MAX_MERGED_DIM}", "merge its lanes in parts"
     kv_cache = arguments.get("kv_cache")
     if kv_cache is None:
         return None
