@@ -288,7 +288,7 @@ def _tiles(
     steps = -((last - end) // STEP_KEYS)  # of the last chunk
     least = [diagonal_keys(n, PARTITIONS // group_units) for n in range(shape.unit_tiles)]
     reach = (stop - last[:, :, None]).reshape(2, most, shape.unit_tiles, -1).amax(3)
-    beyond = (reach - torch.tensor(least, dtype=torch.int32, device=device)).amax(2)
+    beyond = torch.stack([reach[:, :, n] - keys for n, keys in enumerate(least)]).amax(0)
     turns = _turns(chunks, steps, beyond, cores)
 
     gathers = -(-batch.columns * sizes.block_size // GATHER_KEYS)
@@ -346,17 +346,16 @@ def _turns(chunks: Tensor, steps: Tensor, beyond: Tensor, cores: int) -> Tensor:
         def of_all_cores(x: Tensor) -> Tensor:
             return x
 
-    most_rest, alike, codes = (
-        torch.tensor(values, dtype=torch.int32, device=chunks.device)
-        for values in (((CACHE_REST,), (NEW_REST,)), ((0,), (1,)), tuple(2 * rest + part for rest, part in BODIES[1:]))
-    )
+    source = torch.arange(2, dtype=torch.int32, device=chunks.device)[:, None]
+    most_rest = source * (NEW_REST - CACHE_REST) + CACHE_REST
     whole = of_all_cores(chunks - ((chunks > 0) & (steps <= most_rest)).to(torch.int32))
     last = chunks > whole
     rest = of_all_cores(torch.where(last, steps, 0))
     computed = (rest - 1) * STEP_KEYS
     crossing = of_all_cores((last & (beyond > computed)).to(torch.int32))
-    bodies = (2 * rest + (1 - crossing) * alike)[:, :, None] == codes
-    turns = torch.cat((whole[:, :, None], bodies, of_all_cores(chunks)[:, :, None]), 2)
+    code = 2 * rest + (1 - crossing) * source
+    bodies = [code == 2 * steps_left + diagonal for steps_left, diagonal in BODIES[1:]]
+    turns = torch.stack((whole, *(body.to(torch.int32) for body in bodies), of_all_cores(chunks)), 2)
     return turns.permute(1, 0, 2).reshape(chunks.shape[1], -1)
 
 
