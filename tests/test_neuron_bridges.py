@@ -205,6 +205,45 @@ print([name for name in seen[-1] if "paged" in name or "functionalized" in name]
     assert lines == ["8 1 0", "4", "['auto_functionalized_v2']"]
 
 
+def test_four_layers_of_packed_queries_share_a_plan_and_a_mask(torch_neuron: dict[str, Any]) -> None:
+    code = (
+        STAND_IN
+        + """
+from collections import Counter
+from torch._dynamo.backends.common import aot_autograd
+starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+mask = torch.rand(2, 40) < 0.7
+on_host = (query, expected_cache.nan_to_num(), tables, lengths, starts, mask)
+on_device = [x.to("neuron") for x in on_host]
+counts = []
+
+def record(graph, inputs):
+    counts.append(Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function"))
+    return graph.forward
+
+def layers(depth):
+    def run(query, kv_cache, tables, lengths, starts, mask):
+        key = query[:, :kv_cache.shape[2]]
+        for _ in range(depth):
+            query = query + torch_paged.flash_attn_varlen(query, key, key, cu_seqlens_q=starts, cu_seqlens_k=starts,
+                kv_cache=kv_cache, block_tables=tables, context_lens=lengths, max_seqlen_q=2, max_seqlen_k=18,
+                causal=True, attn_mask=mask)
+        return query
+    return run
+
+with torch.no_grad():
+    for depth in (1, 4):
+        compiled = torch.compile(layers(depth), backend=aot_autograd(fw_compiler=record), fullgraph=True)
+        torch.testing.assert_close(compiled(*on_device).cpu(), layers(depth)(*on_host), rtol=1e-4, atol=1e-4)
+one, four = counts
+print(sorted(name for name in four if four[name] != one[name] and "getitem" not in name))
+print(four["aten.add.Tensor"] - one["aten.add.Tensor"], one["aten.cumsum.default"] > 0, one["aten.gather.default"] > 0)
+"""
+    )
+    lines, _ = simulated(code, **torch_neuron)
+    assert lines == ["['aten.add.Tensor', 'aten.view.default', 'stand_in.nki.default']", "3 True True"]
+
+
 def test_what_one_graph_made_is_not_kept_for_the_next(torch_neuron: dict[str, Any]) -> None:
     code = (
         STAND_IN
