@@ -1,4 +1,4 @@
-"""Names, order and defaults of arguments, and the members of enums, as documented (SDK 2.32 API reference)."""
+"""Names, order and defaults of arguments, and the members of enums, as documented (SDK 2.32 and 2.33 API reference)."""
 
 import inspect
 from typing import Any
@@ -51,6 +51,8 @@ register_load(dst, src)
 register_move(dst, src)
 register_store(dst, src)
 rng(dst, engine=engine.vector, name=None)
+scalar_load(src)
+scalar_store(dst, value)
 scalar_tensor_tensor(dst, data, op0, operand0, op1, operand1, reverse0=False, reverse1=False, name=None)
 select_reduce(dst, predicate, on_true, on_false, reduce_res=None, reduce_cmd=reduce_cmd.idle, reduce_op=maximum,
  reverse_pred=False, name=None)
@@ -181,6 +183,7 @@ def test_engine_constants(name: str) -> None:
 def test_classes() -> None:
     assert issubclass(nisa.NkiValidationError, Exception)
     assert inspect.isclass(nisa.VirtualRegister)
+    assert described(inspect.signature(nisa.NkiScalar))[:2] == [("state", inspect.Parameter.empty), ("dtype", None)]
     assert inspect.isclass(nl.NKIObject)
     assert callable(nki.jit)
     assert callable(nki.simulate)

@@ -1,6 +1,7 @@
 """The dtypes of nki.language (shared API page, SDK 2.32), their numpy forms, and the casts of the engines.
 
-int64 is missing: 0.7 has it for scalars of its tracing compiler alone.
+int64 is for run-time scalars (SDK 2.33): in HBM, and in SBUF as a (1, 1) tile; DMA copies it, nothing else reads it but
+scalar_load. The list of dtypes of 2.33.0 has uint64 too, which no other page uses: it is missing here.
 """
 
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ uint32 = DType("uint32", np.dtype(np.uint32), "int")
 int8 = DType("int8", np.dtype(np.int8), "int")
 int16 = DType("int16", np.dtype(np.int16), "int")
 int32 = DType("int32", np.dtype(np.int32), "int")
+int64 = DType("int64", np.dtype(np.int64), "int")
 float8_e5m2_x4 = DType("float8_e5m2_x4", np.dtype(np.uint32), "packed", 4)
 float8_e4m3fn_x4 = DType("float8_e4m3fn_x4", np.dtype(np.uint32), "packed", 4)
 float4_e2m1fn_x4 = DType("float4_e2m1fn_x4", np.dtype(np.uint16), "packed", 4)
@@ -89,6 +91,11 @@ def check_dtype(instruction: str, dtype: Any, generation: int) -> DType:
     rule = f"exist on generation {generation} (from {dtype.oldest} on)"
     require(generation >= dtype.oldest, instruction, "dtype", rule, dtype)
     return dtype
+
+
+def check_narrow(instruction: str, operand: str, dtype: DType) -> None:
+    """Fail where the dtype is int64, which only copies and scalars know."""
+    require(dtype is not int64, instruction, operand, "not be nl.int64, which only DMA copies and scalars know", dtype)
 
 
 def check_exact(instruction: str, operand: str, values: Array) -> None:

@@ -38,7 +38,7 @@ def merge_states(
         call.merge(row, [(core * tile, P, rows_each)])
 
     if looped > 0:
-        nl.fori_loop(0, looped, a_tile, step=step)
+        nl.fori_loop(nisa.register_alloc(0), looped, a_tile, step=step)
     pieces = []
     for start in range(looped, num_rows, tile):
         if (start - looped) // tile % cores == core:
