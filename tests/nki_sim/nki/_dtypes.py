@@ -119,8 +119,8 @@ def cast(values: Array, dtype: DType, instruction: str, operand: str = "dst") ->
 
     fp32 to integers rounds to the nearest, ties to even, and saturates (release notes 0.6.0); fp32 to narrower floats
     rounds to nearest even and overflows to infinity. No document says what NaN becomes as an integer, nor what an
-    overflow becomes as float8_e4m3fn: both are errors. Integers keep their value, and must fit; a float dtype takes them
-    by way of fp32, so up to 2**24 only.
+    overflow becomes as float8_e4m3fn: both are errors. Integers keep their value, and must fit; as floats they go by
+    way of fp32, so up to 2**24 only.
     """
     target = dtype.numpy
     require(dtype.kind != "packed" or values.dtype == target, instruction, operand, "not be a packed dtype", dtype)
