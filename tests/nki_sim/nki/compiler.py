@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from nki import _handed
 from nki._dtypes import check_dtype, of_numpy
 from nki._errors import NkiValidationError, fail, require
-from nki._handed import hand_on, may_hand_on, states_of
 from nki._launch import Launch
 from nki._lint import lint
 from nki._machine import Core, running
@@ -163,7 +163,7 @@ class _Argument:
         self.given = array
         self.flat = np.ascontiguousarray(array)
         data = self.flat.reshape(-1).view(np.uint8)
-        known = states_of(array)
+        known = _handed.states_of(array)
         state, line = known or (np.full(data.size, WRITTEN, np.uint8), "")
         buffer = shared_hbm if cores == 2 else private_hbm
         storage = Storage(
@@ -225,8 +225,8 @@ def _give_back(function: Callable[..., Any], result: Any, torch_out: bool) -> An
         rule = "be whole tensors that the kernel made in nl.shared_hbm"
         line = _return_line(function)
         raise NkiValidationError(f"{function.__name__}: results must {rule}, got {result!r} ({line})")
-    if not result.storage.state.all() and may_hand_on(function):
-        hand_on(result.storage)
+    if not result.storage.state.all() and _handed.may_hand_on(function):
+        _handed.hand_on(result.storage)
     elif not result.storage.state.all():
         where = f"elements of {result!r} of {result.storage.line} that no instruction wrote"
         rule = "be written in full, since the caller would read what memory held before"
