@@ -30,7 +30,9 @@ if importlib.util.find_spec("nki") is None:
     sys.path.append(str(Path(__file__).parents[1] / "tests" / "nki_sim"))
 import nki.isa as nisa
 import nki.language as nl
+from nki import _handed
 from nki._machine import Core, machine
+from nki._register import VirtualRegister
 from nki.language import NkiTensor
 from nki.language._control import _bound
 
@@ -155,9 +157,12 @@ class Recorder:
                 if (core, here) not in self.bodies and (alike := self._alike(core, here)) is not None:
                     self.bodies[core, here] = alike
                 shown = 0 if (core, here) in self.bodies else min(len(values), 1)
-                function(values.start, values.start + shown * step, body, step)
+                registers = isinstance(lower, VirtualRegister) or isinstance(upper, VirtualRegister)
+                bound = VirtualRegister if registers else int  # what the index is depends on it
+                function(bound(values.start), bound(values.start + shown * step), body, step)
                 if here in loops.parents:
-                    function(values.start + step, values.start + max(len(values), 1) * step, body, step)
+                    end = values.start + max(len(values), 1) * step
+                    function(bound(values.start + step), bound(end), body, step)
                 else:
                     rest = self.bodies.get((core, here), Counts())
                     self.counts[core] = self.counts.setdefault(core, Counts()).plus(rest, len(values) - shown)
@@ -175,11 +180,15 @@ def recorded(bodies: dict[Any, Counts] | None = None, continued: bool = False) -
         function = getattr(nisa, name)
         if inspect.isfunction(function) and hasattr(function, "__wrapped__"):
             originals.append((nisa, name, function))
+    written = _handed.may_hand_on
     try:
         for module, name, function in originals:
             setattr(module, name, (recorder.loop if module is nl else recorder.instruction)(function))
+        if bodies is not None:  # turns that do not run write no results
+            _handed.may_hand_on = lambda function: True
         yield recorder
     finally:
+        _handed.may_hand_on = written
         for module, name, function in originals:
             setattr(module, name, function)
 

@@ -148,7 +148,30 @@ nisa.exponential(dst=dst, src=a, max_value=m, reduce_res=r, reduce_cmd=nisa.redu
     rejects(marked, "exponential", ".*", "trn3|v4|generation", older, generation="trn3", **tiles)
 
 
+THREE = """
+nisa.scalar_tensor_tensor(dst=dst, data=a, op0=nl.multiply, operand0=2.0, op1=nl.add, operand1=b{more})
+"""
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_scalar_tensor_tensor(op: str) -> None:
+    """A fold of 0.7, over two instructions."""
+    body = THREE.format(more=f", reduce_op=nl.{op}")
+    body += THREE.format(more=f", reduce_cmd=nisa.reduce_cmd.reduce, reduce_op=nl.{op}, reduce_res=r")
+    got, r = run(body, a=A, b=B, dst=Result((6, 10)), r=R)
+    same(got, A * 2 + B)
+    same(r, FUNCTIONS[op].reduce(np.concatenate((A * 2 + B, A * 2 + B), 1), 1, keepdims=True))
+
+
 SUM = REDUCE.format(op="add", more="")
+FOLDED = THREE.format(more=", reduce_cmd=nisa.reduce_cmd.reset_reduce, reduce_op=nl.add, reduce_res=r")
+NAMED = ", nisa.reduce_cmd.reset_reduce, nl.add"
+CONTINUED = """
+nisa.tensor_scalar_reduce(dst=dst, data=a, op0=nl.multiply, operand0=2.0, reduce_op=nl.add)
+nisa.scalar_tensor_tensor(dst, a, nl.add, 1.0, nl.add, b, False, False, nisa.reduce_cmd.reset_reduce, nl.add)
+nisa.tensor_scalar_reduce(dst=dst, data=a, op0=nl.multiply, operand0=2.0, reduce_op=nl.add, reduce_res=r,
+                          reduce_cmd=nisa.reduce_cmd.reduce)
+"""
 RESET = REDUCE.format(op="add", more=", reduce_cmd=nisa.reduce_cmd.reset_reduce")
 LOAD = REDUCE.format(op="add", more=", reduce_init=0.0, reduce_cmd=nisa.reduce_cmd.load_reduce")
 FORWARD = REDUCE.format(op="add", more=", reverse0=False")
@@ -177,6 +200,14 @@ STRICT = [
     rejected("tensor_scalar_reduce", "op0", "", ("nl.multiply", "nl.bitwise_and"), SUM),
     rejected("tensor_scalar_reduce", "data|dst", "4|rank|dim", ("data=a", "data=a.reshape((6, 1, 1, 2, 5))"), SUM),
     rejected("tensor_scalar_reduce", "reduce_cmd", "", ("cmd.reset_reduce", "cmd.reset"), RESET),
+    rejected("tensor_scalar_reduce", "reduce_cmd", "undefined", (NAMED, ""), CONTINUED, b=B),
+    rejected("tensor_scalar_reduce", "reduce_cmd", "undefined", ("cmd.reset_reduce", "cmd.idle"), CONTINUED, b=B),
+    rejected("scalar_tensor_tensor", "reduce_op", "given", ("reduce_op=nl.add, ", ""), FOLDED, b=B),
+    rejected("scalar_tensor_tensor", "reduce_op", "", ("reduce_op=nl.add", "reduce_op=nl.less"), FOLDED, b=B),
+    rejected("scalar_tensor_tensor", "reduce_cmd", "", ("cmd.reset_reduce", "cmd.load_reduce"), FOLDED, b=B),
+    rejected("scalar_tensor_tensor", "reduce_cmd", "undefined", ("cmd.reset_reduce", "cmd.reduce"), FOLDED, b=B),
+    rejected("scalar_tensor_tensor", "reduce_res", "", ("cmd.reset_reduce", "cmd.idle"), FOLDED, b=B),
+    rejected("scalar_tensor_tensor", "reduce_res", "", {"r": Result((6, 2), fill=0.0)}, FOLDED, b=B),
 ]  # fmt: skip
 
 

@@ -107,7 +107,8 @@ SHARED = """
 @nki.jit
 def kernel(x):
     out = nl.ndarray(x.shape, x.dtype, buffer=nl.shared_hbm)
-    rows = 4
+    rows, half = 4, slice(nl.program_id(0) * 2, nl.program_id(0) * 2 + 2)
+    nisa.dma_copy(dst=out[half], src=x[half])
     {more}
     return out
 """

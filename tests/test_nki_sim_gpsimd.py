@@ -92,12 +92,12 @@ def test_segments(dtype: str) -> None:
     same(got, np.array([[[9, 1, 1, 3, 3, 3, 9, 7, 7], [-1, 3, 3, 6, 6, 6, -1, 9, 9]]], dtype))
 
 
-@pytest.mark.parametrize("op", ["add", "max", "bitwise_or", "bitwise_and"])
+@pytest.mark.parametrize("op", ["add", "max", "bitwise_or", "bitwise_and", "bitwise_xor"])
 @pytest.mark.parametrize("partitions", [1, 33, 128])
 def test_over_partitions(op: str, partitions: int) -> None:
     bits = op.startswith("bitwise")
     a = whole(partitions, 6, dtype="int32" if bits else "float32", limit=100)
-    function = {"add": np.add, "max": np.maximum, "bitwise_or": np.bitwise_or, "bitwise_and": np.bitwise_and}[op]
+    function = {"add": np.add, "max": np.maximum}.get(op) or getattr(np, op)
     body = f"nisa.tensor_partition_reduce(dst=dst, op=nl.{op}, data=a)"
     same(run(body, a=a, dst=Result((1, 6), str(a.dtype))), function.reduce(a, 0, keepdims=True))
 
@@ -156,13 +156,16 @@ STRICT = [
     rejected("iota", "offset", "int", ("offset=0", "offset=0.5"), IOTA, dst=INT_TILE),
     rejected("iota", "pattern", "int", ("[1, 3]", "[0.5, 3]"), IOTA, dst=INT_TILE),
     rejected("iota", "channel_multiplier", "int", ("=0)", "=0, channel_multiplier=1.5)"), IOTA, dst=INT_TILE),
+    rejected("iota", "dst", "2\\*\\*24", ("offset=0", "offset=2**24 - 1"), IOTA),
+    rejected("iota", "dst", "2\\*\\*24", ("offset=0", "offset=-(2**24) - 1"), IOTA, dst=Result((32, 3), "bfloat16")),
     rejected("nonzero_with_count", "dst", "", {"dst": Result((32, 12), "int32", fill=0)}, NONZERO, **COUNTED),
     rejected("nonzero_with_count", "dst", "int32", {"dst": Result((32, 13), fill=0.0)}, NONZERO, **COUNTED),
     rejected("nonzero_with_count", "src", "dtype|float32|int32", {"a": A.astype(np.int16)}, NONZERO, **COUNTED),
     rejected("sequence_bounds", "segment_ids", "1", {"a": np.zeros((2, 9), np.float32)}, BOUNDS, **SEGMENTS),
     rejected("sequence_bounds", "segment_ids", "", {"a": np.zeros((1, 9), np.int16)}, BOUNDS, **SEGMENTS),
     rejected("tensor_partition_reduce", "op", "", ("nl.add", "nl.multiply"), OVER, **ROW),
-    rejected("tensor_partition_reduce", "op", "", ("nl.add", "nl.bitwise_xor"), OVER, a=A.astype("i4"), dst=INT_ROW),
+    rejected("tensor_partition_reduce", "op", "", ("nl.add", "nl.logical_xor"), OVER, a=A.astype("i4"), dst=INT_ROW),
+    rejected("tensor_partition_reduce", "op", "", ("nl.add", "nl.mean"), OVER, **ROW),
     rejected("tensor_partition_reduce", "dst", "1", {"dst": Result((2, 12), fill=0.0)}, OVER, **ROW),
 ]  # fmt: skip
 

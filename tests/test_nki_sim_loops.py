@@ -159,15 +159,64 @@ def test_strict_bodies(line: str, instruction: str, operand: str) -> None:
     rejects_kernel(BODY.format(line=FINE), instruction, operand, "", (FINE, line), ONE)
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["for k in range(i): print(k)", "if i: print(1)", "j = i + 1", "j = int(i)", "j = kept[i]", "j = kept[:, i]"],
-)
+BY_REGISTER = BODY.replace("fori_loop(0, 3,", "fori_loop(nisa.register_alloc(0), 3,")
+LOOKS = ["for k in range(i): print(k)", "if i: print(1)", "j = int(i)", "j = kept[i]", "j = kept[:, i]", "j = i == 1"]
+
+
+@pytest.mark.parametrize("line", [*LOOKS, "j = i + 1"])
 @strict_only
-def test_the_loop_variable_is_no_number(line: str) -> None:
-    call(BODY.format(line=FINE), ONE)
+def test_a_register_as_the_loop_variable_is_no_number(line: str) -> None:
+    call(BY_REGISTER.format(line=FINE), ONE)
     with pytest.raises(Exception, match=r"(?i)register|VirtualRegister"):
-        call(BODY.format(line=line), ONE)
+        call(BY_REGISTER.format(line=line), ONE)
+
+
+@pytest.mark.parametrize("line", LOOKS)
+@strict_only
+def test_a_scalar_as_the_loop_variable_is_no_number(line: str) -> None:
+    call(BODY.format(line="j = i + 1"), ONE)
+    refused_with(lambda: call(BODY.format(line=line), ONE), "scalar|slice", "use|index", "scalar", None)
+
+
+STORED = """
+@nki.jit
+def kernel(x):
+    out = nl.ndarray((1, 1), nl.int32, buffer=nl.shared_hbm)
+    kept = nl.ndarray((1, 1), nl.int32, buffer=nl.sbuf)
+    nisa.memset(dst=kept, value=0)
+    other = nisa.register_alloc(1)
+
+    def body(i):
+        copy = nisa.register_alloc(0)
+        {line}  # !
+
+    nl.fori_loop({lower}, {upper}, body)
+    nisa.dma_copy(dst=out, src=kept)
+    return out
+"""
+REGISTER, SCALAR = "nisa.register_alloc(0)", "nisa.scalar_load(kept)"
+STORE, MOVE = "nisa.register_store(kept, i)", "nisa.register_move(copy, i)"
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper"), [(REGISTER, "3"), ("0", "nisa.register_alloc(3)"), (REGISTER, "nisa.scalar_load(x)")]
+)
+def test_the_variable_is_a_register_where_a_bound_is(lower: str, upper: str) -> None:
+    x = i32([[3]])
+    same(call(STORED.format(line=STORE, lower=lower, upper=upper), x), i32([[2]]))
+    same(call(STORED.format(line=MOVE, lower=lower, upper=upper), x), i32([[0]]))
+
+
+@pytest.mark.parametrize(("line", "instruction"), [(STORE, "register_store"), (MOVE, "register_move")])
+@pytest.mark.parametrize("upper", ["3", "nisa.scalar_load(x)"])
+@pytest.mark.parametrize("lower", ["0", SCALAR])
+def test_the_variable_is_a_scalar_where_no_bound_is_a_register(
+    line: str, instruction: str, upper: str, lower: str
+) -> None:
+    """0.6 hands over a register, which 0.7 does with a register for a bound alone."""
+    source = STORED.format(line=line, lower=lower, upper=upper).replace(lower + ", " + upper, REGISTER + ", " + upper)
+    change = (REGISTER + ", " + upper, lower + ", " + upper)
+    rejects_kernel(source, instruction, "src", "scalar.*bound", change, i32([[3]]))
 
 
 @strict_only

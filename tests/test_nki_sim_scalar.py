@@ -155,6 +155,18 @@ def test_prelu() -> None:
 A, C = random(4, 8), random(4, 1, seed=1)
 BIAS = "nisa.activation(dst=dst, op=nl.exp, data=a, bias=c, scale=1.0)"
 SECOND = "nisa.activate2(dst=dst, op=nl.exp, data=a, imm0=c, imm1=1.0, op0=nl.multiply, op1=nl.add)"
+TRN3: dict[str, Any] = {"generation": "trn3"}
+GPSIMD = BIAS.replace("=1.0)", "=1.0, engine=nisa.engine.gpsimd)")
+SUMMED = BIAS.replace("=1.0)", "=1.0, reduce_cmd=nisa.reduce_cmd.reset, engine=nisa.engine.scalar)")
+SECOND_GPSIMD = SECOND.replace("op1=nl.add)", "op1=nl.add, engine=nisa.engine.gpsimd)")
+
+
+@pytest.mark.parametrize(("by_scalar", "by_gpsimd"), [(BIAS, GPSIMD), (SECOND, SECOND_GPSIMD)])
+def test_gpsimd_gives_the_same(by_scalar: str, by_gpsimd: str) -> None:
+    tiles: dict[str, Any] = {"a": A, "c": C, "dst": Result((4, 8))}
+    same(run(by_gpsimd, generation="trn3", **tiles), run(by_scalar, generation="trn3", **tiles))
+
+
 STRICT = [
     rejected("activation", "op", "", ("nl.exp", "nl.add"), BIAS),
     rejected("activation", "op", "", ("nl.exp", "'exp'"), BIAS),
@@ -170,6 +182,15 @@ STRICT = [
     rejected("activate2", "op0|op1", "", ("op1=nl.add", "op1=nl.multiply"), SECOND, generation="trn3"),
     rejected("activate2", "op0|op1", "", ("op0=nl.multiply", "op0=nl.bypass"), SECOND, generation="trn3"),
     rejected("activate2", "imm0", "", ("imm0=c", "imm0=a"), SECOND, generation="trn3"),
+    rejected("activation", "engine", "generation", {"generation": "trn2"}, GPSIMD, **TRN3),
+    rejected("activation", "engine", "scalar", ("gpsimd", "vector"), GPSIMD, **TRN3),
+    rejected("activation", "engine", "scalar", ("gpsimd", "unknown"), GPSIMD, **TRN3),
+    rejected("activation", "data", "sbuf", {"psum": ("a",)}, GPSIMD, **TRN3),
+    rejected("activation", "engine", "reduce", ("scalar)", "gpsimd)"), SUMMED, **TRN3),
+    rejected("activation", "engine", "reduce", ("gpsimd)", "gpsimd, reduce_op=nl.add)"), GPSIMD, **TRN3),
+    rejected("activation", "engine", "reduce", ("gpsimd)", "gpsimd, reduce_res=dst[:, 0:1])"), GPSIMD, **TRN3),
+    rejected("activate2", "engine", "scalar", ("gpsimd", "vector"), SECOND_GPSIMD, **TRN3),
+    rejected("activate2", "engine", "reduce", ("gpsimd)", "gpsimd, reduce_op=nl.add)"), SECOND_GPSIMD, **TRN3),
 ]  # fmt: skip
 
 

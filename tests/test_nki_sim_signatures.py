@@ -1,4 +1,4 @@
-"""Names, order and defaults of arguments, and the members of enums, as documented (SDK 2.32 API reference)."""
+"""Names, order and defaults of arguments, and the members of enums, as documented (SDK 2.32 and 2.33 API reference)."""
 
 import inspect
 from typing import Any
@@ -11,8 +11,9 @@ from nki_sim_kernels import STRICT, Result, random, refused_with, rejects, run, 
 
 ISA = """
 activate2(dst, op, data, imm0, imm1, op0, op1, relu_param=0.0, reverse0=False, reverse1=False, reduce_op=None,
- reduce_res=None, reduce_cmd=reduce_cmd.idle, name=None)
-activation(dst, op, data, bias=None, scale=1.0, reduce_op=None, reduce_res=None, reduce_cmd=reduce_cmd.idle, name=None)
+ reduce_res=None, reduce_cmd=reduce_cmd.idle, engine=engine.scalar, name=None)
+activation(dst, op, data, bias=None, scale=1.0, reduce_op=None, reduce_res=None, reduce_cmd=reduce_cmd.idle,
+ engine=engine.scalar, name=None)
 activation_reduce(dst, op, data, reduce_op, reduce_res, bias=None, scale=1.0, name=None)
 affine_select(dst, pattern, channel_multiplier, on_true_tile, on_false_value, cmp_op=equal, offset=0, name=None)
 bn_aggr(dst, data, name=None)
@@ -51,7 +52,10 @@ register_load(dst, src)
 register_move(dst, src)
 register_store(dst, src)
 rng(dst, engine=engine.vector, name=None)
-scalar_tensor_tensor(dst, data, op0, operand0, op1, operand1, reverse0=False, reverse1=False, name=None)
+scalar_load(src)
+scalar_store(dst, value)
+scalar_tensor_tensor(dst, data, op0, operand0, op1, operand1, reverse0=False, reverse1=False,
+ reduce_cmd=reduce_cmd.reset_reduce, reduce_op=..., reduce_res=None, name=None)
 select_reduce(dst, predicate, on_true, on_false, reduce_res=None, reduce_cmd=reduce_cmd.idle, reduce_op=maximum,
  reverse_pred=False, name=None)
 sendrecv(src, dst, send_to_rank, recv_from_rank, pipe_id, dma_engine=dma_engine.dma, name=None)
@@ -181,6 +185,7 @@ def test_engine_constants(name: str) -> None:
 def test_classes() -> None:
     assert issubclass(nisa.NkiValidationError, Exception)
     assert inspect.isclass(nisa.VirtualRegister)
+    assert described(inspect.signature(nisa.NkiScalar))[:2] == [("state", inspect.Parameter.empty), ("dtype", None)]
     assert inspect.isclass(nl.NKIObject)
     assert callable(nki.jit)
     assert callable(nki.simulate)
@@ -207,11 +212,11 @@ def test_by_position(body: str, wanted_of: str) -> None:
         ("nisa.tensor_copy(dst=dst, src=a, dtype=nl.float32)", "tensor_copy", "dtype"),
         ("nisa.dma_copy(dst=dst, src=a, dst_rmw_op=None)", "dma_copy", "dst_rmw_op"),
         ("nisa.dma_copy(dst=dst, src=a, unique_indices=True)", "dma_copy", "unique_indices"),
-        ("nisa.activation(dst=dst, op=nl.copy, data=a, engine=nisa.engine.scalar)", "activation", "engine"),
+        ("nisa.activation(dst=dst, op=nl.copy, data=a, mask=None)", "activation", "mask"),
         (
-            "nisa.scalar_tensor_tensor(dst, a, op0=nl.add, operand0=1.0, op1=nl.add, operand1=a, reduce_op=nl.add)",
+            "nisa.scalar_tensor_tensor(dst, a, op0=nl.add, operand0=1.0, op1=nl.add, operand1=a, reduce_init=0.0)",
             "scalar_tensor_tensor",
-            "reduce_op",
+            "reduce_init",
         ),
     ],
 )

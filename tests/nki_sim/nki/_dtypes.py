@@ -1,6 +1,8 @@
 """The dtypes of nki.language (shared API page, SDK 2.32), their numpy forms, and the casts of the engines.
 
-int64 is missing: 0.7 has it for scalars of its tracing compiler alone.
+int64 is for run-time scalars (SDK 2.33): in HBM, and in SBUF as a (1, 1) tile; DMA copies it, nothing else reads it but
+scalar_load. The list of dtypes of 2.33.0 has uint64 too, which no other page uses: it is missing here.
+float8_e4m3fn comes with generation 4: before, the compiler has an error for it (NCC_EVRF051 among its error codes).
 """
 
 from dataclasses import dataclass
@@ -52,7 +54,7 @@ tfloat32 = DType("tfloat32", np.dtype(np.float32), "float")
 float16 = DType("float16", np.dtype(np.float16), "float")
 bfloat16 = DType("bfloat16", np.dtype(ml_dtypes.bfloat16), "float")
 float8_e4m3 = DType("float8_e4m3", np.dtype(ml_dtypes.float8_e4m3), "float")
-float8_e4m3fn = DType("float8_e4m3fn", np.dtype(ml_dtypes.float8_e4m3fn), "float")
+float8_e4m3fn = DType("float8_e4m3fn", np.dtype(ml_dtypes.float8_e4m3fn), "float", 4)
 float8_e5m2 = DType("float8_e5m2", np.dtype(ml_dtypes.float8_e5m2), "float")
 float8_e8m0fnu = DType("float8_e8m0fnu", np.dtype(ml_dtypes.float8_e8m0fnu), "scale", 4)
 bool_ = DType("bool_", np.dtype(np.uint8), "int")
@@ -62,6 +64,7 @@ uint32 = DType("uint32", np.dtype(np.uint32), "int")
 int8 = DType("int8", np.dtype(np.int8), "int")
 int16 = DType("int16", np.dtype(np.int16), "int")
 int32 = DType("int32", np.dtype(np.int32), "int")
+int64 = DType("int64", np.dtype(np.int64), "int")
 float8_e5m2_x4 = DType("float8_e5m2_x4", np.dtype(np.uint32), "packed", 4)
 float8_e4m3fn_x4 = DType("float8_e4m3fn_x4", np.dtype(np.uint32), "packed", 4)
 float4_e2m1fn_x4 = DType("float4_e2m1fn_x4", np.dtype(np.uint16), "packed", 4)
@@ -83,12 +86,17 @@ def of_numpy(dtype: "np.dtype[Any]") -> DType:
     return _OF_NUMPY[dtype]
 
 
-def check_dtype(instruction: str, dtype: Any, generation: int) -> DType:
+def check_dtype(instruction: str, dtype: Any, generation: int, operand: str = "dtype") -> DType:
     """Give the dtype back, or fail where it is none or comes with a later generation."""
-    require(isinstance(dtype, DType), instruction, "dtype", "be a dtype of nki.language", repr(dtype))
+    require(isinstance(dtype, DType), instruction, operand, "be a dtype of nki.language", repr(dtype))
     rule = f"exist on generation {generation} (from {dtype.oldest} on)"
-    require(generation >= dtype.oldest, instruction, "dtype", rule, dtype)
+    require(generation >= dtype.oldest, instruction, operand, rule, dtype)
     return dtype
+
+
+def check_narrow(instruction: str, operand: str, dtype: DType) -> None:
+    """Fail where the dtype is int64, which only copies and scalars know."""
+    require(dtype is not int64, instruction, operand, "not be nl.int64, which only DMA copies and scalars know", dtype)
 
 
 def check_exact(instruction: str, operand: str, values: Array) -> None:
@@ -111,7 +119,8 @@ def cast(values: Array, dtype: DType, instruction: str, operand: str = "dst") ->
 
     fp32 to integers rounds to the nearest, ties to even, and saturates (release notes 0.6.0); fp32 to narrower floats
     rounds to nearest even and overflows to infinity. No document says what NaN becomes as an integer, nor what an
-    overflow becomes as float8_e4m3fn: both are errors. Integers keep their value, and must fit.
+    overflow becomes as float8_e4m3fn: both are errors. Integers keep their value, and must fit; as floats they go by
+    way of fp32, so up to 2**24 only.
     """
     target = dtype.numpy
     require(dtype.kind != "packed" or values.dtype == target, instruction, operand, "not be a packed dtype", dtype)
@@ -125,7 +134,7 @@ def cast(values: Array, dtype: DType, instruction: str, operand: str = "dst") ->
                 fits = bool(((wide >= limits.min) & (wide <= limits.max)).all())
                 require(fits, instruction, operand, f"hold every result as {dtype}", "an integer outside its range")
                 return wide.astype(target)
-            return values.astype(np.float32).astype(target)
+            check_exact(instruction, operand, values)
         single = values.astype(np.float32)
         if dtype.is_int:
             require(not np.isnan(single).any(), instruction, operand, f"not store NaN as {dtype}", "NaN")

@@ -7,7 +7,7 @@ from typing import Any
 
 from nki._errors import fail, kernel_line, require
 from nki._machine import machine
-from nki._register import VirtualRegister
+from nki._register import NkiScalar, RunTimeValue
 from nki._tensor import NkiTensor
 
 
@@ -37,8 +37,10 @@ def _static(value: Any) -> Any:
         return (value.shape, value.strides, value.offset, value.dtype, value.buffer, value.storage.line)
     if isinstance(value, (list, tuple)):
         return tuple(_static(part) for part in value)
-    if isinstance(value, VirtualRegister):
-        return "register"
+    if isinstance(value, NkiScalar):
+        return (value.kind, value.dtype)
+    if isinstance(value, RunTimeValue):
+        return value.kind
     return repr(value)
 
 

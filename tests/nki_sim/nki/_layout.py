@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nki._dtypes import Array
+from nki._dtypes import Array, int32
 from nki._errors import fail, require
-from nki._register import VirtualRegister
+from nki._register import NkiScalar, RunTimeValue, VirtualRegister
 
 if TYPE_CHECKING:
     from nki._tensor import NkiTensor
@@ -54,7 +54,7 @@ class Dynamic:
     """
 
     kind: str
-    index: "NkiTensor | VirtualRegister"
+    index: "NkiTensor | RunTimeValue"
     stride: int
     limit: int | None
 
@@ -66,7 +66,7 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 def as_int(instruction: str, operand: str, value: Any) -> int:
     """Give a compile-time integer; registers, tensors and booleans are none."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, VirtualRegister):
+    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, RunTimeValue):
         fail(instruction, operand, "be an integer known at compile time", type(value).__name__)
     number = operator.index(value)
     require(-(2**31) <= number < 2**31, instruction, operand, "fit 32 bits", number)
@@ -104,9 +104,13 @@ def fill_shape(shape: tuple[int, ...], size: int, what: str) -> tuple[int, ...]:
     return shape
 
 
-def check_scalar_index(what: str, operand: str, index: Any) -> Any:
-    """Check a run-time index: a register, or one int32 or uint32 in SBUF."""
+def check_scalar_index(what: str, operand: str, index: Any, on_chip: bool) -> Any:
+    """Check a run-time index: a register, a scalar (of 32 bits on chip: SDK 2.33), or one int32 or uint32 in SBUF."""
     if isinstance(index, VirtualRegister):
+        return index
+    if isinstance(index, NkiScalar):
+        narrow = not on_chip or index.dtype is int32
+        require(narrow, what, operand, "be a scalar of 32 bits where the tensor is on chip", index.dtype)
         return index
     good = _is_tensor(index) and math.prod(index.shape) == 1
     require(good, what, operand, "be a register or a (1, 1) tensor", index)

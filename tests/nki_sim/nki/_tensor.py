@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from nki._access import Place, check_hazards, forget_neighbours, touch
-from nki._dtypes import Array, DType, cast, check_dtype, check_exact
+from nki._dtypes import Array, DType, cast, check_dtype, check_exact, check_narrow, int64
 from nki._errors import fail, require
 from nki._layout import MAX_DIMS, Dynamic, Layout, as_int, check_scalar_index, check_vector_index, overlaps, row_major
 from nki._machine import machine
 from nki._memory import ACCUMULATED, BANK_BYTES, UNWRITTEN, WRITTEN, Storage
-from nki._register import VirtualRegister
+from nki._register import NkiScalar, RunTimeValue
 from nki._views import Views
 
 
@@ -86,6 +86,7 @@ class NkiTensor(Views):
         """Reinterpret the bytes; the last dimension is contiguous and scales with the size of the dtypes."""
         dtype = check_dtype("view", dtype, machine().generation)
         require(self.dynamic is None, "view", "tensor", "have a static address", self)
+        self._check_reinterpreted("view", dtype)
         require(self.strides[-1] == 1 or self.shape[-1] == 1, "view", "last dimension", "be contiguous", self.strides)
         old, new = self.dtype.itemsize, dtype.itemsize
         outer = (*self.strides[:-1], self.offset, self.shape[-1])
@@ -96,11 +97,15 @@ class NkiTensor(Views):
 
     reinterpret_cast = view
 
+    def _check_reinterpreted(self, what: str, dtype: DType) -> None:
+        check_narrow(what, "tensor", self.dtype)
+        check_narrow(what, "dtype", dtype)
+
     def ap(
         self,
         pattern: list[list[int]],
         offset: int | None = None,
-        scalar_offset: "NkiTensor | VirtualRegister | None" = None,
+        scalar_offset: "NkiTensor | RunTimeValue | None" = None,
         vector_offset: "NkiTensor | None" = None,
         indirect_dim: int = 0,
         dtype: DType | None = None,
@@ -112,6 +117,8 @@ class NkiTensor(Views):
         base tensor", which may mean the shape before a reshape.
         """
         new = check_dtype("ap", dtype, machine().generation) if dtype is not None else self.dtype
+        if new is not self.dtype:
+            self._check_reinterpreted("ap", new)
         whole = self.offset == 0 and self.layout.contiguous and self.dynamic is None
         whole = whole and self.size * self.dtype.itemsize == self.storage.data.size
         require(whole, "ap", "tensor", "be a whole allocation, neither sliced nor permuted", self)
@@ -128,7 +135,8 @@ class NkiTensor(Views):
         scale = math.prod(self.shape[dim + 1 :]) * self.dtype.itemsize // new.itemsize
         if scalar_offset is not None:
             require(dim > 0 or not self.on_chip, "ap", "indirect_dim", "not be the partition on chip", dim)
-            dynamic = Dynamic("scalar", check_scalar_index("ap", "scalar_offset", scalar_offset), scale, None)
+            index = check_scalar_index("ap", "scalar_offset", scalar_offset, self.on_chip)
+            dynamic = Dynamic("scalar", index, scale, None)
         if vector_offset is not None:
             require(dim == 0, "ap", "indirect_dim", "be 0 with vector_offset", dim)
             rows = math.prod(vector_offset.shape) if check_vector_index("ap", self, vector_offset) else 0
@@ -171,7 +179,9 @@ class NkiTensor(Views):
         index = self.index_value(instruction, operand)
         moved = Layout(layout.shape, layout.strides, layout.offset + index * self.dynamic.stride)
         reach = index * self.dynamic.stride * self.dtype.itemsize
-        require(reach < 2**32, instruction, operand, "be reached by a run-time offset of 32 bits, in bytes", reach)
+        wide = isinstance(self.dynamic.index, NkiScalar) and self.dynamic.index.dtype is int64
+        rule = "be reached by a run-time offset of 32 bits, in bytes"
+        require(wide or reach < 2**32, instruction, operand, rule, reach)
         limit = self.dynamic.limit
         total = self.storage.data.size // self.dtype.itemsize
         inside = index >= 0 and (limit is None or index < limit) and moved.last < total
@@ -193,7 +203,7 @@ class NkiTensor(Views):
         """Give the run-time index of a scalar address."""
         assert self.dynamic is not None
         index = self.dynamic.index
-        if isinstance(index, VirtualRegister):
+        if isinstance(index, RunTimeValue):
             return index.read(instruction, operand)
         return int(index.values(instruction, f"{operand}'s run-time index").reshape(())[()])
 

@@ -10,7 +10,7 @@ import numpy as np
 from nki._dtypes import DType
 from nki._errors import fail, require
 from nki._layout import Dynamic, Layout, as_int, check_scalar_index, check_vector_index, fill_shape, row_major
-from nki._register import VirtualRegister
+from nki._register import RunTimeValue
 
 if TYPE_CHECKING:
     from nki._tensor import NkiTensor
@@ -103,7 +103,7 @@ class Views:
         return self._derive(Layout(tuple(shape), tuple(strides), offset), dynamic=self.dynamic, what="slice")
 
     def select(self, dim: int, index: Any) -> "NkiTensor":
-        """Give one index of a dimension, which goes away; the index may be a register or a (1, 1) tensor."""
+        """Give one index of a dimension, which goes away; the index may be a register, a scalar or a (1, 1) tensor."""
         dim = self._free_dim("select", dim)
         self._keep_rows("select", slice(None) if dim else index)
         size, step = self.shape[dim], self.strides[dim]
@@ -111,9 +111,9 @@ class Views:
         layout = Layout(tuple(self.shape[at] for at in kept), tuple(self.strides[at] for at in kept), self.offset)
         if self.on_chip and len(kept) < 2:
             layout = Layout((*layout.shape, 1), (*layout.strides, 1), self.offset)
-        if isinstance(index, (Views, VirtualRegister)):
+        if isinstance(index, (Views, RunTimeValue)):
             require(self.dynamic is None, "select", "index", "be the only run-time index of the tensor", "a second one")
-            dynamic = Dynamic("scalar", check_scalar_index("select", "index", index), step, size)
+            dynamic = Dynamic("scalar", check_scalar_index("select", "index", index, self.on_chip), step, size)
             return self._derive(layout, dynamic=dynamic, what="select")
         number = as_int("select", "index", index)
         require(0 <= number < size, "select", "index", f"lie in [0, {size})", number)

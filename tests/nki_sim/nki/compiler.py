@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from nki._dtypes import of_numpy
+from nki import _handed
+from nki._dtypes import check_dtype, of_numpy
 from nki._errors import NkiValidationError, fail, require
 from nki._launch import Launch
 from nki._lint import lint
@@ -157,11 +158,13 @@ class _Argument:
             dtype = of_numpy(array.dtype)
         except TypeError as error:
             fail(kernel, name, "have a dtype of nki.language", error)
+        check_dtype(kernel, dtype, target_generation(), name)
         require(array.ndim >= 1 and array.size > 0, kernel, name, "have a dimension and elements", array.shape)
         self.given = array
         self.flat = np.ascontiguousarray(array)
         data = self.flat.reshape(-1).view(np.uint8)
-        state = np.full(data.size, WRITTEN, np.uint8)
+        known = _handed.states_of(array)
+        state, line = known or (np.full(data.size, WRITTEN, np.uint8), "")
         buffer = shared_hbm if cores == 2 else private_hbm
         storage = Storage(
             buffer,
@@ -170,7 +173,7 @@ class _Argument:
             data,
             state,
             name,
-            f"argument {name}",
+            f"argument {name}" + (f", made at {line}" if line else ""),
             argument=True,
             constant=not data.flags.writeable,
         )
@@ -222,6 +225,12 @@ def _give_back(function: Callable[..., Any], result: Any, torch_out: bool) -> An
         rule = "be whole tensors that the kernel made in nl.shared_hbm"
         line = _return_line(function)
         raise NkiValidationError(f"{function.__name__}: results must {rule}, got {result!r} ({line})")
+    if not result.storage.state.all() and _handed.may_hand_on(function):
+        _handed.hand_on(result.storage)
+    elif not result.storage.state.all():
+        where = f"elements of {result!r} of {result.storage.line} that no instruction wrote"
+        rule = "be written in full, since the caller would read what memory held before"
+        raise NkiValidationError(f"{function.__name__}: results must {rule}, got {where} ({_return_line(function)})")
     array = result.storage.data.view(result.dtype.numpy).reshape(result.shape)
     return _to_torch(array) if torch_out else array
 

@@ -56,7 +56,7 @@ def copy_rows(
 
 
 def _taken(base, row, first, count):
-    """Return ``count`` rows of a tensor in HBM, from ``row + first`` on, the former a register."""
+    """Return ``count`` rows of a tensor in HBM, from ``row + first`` on, the former a run-time value."""
     width = base.shape[1]
     pattern = [[width, count], [1, width]]
     return base.ap(pattern=pattern, offset=first * width, scalar_offset=row, indirect_dim=0)

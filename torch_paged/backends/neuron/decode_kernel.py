@@ -31,6 +31,7 @@ GANG_KV_HEADS, GANG_HEADS = 8, 64  # of tiles that are computed together: an ins
 BUFFERS = 4  # for units of a side on their way from HBM
 LEAST = -1e30  # a maximum below which no logit counts: finite, so that a difference of two of them is no NaN
 LARGEST = 3.4028234663852886e38  # finite float32
+HANDED_ON = ("attend_chunks",)  # results of capacity: merge_chunks reads the rows that the plan's tiles wrote
 
 
 @nki.jit

@@ -65,7 +65,7 @@ class _Call(nl.NKIObject):
             nisa.dma_copy(dst=self.table, src=table.ap(pattern=[[0, P], [1, 256]], offset=0))
 
     def gather(self, row, first, count):
-        """Gather ``count`` units from ``row + first`` on, the former a register."""
+        """Gather ``count`` units from ``row + first`` on, the former a run-time value."""
         places = nl.ndarray((count, self.rows.shape[1]), dtype=nl.int32)
         nisa.dma_copy(dst=places, src=_taken(self.rows, row, first, count))
         there = nl.ndarray((count, 1), dtype=nl.float32)
@@ -127,7 +127,7 @@ class _Call(nl.NKIObject):
 
 
 def _taken(base, row, first, count):
-    """Return ``count`` rows of a tensor in HBM, from ``row + first`` on, the former a register."""
+    """Return ``count`` rows of a tensor in HBM, from ``row + first`` on, the former a run-time value."""
     width = base.shape[1]
     pattern = [[width, count], [1, width]]
     return base.ap(pattern=pattern, offset=first * width, scalar_offset=row, indirect_dim=0)

@@ -38,7 +38,8 @@ def merge_states(
         call.merge(row, [(core * tile, P, rows_each)])
 
     if looped > 0:
-        nl.fori_loop(0, looped, a_tile, step=step)
+        first = nisa.register_alloc(0)  # a bound in a register makes the index one, which NKI 0.7 has as a scalar else
+        nl.fori_loop(first, looped, a_tile, step=step)
     pieces = []
     for start in range(looped, num_rows, tile):
         if (start - looped) // tile % cores == core:

@@ -86,7 +86,7 @@ class _Call(nl.NKIObject):
         self.divisor = _Divisor(spread)
 
     def write(self, token, first, count):
-        """Write ``count`` tokens from ``token + first`` on, the former a register."""
+        """Write ``count`` tokens from ``token + first`` on, the former a run-time value."""
         places = nl.ndarray((count, self.rows.shape[1]), dtype=nl.int32)
         nisa.dma_copy(dst=places, src=_taken(self.rows, token, first, count, 0, self.rows.shape[1]))
         for side in range(len(self.sides)):
@@ -260,7 +260,7 @@ def _format(stored, magnitudes, signs, missing):
 
 
 def _taken(base, token, first, count, lane, lanes):
-    """Return some lanes of ``count`` rows of a tensor in HBM, from row ``token + first`` on, the former a register."""
+    """Return some lanes of ``count`` rows of a tensor in HBM, from row ``token + first`` on, ``token`` at run time."""
     width = base.shape[1]
     return base.ap(
         pattern=[[width, count], [1, lanes]], offset=first * width + lane, scalar_offset=token, indirect_dim=0

@@ -1,8 +1,8 @@
-"""nki.isa: the instructions of a NeuronCore (signatures: SDK 2.32 API reference)."""
+"""nki.isa: the instructions of a NeuronCore (signatures: SDK 2.32 and 2.33 API reference)."""
 
 from nki._errors import NkiValidationError
 from nki._instruction import NkiInstruction
-from nki._register import VirtualRegister
+from nki._register import NkiScalar, VirtualRegister
 from nki.isa._accumulate import (
     exponential,
     range_select,
@@ -30,7 +30,14 @@ from nki.isa._enums import (
 from nki.isa._gather import local_gather, nc_n_gather, nc_stream_shuffle
 from nki.isa._mx import nc_matmul_mx, quantize_mx
 from nki.isa._reduce import bn_aggr, bn_stats, tensor_partition_reduce, tensor_reduce, tensor_tensor_scan
-from nki.isa._registers import register_alloc, register_load, register_move, register_store
+from nki.isa._registers import (
+    register_alloc,
+    register_load,
+    register_move,
+    register_store,
+    scalar_load,
+    scalar_store,
+)
 from nki.isa._rng import dropout, rand2, rand_get_state, rand_set_state, rng, set_rng_seed
 from nki.isa._scalar import activate2, activation, activation_reduce
 from nki.isa._search import (
@@ -47,6 +54,7 @@ from nki.isa._version import get_nc_sub_version, get_nc_version
 
 __all__ = [
     "NkiInstruction",
+    "NkiScalar",
     "NkiValidationError",
     "VirtualRegister",
     "activate2",
@@ -95,6 +103,8 @@ __all__ = [
     "register_store",
     "rng",
     "scalar_engine",
+    "scalar_load",
+    "scalar_store",
     "scalar_tensor_tensor",
     "select_reduce",
     "sendrecv",

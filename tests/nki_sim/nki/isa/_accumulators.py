@@ -1,9 +1,9 @@
 """Accumulator registers: one fp32 value per lane, kept between instructions (SDK 2.32 API reference).
 
 The Scalar engine has one file (activation, activation_reduce, activate2), the Vector engine another (exponential,
-range_select, select_reduce, tensor_scalar_reduce, tensor_scalar_cumulative). A lane is a physical partition. No
-document fixes whether results are folded before or after the cast to dst, nor the order of the sum: they are folded in
-fp32, before the cast, pairwise.
+range_select, scalar_tensor_tensor, select_reduce, tensor_scalar_reduce, tensor_scalar_cumulative). A lane is a physical
+partition. No document fixes whether results are folded before or after the cast to dst, nor the order of the sum: they
+are folded in fp32, before the cast, pairwise.
 """
 
 from dataclasses import dataclass, field

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from nki._dtypes import check_narrow
 from nki._errors import require
 from nki._instruction import instruction
 from nki._launch import meet
@@ -62,6 +63,7 @@ def sendrecv(
         require(good, title, operand, "be a tensor of SBUF", tensor)
     require(dst.shape == src.shape, title, "dst", f"have src's shape {src.shape}", dst.shape)
     require(dst.dtype is src.dtype, title, "dst", f"have src's dtype {src.dtype}", dst.dtype)
+    check_narrow(title, "src", src.dtype)
     require(dst.storage is not src.storage, title, "dst", "be another tensor than src", dst)
     core = machine()
     for operand, rank in (("send_to_rank", send_to_rank), ("recv_from_rank", recv_from_rank)):

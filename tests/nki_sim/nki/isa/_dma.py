@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from nki._dtypes import cast, check_exact
+from nki._dtypes import cast, check_exact, check_narrow
 from nki._errors import require
 from nki._instruction import instruction
 from nki._layout import Layout
@@ -168,6 +168,8 @@ def dma_compute(
     for number, src in enumerate(srcs):
         check_tensor(title, f"srcs[{number}]", src)
         require(src.size == dst.size, title, f"srcs[{number}]", f"have the {dst.size} elements of dst", src.size)
+    for operand, tensor in (("dst", dst), *((f"srcs[{number}]", src) for number, src in enumerate(srcs))):
+        check_narrow(title, operand, tensor.dtype)
     is_add = getattr(reduce_op, "__name__", "") == "add" and reduce_op.__module__.startswith("nki.language")
     require(is_add, title, "reduce_op", "be nl.add", reduce_op)
     unit = scales is None or (len(scales) == len(srcs) and all(scale == 1.0 for scale in scales))

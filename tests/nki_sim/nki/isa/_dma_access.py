@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from nki._dtypes import Array, cast, check_exact
+from nki._dtypes import Array, cast, check_exact, check_narrow
 from nki._errors import fail, require
 from nki._layout import Layout, elements_of
 from nki._machine import machine
@@ -151,6 +151,8 @@ def convert(title: str, values: Array, exist: Array, src: NkiTensor, dst: NkiTen
     """Cast by way of float32, unless the dtypes are equal."""
     if src.dtype is dst.dtype:
         return values
+    check_narrow(title, "src", src.dtype)
+    check_narrow(title, "dst", dst.dtype)
     packed = "packed" in (src.dtype.kind, dst.dtype.kind)
     require(not packed, title, "dst", f"have src's packed dtype {src.dtype}", dst.dtype)
     kept = values[exist]

@@ -58,7 +58,7 @@ def tensor_reduce(
     write(dst, -outcome if negate else outcome)
 
 
-_PARTITION_OPS = ("add", "maximum", "bitwise_or", "bitwise_and")
+_PARTITION_OPS = ("add", "maximum", "bitwise_or", "bitwise_and", "bitwise_xor")
 
 
 @instruction(
@@ -70,8 +70,7 @@ _PARTITION_OPS = ("add", "maximum", "bitwise_or", "bitwise_and")
 def tensor_partition_reduce(dst: NkiTensor, op: Any, data: NkiTensor, name: str | None = None) -> None:
     """dst (1, F) = data folded over its partitions (nki.isa.tensor_partition_reduce, SDK 2.32 API reference).
 
-    Operators on which SDK 2.31 to 2.33 agree: add, max, bitwise_or, bitwise_and; 2.32 names average without saying how
-    nki.language spells it.
+    bitwise_xor: SDK 2.33. 2.32 names average and 2.33 mean, without saying what of nki.language stands for it: refused.
     """
     operator = find_reduction("op", op, _PARTITION_OPS)
     demand(dst.partitions == 1, "dst", "have 1 partition", dst.shape)

@@ -1,14 +1,15 @@
-"""Instructions on registers (SDK 2.32 API reference); they take no name."""
+"""Instructions on registers (SDK 2.32 API reference) and on scalars (SDK 2.33); they take no name."""
 
 import math
 
 import numpy as np
 
+from nki._dtypes import int32, int64
 from nki._errors import require
 from nki._instruction import instruction
 from nki._layout import as_int
 from nki._machine import machine
-from nki._register import VirtualRegister
+from nki._register import NkiScalar, VirtualRegister
 from nki._tensor import NkiTensor
 
 
@@ -22,7 +23,10 @@ def register_alloc(x: int | None = None) -> VirtualRegister:
 
 
 def _check(title: str, operand: str, register: VirtualRegister) -> None:
-    require(isinstance(register, VirtualRegister), title, operand, "be a register", type(register).__name__)
+    what = type(register).__name__
+    if isinstance(register, NkiScalar):
+        what = "a scalar, which the index of a loop is where no bound is a register"
+    require(isinstance(register, VirtualRegister), title, operand, "be a register", what)
 
 
 def _check_element(title: str, operand: str, tensor: NkiTensor) -> None:
@@ -65,3 +69,29 @@ def register_move(dst: VirtualRegister, src: VirtualRegister) -> None:
     _check("register_move", "src", src)
     dst.load(src.read("register_move", "src"), "register_move")
     machine().count("sync", elements=1)
+
+
+def _check_scalar_tile(title: str, operand: str, tensor: NkiTensor) -> None:
+    require(isinstance(tensor, NkiTensor), title, operand, "be a tensor", type(tensor).__name__)
+    require(tensor.shape == (1, 1), title, operand, "be a 1x1 tensor", tensor.shape)
+    require(tensor.buffer.name != "psum", title, operand, "be in HBM or SBUF", tensor)
+    require(tensor.dtype in (int32, int64), title, operand, "be nl.int32 or nl.int64", tensor.dtype)
+
+
+@instruction
+def scalar_load(src: NkiTensor) -> NkiScalar:
+    """Load a scalar of the width of a 1x1 tensor. nki.isa.scalar_load, SDK 2.33 API reference; not in 0.6."""
+    _check_scalar_tile("scalar_load", "src", src)
+    machine().count("sync", elements=1, bytes=src.dtype.itemsize)
+    return NkiScalar.make(int(src.values("scalar_load", "src")[0, 0]), src.dtype)
+
+
+@instruction
+def scalar_store(dst: NkiTensor, value: NkiScalar) -> None:
+    """Store a scalar in a 1x1 tensor of its width. nki.isa.scalar_store, SDK 2.33 API reference; not in 0.6."""
+    rule = "be a scalar: use memset for a number"
+    require(isinstance(value, NkiScalar), "scalar_store", "value", rule, type(value).__name__)
+    _check_scalar_tile("scalar_store", "dst", dst)
+    require(dst.dtype is value.dtype, "scalar_store", "dst", f"have the width of the value, {value.dtype}", dst.dtype)
+    dst.write(np.array([[value.read("scalar_store", "value")]], dst.dtype.numpy), "scalar_store")
+    machine().count("sync", elements=1, bytes=dst.dtype.itemsize)

@@ -1,4 +1,4 @@
-"""Activation instructions of the Scalar engine."""
+"""Activation instructions of the Scalar engine, two of which GpSimd runs too from generation 4 on (SDK 2.33)."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def _spec(**more: Any) -> Spec:
             "reduce_res": vector(dtypes=FLOATS, optional=True, written=True),
             **more,
         },
-        engines=(Engine.scalar,),
+        engines=(Engine.scalar, Engine.gpsimd),
         equal=("dst", "data"),
         accumulates=True,
         since=4 if "imm0" in more else 2,
@@ -52,6 +52,16 @@ def _apply(function: str, x: F32, relu_param: F32) -> F32:
             rule = f"give nl.{function} {measured} within its range [{valid.low:g}, {valid.high:g}]"
             reject("data", rule, float(x[outside][0]))
     return activate(function, x, relu_param)
+
+
+def _check_engine(engine: Engine, *tensors: Any, reduces: bool) -> None:
+    """Fail where the engine cannot do what is asked of it."""
+    demand(engine in (Engine.scalar, Engine.gpsimd), "engine", "be engine.scalar or engine.gpsimd", engine)
+    if engine is Engine.gpsimd:
+        demand(machine().generation >= 4, "engine", "be engine.scalar before generation 4", engine)
+        demand(not reduces, "engine", "be engine.scalar with reduce_op, reduce_res or a reduce_cmd", engine)
+        indirect = any(isinstance(tensor, NkiTensor) and tensor.is_indirect() for tensor in tensors)
+        demand(not indirect, "engine", "be engine.scalar with indirect views", engine)
 
 
 def _finish(
@@ -95,14 +105,18 @@ def activation(
     reduce_op: Any = None,
     reduce_res: NkiTensor | None = None,
     reduce_cmd: Command = Command.idle,
+    engine: Engine = Engine.scalar,
     name: str | None = None,
 ) -> None:
     """dst = op(data * scale + bias), and its sum over the free dimensions (nki.isa.activation, SDK 2.32 API reference).
 
+    engine: SDK 2.33, which gives the accumulators to the Scalar engine alone. No document has indirect views on GpSimd.
     Bias dtypes: SDK 2.27 admits fp32, fp16 and bf16, SDK 2.32 any but tfloat32; the former holds here. The pseudo code
     of 2.32 adds the old accumulators twice; the text, which adds the sum once, holds here. The error of the engine's
     tables is not documented: results are those of the exact function.
     """
+    reduces = reduce_op is not None or reduce_res is not None or reduce_cmd is not Command.idle
+    _check_engine(engine, dst, data, reduces=reduces)
     _activation(dst, op, data, bias, scale, reduce_op, reduce_res, reduce_cmd)
 
 
@@ -152,9 +166,15 @@ def activate2(
     reduce_op: Any = None,
     reduce_res: NkiTensor | None = None,
     reduce_cmd: Command = Command.idle,
+    engine: Engine = Engine.scalar,
     name: str | None = None,
 ) -> None:
-    """dst = op((data op0 imm0) op1 imm1), and its fold over the free dimensions (nki.isa.activate2, SDK 2.32)."""
+    """dst = op((data op0 imm0) op1 imm1), and its fold over the free dimensions (nki.isa.activate2, SDK 2.32).
+
+    engine: as of activation (SDK 2.33).
+    """
+    reduces = reduce_op is not None or reduce_res is not None or reduce_cmd is not Command.idle
+    _check_engine(engine, dst, data, reduces=reduces)
     function = _function(op, with_parameter=True)
     names = (name_of("op0", op0), name_of("op1", op1))
     if names not in _PIPELINES:

@@ -102,8 +102,6 @@ def _check_types(stationary: NkiTensor, moving: NkiTensor, double_row: bool) -> 
         other = "moving" if wide[0] == "stationary" else "stationary"
         reject(other, f"be fp32 or tf32 where {wide[0]} is", types[other])
     for name, dtype in types.items():
-        if dtype is dt.float8_e4m3fn:
-            demand(machine().generation >= 4, name, "not be nl.float8_e4m3fn before generation 4", dtype)
         if double_row:
             demand(dtype in FLOAT8, f"{name} with perf_mode double_row", "be of an 8-bit float dtype", dtype)
     mixed = set(types.values()) == {dt.float8_e4m3, dt.float8_e4m3fn}

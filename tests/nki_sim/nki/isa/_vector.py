@@ -8,7 +8,7 @@ import numpy as np
 from nki._machine import machine
 from nki._tensor import NkiTensor
 from nki.isa._access import Array, demand, f32, in_psum, reject, values, write
-from nki.isa._accumulators import forget
+from nki.isa._accumulators import accumulate, check_command, forget
 from nki.isa._alu import Kind, Operator
 from nki.isa._arithmetic import (
     arithmetic,
@@ -18,10 +18,12 @@ from nki.isa._arithmetic import (
     check_shift,
     combine,
     find,
+    find_reduction,
 )
 from nki.isa._enums import engine as Engine
+from nki.isa._enums import reduce_cmd as Command
 from nki.isa._instruction import instruction
-from nki.isa._operands import F32_ONLY, INT32, NUMBERS, Spec, result, scalar_or_vector, tile
+from nki.isa._operands import F32_ONLY, FLOATS, INT32, NUMBERS, Spec, result, scalar_or_vector, tile, vector
 
 _TENSORS = ("dst", "data1", "data2")
 
@@ -165,9 +167,16 @@ def _check_tensor_scalar_engine(asked: Engine, first: Operator, second: Operator
 
 @instruction(
     Spec(
-        {"dst": result(), "data": tile(), "operand0": scalar_or_vector(), "operand1": tile()},
+        {
+            "dst": result(),
+            "data": tile(),
+            "operand0": scalar_or_vector(),
+            "operand1": tile(),
+            "reduce_res": vector(dtypes=FLOATS, optional=True, written=True),
+        },
         equal=("dst", "data", "operand1"),
         one_in_psum=("data", "operand1"),
+        accumulates=True,
     )
 )
 def scalar_tensor_tensor(
@@ -179,20 +188,32 @@ def scalar_tensor_tensor(
     operand1: NkiTensor,
     reverse0: bool = False,
     reverse1: bool = False,
+    reduce_cmd: Command = Command.reset_reduce,
+    reduce_op: Any = ...,
+    reduce_res: NkiTensor | None = None,
     name: str | None = None,
 ) -> None:
     """dst = (data op0 operand0) op1 operand1, operand1 a tensor (nki.isa.scalar_tensor_tensor, SDK 2.32 API reference).
 
-    SDK 2.33 adds a reduction whose meaning is not public, and whose default writes the Vector engine's accumulators:
-    its arguments are refused here, and the accumulators are undefined afterwards.
+    SDK 2.33 adds a fold over the free dimensions by the accumulators, taken to be that of tensor_scalar_reduce. No
+    document shows its default operator: the accumulators are undefined where it is not named.
     """
+    if reduce_op is ...:
+        default = reduce_cmd is Command.reset_reduce and reduce_res is None
+        demand(default, "reduce_op", "be given with reduce_cmd or reduce_res", "its default")
+    else:
+        check_command(reduce_cmd, (Command.idle, Command.reset_reduce, Command.reduce))
+        fold = find_reduction("reduce_op", reduce_op, ("add", "multiply", "maximum", "minimum"))
     first = find("op0", op0, Kind.arithmetic, Kind.unary)
     second = find("op1", op1, Kind.arithmetic)
     scaled = arithmetic(first, f32("data", data), "operand0", operand0, reverse0)
     outcome = combine(second, scaled, f32("operand1", operand1), reverse1)
     check_integers(outcome, dst, data, operand1)
     write(dst, outcome)
-    forget("vector")
+    if reduce_op is ...:
+        forget("vector")
+    else:
+        accumulate("vector", reduce_cmd, data, outcome, fold, reduce_res)
 
 
 @instruction(Spec({"dst": result(), "data": tile()}, equal=("dst", "data")))

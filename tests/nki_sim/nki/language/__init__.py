@@ -1,4 +1,4 @@
-"""nki.language (SDK 2.32 API reference)."""
+"""nki.language (SDK 2.32 and 2.33 API reference)."""
 
 from nki._dtypes import (
     bfloat16,
@@ -15,6 +15,7 @@ from nki._dtypes import (
     int8,
     int16,
     int32,
+    int64,
     tfloat32,
     uint8,
     uint16,
@@ -82,6 +83,7 @@ __all__ = [
     "int8",
     "int16",
     "int32",
+    "int64",
     "is_hbm",
     "is_on_chip",
     "is_psum",

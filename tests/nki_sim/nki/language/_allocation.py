@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nki._dtypes import DType, cast, check_dtype, of_numpy, uint8
+from nki._dtypes import DType, cast, check_dtype, check_narrow, int64, of_numpy, uint8
 from nki._errors import fail, kernel_line, require
 from nki._instruction import record, use_name
 from nki._layout import MAX_DIMS, as_int
@@ -47,6 +47,8 @@ def ndarray(
     sizes = tuple(as_int("ndarray", "shape", n) for n in shape)
     require(bool(sizes) and min(sizes) >= 1, "ndarray", "shape", "have positive sizes", sizes)
     require(isinstance(name, str), "ndarray", "name", "be a string", repr(name))
+    small = not buffer.on_chip or (buffer is sbuf and sizes == (1, 1))
+    require(small or element is not int64, "ndarray", "shape", "be (1, 1) in SBUF with nl.int64", (sizes, buffer))
     if name:
         use_name(f"tensor {name}", "ndarray")
     record("ndarray", sizes, element, buffer, kernel_line())
@@ -143,6 +145,7 @@ def _check_address(storage: Storage, address: Any, room: int) -> None:
 
 def full(shape: Sequence[int], fill_value: Any, dtype: Any, buffer: Any = sbuf, name: str = "") -> NkiTensor:
     """Make a tensor that holds one value."""
+    check_narrow("full", "dtype", dtype)
     tensor = ndarray(shape, dtype, buffer, name)
     if buffer is sbuf or buffer is psum:
         from nki.isa import memset
@@ -184,6 +187,7 @@ def shared_constant(constant: Any) -> NkiTensor:
         dtype = of_numpy(array.dtype)
     except TypeError as error:
         fail("shared_constant", "constant", "have a dtype of nki.language", error)
+    check_narrow("shared_constant", "constant", dtype)
     require(dtype.name != "float8_e4m3", "shared_constant", "constant", "not be float8_e4m3", dtype)
     tensor = ndarray(array.shape, dtype, shared_hbm)
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)

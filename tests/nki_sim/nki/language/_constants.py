@@ -5,6 +5,7 @@ from typing import Any
 from nki._errors import require
 from nki._machine import machine
 from nki._memory import BANK_BYTES, PARTITIONS, PSUM_BANKS, usable_sbuf_bytes
+from nki._register import RunTimeValue
 
 
 class _TileSize:
@@ -53,6 +54,6 @@ fp32 = _Float32()
 def ds(start: Any, size: Any) -> slice:
     """Give the slice start:start + size, both known at compile time (guides disagree about registers)."""
     for operand, value in (("start", start), ("size", size)):
-        good = hasattr(value, "__index__") and type(value).__module__ != "nki._register"
+        good = hasattr(value, "__index__") and not isinstance(value, RunTimeValue)
         require(good, "ds", operand, "be an integer known at compile time", type(value).__name__)
     return slice(start, start + size)

@@ -2,14 +2,16 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from nki._dtypes import int32
 from nki._errors import fail, require
 from nki._instruction import record
 from nki._launch import meet
 from nki._layout import as_int
 from nki._machine import Core, Loop, machine
-from nki._register import VirtualRegister
+from nki._register import NkiScalar, RunTimeValue, VirtualRegister
 from nki._tensor import NkiTensor
 
 
@@ -34,7 +36,9 @@ def dynamic_range(start: Any, stop: Any = None, step: int = 1) -> None:
 
 
 def _bound(title: str, operand: str, value: Any) -> int:
-    if isinstance(value, VirtualRegister):
+    if isinstance(value, NkiScalar):
+        require(value.dtype is int32, title, operand, "be a scalar of 32 bits", value.dtype)
+    if isinstance(value, RunTimeValue):
         number = value.read(title, operand)
         require(number < 2**31, title, operand, "fit a signed 32-bit bound", number)
         return number
@@ -46,10 +50,11 @@ def _check_body(title: str, body: Any) -> None:
     require(len(needed) == 1, title, "body_fun", "be a function of one argument, others having defaults", body)
 
 
-def fori_loop(lower: Any, upper: Any, body_fun: Callable[[VirtualRegister], None], step: int = 1) -> None:
-    """Run body_fun(i) for i in range(lower, upper, step), with bounds that may be registers.
+def fori_loop(lower: Any, upper: Any, body_fun: Callable[[Any], None], step: int = 1) -> None:
+    """Run body_fun(i) for i in range(lower, upper, step), with bounds that may be registers or scalars of 32 bits.
 
-    i is a register that only `scalar_offset`, `select` and instructions read. Both cores of an LNC make equally many
+    i is a register where a bound is one, else a scalar (SDK 2.33 API reference; in 0.6 it is always a register), which
+    only `scalar_offset`, `select` and instructions read. Both cores of an LNC make equally many
     turns. Loops do not lie inside nl.no_reorder.
     """
     core = machine()
@@ -62,7 +67,7 @@ def fori_loop(lower: Any, upper: Any, body_fun: Callable[[VirtualRegister], None
     meet(core, "fori_loop", (len(turns),))
     loop = Loop()
     for number in turns:
-        result = _turn(core, loop, body_fun, number, frozen=True)
+        result = _turn(core, loop, body_fun, partial(loop_index, number, lower, upper))
         require(result is None, "fori_loop", "body_fun", "return None", type(result).__name__)
 
 
@@ -78,13 +83,20 @@ def while_loop(init: VirtualRegister, body_fun: Callable[[VirtualRegister], Virt
         meet(core, "while_loop", (condition != 0,))
         if condition == 0:
             return
-        result = _turn(core, loop, body_fun, condition, frozen=False)
+        result = _turn(core, loop, body_fun, partial(VirtualRegister, condition))
         good = isinstance(result, VirtualRegister) and result.state is not None
         require(good, "while_loop", "body_fun", "return a register that holds the next condition", result)
         condition = result.state
 
 
-def _turn(core: Core, loop: Loop, body: Callable[[VirtualRegister], Any], value: int, frozen: bool) -> Any:
+def loop_index(number: int, lower: Any, upper: Any) -> RunTimeValue:
+    """Give the index of a turn: what it is depends on the bounds."""
+    if isinstance(lower, VirtualRegister) or isinstance(upper, VirtualRegister):
+        return VirtualRegister(number, frozen=True)
+    return NkiScalar.make(number)
+
+
+def _turn(core: Core, loop: Loop, body: Callable[[Any], Any], variable: Callable[[], RunTimeValue]) -> Any:
     """Run one turn: its allocations are its own, and it does what the first turn did."""
     outer = core.turns, core.loops
     loop.turn = []
@@ -92,7 +104,7 @@ def _turn(core: Core, loop: Loop, body: Callable[[VirtualRegister], Any], value:
     no_reorder, core.no_reorder = core.no_reorder, 0
     core.lanes.clear()
     try:
-        result = body(VirtualRegister(value, frozen))
+        result = body(variable())
         if loop.first is not None and len(loop.turn) < len(loop.first):
             rule = "do the same in every turn, since it is traced once"
             fail("loop", "body", rule, f"an end before {loop.first[len(loop.turn)][0]} in turn {loop.turns}")
