@@ -39,9 +39,7 @@ def table(name: str, outcomes: Iterable[Outcome]) -> Table:
         counts[outcome.dtype][outcome.status] += 1
     result = Table(Column("checks that passed", no_wrap=True), title=name, box=SIMPLE_HEAD, pad_edge=False)
     for dtype in DTYPES:
-        result.add_column(
-            _SHORT.get(dtype) or str(dtype).removeprefix("torch.").removeprefix("float8_"), justify="right"
-        )
+        result.add_column(_SHORT[dtype], justify="right", min_width=6)
     for row, columns in found.items():
         result.add_row(row, *(_cell(columns[dtype]) for dtype in DTYPES))
     return result
