@@ -37,9 +37,9 @@ def table(name: str, outcomes: Iterable[Outcome]) -> Table:
     for outcome in outcomes:
         counts = found.setdefault(outcome.row, {dtype: Counter() for dtype in DTYPES})
         counts[outcome.dtype][outcome.status] += 1
-    result = Table(Column("checks that passed", no_wrap=True), title=name, box=SIMPLE_HEAD, padding=0)
+    result = Table(Column("checks that passed", no_wrap=True), title=name, box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for dtype in DTYPES:
-        result.add_column(_SHORT[dtype], justify="right", min_width=7)
+        result.add_column(_SHORT[dtype], justify="right", min_width=6)
     for row, columns in found.items():
         result.add_row(row, *(_cell(columns[dtype]) for dtype in DTYPES))
     return result
