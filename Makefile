@@ -114,7 +114,7 @@ $(TPU_VENV)/.ready: pyproject.toml
 
 # The kernels' own tests; cases with simulated memories; the shared tests on CPU tensors, interpreted. Left out of the
 # shared ones are those that give an op a cache which this backend refuses, and those of programs without a kernel:
-# compile, autograd, fake, cache_layouts (caches of few lanes, or strided), large_cache (interpreting copies the cache).
+# compile, autograd, fake, cache_layouts (caches of few lanes, or strided).
 test-tpu: $(TPU_VENV)/.ready $(LIBRARY)
 	$(TPU) $(wildcard tests/test_tpu_*.py) tests/test_on_import.py $(ARGS)
 	TORCH_PAGED_TPU_INTERPRET=on_wait,races $(TPU) $(SIMULATED) $(ARGS)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 if importlib.util.find_spec("nki") is None:  # before torch_paged looks for it
     sys.path.append(str(Path(__file__).parent / "nki_sim"))
 
 import torch_paged  # noqa: F401  (defines the ops)
-from torch_paged.testing.backends import REFERENCE, Backend, Refused, backends_here
+from torch_paged.testing.backends import REFERENCE, Backend, NotRun, Refused, backends_here, threads_of
+from torch_paged.testing.tensors import poisoned_memory
 
 if importlib.util.find_spec("jax") is None:
     collect_ignore_glob = ["test_tpu_*.py"]
@@ -39,19 +39,15 @@ def implementation(request: pytest.FixtureRequest) -> Backend:
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Run on one thread, so that a busy machine does not make tests slow; tests about threads set their own number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads_of(1):
+        yield
 
 
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
+@pytest.fixture(name="poisoned_memory")
+def poisoned() -> Iterator[None]:
     """Make torch.empty return NaN (or the largest integer), so that an element that a kernel forgot is seen."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+    with poisoned_memory():
+        yield
 
 
 @pytest.hookimpl(wrapper=True)
@@ -65,6 +61,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
     except Refused:
         _refused.add(pyfuncitem.nodeid)
         return True
+    except NotRun as reason:
+        pytest.skip(str(reason))
 
 
 def _ended_by_a_refusal(test: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -43,19 +43,8 @@ for dtype, cache_dtype, rank in (
     backend.check_batch_invariance(AttentionCase("decode", (1100, 5, 600, 64), **kind))
     backend.check_batch_invariance(AttentionCase("varlen", (100, 0, 2100, 9), (40, 3, 5, 9), group=2, **kind))
 torch.set_num_threads(1)
-for case in GATHER_CASES:
-    arguments = build(case)
-    results, expected = (run("gather_cache", arguments) for run in (backend, REFERENCE))
-    for result, wanted in zip(results, expected):
-        assert_same(result, wanted, case.name)
-for case in WRITE_CASES:
-    arguments, expected = build(case), build(case)
-    backend(case.op, arguments)
-    REFERENCE(case.op, expected)
-    assert_same(arguments["kv_cache"], expected["kv_cache"], case.name)
-for case in MERGE_CASES:
-    arguments = build(case)
-    assert_merged(arguments, *backend("merge_attention_states", arguments))
+for case in (*GATHER_CASES, *WRITE_CASES, *MERGE_CASES):
+    backend.check(case)
 print("checked", isa())
 """
 ONE_CALL = """

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_paged.testing import GatherCase, assert_same, build
-from torch_paged.testing.backends import REFERENCE, Backend, backends_here
+from torch_paged.testing import GatherCase, assert_same
+from torch_paged.testing.backends import Backend, backends_here
 from torch_paged.testing.named import GATHER_CASES, QUANTIZED_DTYPES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -14,15 +14,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 @pytest.mark.parametrize("case", GATHER_CASES, ids=lambda case: case.name)
 def test_case(backend: Backend, case: GatherCase) -> None:
-    case = backend.served(case)
-    arguments = build(case)
-    key, value = backend("gather_cache", arguments)
-    expected_key, expected_value = REFERENCE("gather_cache", arguments)
-    assert_same(key, expected_key, "key")
-    assert_same(value, expected_value, "value")
-    for dense in (key, value):
-        assert dense.is_contiguous()
-        assert dense.untyped_storage().data_ptr() != arguments["kv_cache"].untyped_storage().data_ptr()
+    backend.check(case)
 
 
 @pytest.mark.parametrize("dtype", QUANTIZED_DTYPES, ids=str)

@@ -16,11 +16,10 @@ from torch_paged.testing import (
     MergeCase,
     WriteCase,
     assert_attention,
-    assert_merged,
     assert_same,
     build,
 )
-from torch_paged.testing.backends import REFERENCE, Backend, Refused
+from torch_paged.testing.backends import Backend, Refused
 
 BF16, F16, INT8, E4M3 = torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn
 
@@ -48,28 +47,15 @@ WRITES = [
 
 @pytest.mark.parametrize("case", WRITES, ids=lambda case: case.name)
 def test_writes(case: WriteCase) -> None:
-    case = simulated().served(case)
-    arguments, expected = build(case), build(case)
-    simulated()(case.op, arguments)
-    REFERENCE(case.op, expected)
-    for name in ("kv_cache", "kv_scales"):
-        if expected[name] is not None:
-            assert_same(arguments[name], expected[name], name)
+    simulated().check(case)
 
 
 def test_copies_gathers_and_merges() -> None:
-    copy = CopyCase("copy", pairs=((0, 1), (1, 2), (-1, 3)), block_size=8, cache_dtype=INT8, scales_rank=4)
-    arguments, expected = build(copy), build(copy)
-    simulated()("copy_blocks", arguments)
-    REFERENCE("copy_blocks", expected)
-    for name in ("kv_cache", "kv_scales"):
-        assert_same(arguments[name], expected[name], name)
-    case = GatherCase("gather", block_size=8, left_padded=True, missing_entries=True, cache_dtype=E4M3, scales_rank=4)
-    gather = build(case)
-    for dense, wanted in zip(simulated()("gather_cache", gather), REFERENCE("gather_cache", gather), strict=True):
-        assert_same(dense, wanted)
-    merge = build(MergeCase("merge", sinks=True, empty=True, dtype=BF16))
-    assert_merged(merge, *simulated()("merge_attention_states", merge))
+    simulated().check(CopyCase("copy", pairs=((0, 1), (1, 2), (-1, 3)), block_size=8, cache_dtype=INT8, scales_rank=4))
+    simulated().check(
+        GatherCase("gather", block_size=8, left_padded=True, missing_entries=True, cache_dtype=E4M3, scales_rank=4)
+    )
+    simulated().check(MergeCase("merge", sinks=True, empty=True, dtype=BF16))
 
 
 QUERIES = (5, 0, 3)

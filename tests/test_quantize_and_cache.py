@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from torch_paged.contract.reference_cache import QMAX
-from torch_paged.testing import WriteCase, assert_same, build
-from torch_paged.testing.backends import REFERENCE, Backend
+from torch_paged.testing import WriteCase
+from torch_paged.testing.backends import Backend
 from torch_paged.testing.named import HALF_DTYPES, QUANTIZED_DTYPES, WRITE_CASES
-from torch_paged.testing.tensors import storage_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -16,12 +15,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
     "case", [case for case in WRITE_CASES if case.op == "quantize_and_cache"], ids=lambda case: case.name
 )
 def test_case(backend: Backend, case: WriteCase) -> None:
-    case = backend.served(case)
-    arguments, expected = build(case), build(case)
-    backend(case.op, arguments)
-    REFERENCE(case.op, expected)
-    for name in ("kv_cache", "kv_scales"):
-        assert_same(storage_of(arguments[name]), storage_of(expected[name]), name)
+    backend.check(case)
 
 
 @pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)
@@ -29,12 +23,7 @@ def test_case(backend: Backend, case: WriteCase) -> None:
 def test_many_tokens(backend: Backend, dtype: torch.dtype, threads: int) -> None:
     torch.set_num_threads(threads)
     case = WriteCase("many", num_tokens=700, skipped_tokens=40, num_blocks=50, cache_dtype=dtype, scales_rank=4)
-    case = backend.served(case)
-    arguments, expected = build(case), build(case)
-    backend(case.op, arguments)
-    REFERENCE(case.op, expected)
-    assert_same(arguments["kv_cache"], expected["kv_cache"])
-    assert_same(arguments["kv_scales"], expected["kv_scales"])
+    backend.check(case)
 
 
 @pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)

@@ -1,4 +1,7 @@
-"""What tests and benchmarks share: named cases with their tensors, and the tolerance rule."""
+"""How a backend is judged: named cases with their tensors, the tolerance rule, and a suite of the contract's lines.
+
+``check_backend(name)`` runs the suite, ``python -m torch_paged.testing --backend NAME`` prints its table.
+"""
 
 from torch_paged.testing.batches import permute_blocks, take_sequences
 from torch_paged.testing.cache_cases import CopyCase, GatherCase, MergeCase, WriteCase
@@ -14,12 +17,14 @@ from torch_paged.testing.compare import (
     oracle,
     plain_attention,
 )
+from torch_paged.testing.suite import Outcome, check_backend
 
 __all__ = [
     "AttentionCase",
     "CopyCase",
     "GatherCase",
     "MergeCase",
+    "Outcome",
     "WriteCase",
     "assert_attention",
     "assert_close",
@@ -28,6 +33,7 @@ __all__ = [
     "assert_same",
     "assert_stats",
     "build",
+    "check_backend",
     "option_pairs",
     "oracle",
     "permute_blocks",

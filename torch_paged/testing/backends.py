@@ -10,6 +10,7 @@ import importlib.util
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -17,14 +18,14 @@ import torch
 from torch import Tensor
 
 from torch_paged import dispatch
-from torch_paged.backends import discover
+from torch_paged.backends import BackendInfo, discover
 from torch_paged.contract import reference
 from torch_paged.contract.schema import NAMESPACE
 from torch_paged.testing.batches import take_sequences
 from torch_paged.testing.cache_cases import CopyCase, GatherCase, MergeCase, WriteCase
 from torch_paged.testing.cases import AttentionCase, build
-from torch_paged.testing.compare import assert_attention, assert_same
-from torch_paged.testing.tensors import poison
+from torch_paged.testing.compare import assert_attention, assert_merged, assert_same
+from torch_paged.testing.tensors import poison, storage_of
 
 _DEVICE = "TORCH_PAGED_TEST_DEVICE"
 
@@ -35,15 +36,28 @@ class Refused(Exception):
     """A backend refused a call, in the words that it should."""
 
 
+class NotRun(Exception):
+    """A check cannot run here, for the reason that it says."""
+
+
 @dataclass(frozen=True)
 class Backend:
-    """A way to call the ops by schema name: through the dispatcher, or the reference functions directly."""
+    """A way to call the ops by schema name: through the dispatcher, or by functions that stand in for it.
+
+    A name that no folder of ``torch_paged.backends`` has is that of kernels from elsewhere: they get their arguments as
+    the cases have them, and refuse a call by raising NotImplementedError.
+    """
 
     name: str
     device: torch.device
     direct: bool = False
     kernels: Mapping[str, Callable[..., Any]] | None = field(default=None, compare=False)
-    """Kernels to call in place of the dispatcher's."""
+    """Kernels to call in place of the dispatcher's, by schema name (``"paged_attention.with_stats"``)."""
+
+    @property
+    def info(self) -> BackendInfo | None:
+        """What the dispatcher knows of it; None for the reference functions and for kernels from elsewhere."""
+        return None if self.direct else discover().get(self.name)
 
     def __call__(self, op: str, arguments: dict[str, Any], stats: bool = False) -> Any:
         """Run an op; with ``stats`` its ``with_stats`` overload.
@@ -54,12 +68,17 @@ class Backend:
         if self.direct:
             return getattr(reference, op + ("_with_stats" if stats else ""))(**arguments)
         given = {name: self._place(name, value) for name, value in arguments.items()}
-        reason = discover()[self.name].refusal(op, given)
+        reason = self._reason(op, given)
         if reason is not None:
             self._assert_refused(reason, op, given, stats)
             raise Refused(reason)
         before = {name: value.cpu().clone() for name, value in self._copied(arguments, given) if name == "kv_cache"}
-        results = _on_host(self._run(op, given, stats))
+        try:
+            results = _on_host(self._run(op, given, stats))
+        except NotImplementedError as error:
+            if self.info is None:
+                raise Refused(str(error)) from error
+            raise
         after = {name: value.cpu() for name, value in self._copied(arguments, given)}
         for name in ("kv_cache", "kv_scales"):
             if name in after:
@@ -92,8 +111,8 @@ class Backend:
         """Return an argument as this backend wants it, on its device."""
         if not isinstance(value, Tensor):
             return value
-        info = discover()[self.name]
-        if name == "kv_cache" and value.dim() == 5:
+        info = self.info
+        if info is not None and name == "kv_cache" and value.dim() == 5:
             missing = -value.size(-1) % info.head_dim_multiple
             if missing:
                 value = torch.cat([value, poison((*value.shape[:-1], missing), value.dtype)], -1)
@@ -117,7 +136,7 @@ class Backend:
         reason = self._refusal(case)
         if reason is None:
             return case
-        self._assert_refused(reason, _op(case), self._placed(case), stats=False)
+        self._assert_refused(reason, case.op, self._placed(case), stats=False)
         for like in _alternatives(case):
             if self._refusal(like) is None:
                 return like
@@ -125,36 +144,71 @@ class Backend:
 
     def block_size(self, wanted: int) -> int:
         """Return a block size that this backend serves: the wanted one, or the next."""
-        if self.direct:
+        info = self.info
+        if info is None:
             return wanted
-        info = discover()[self.name]
         caches = (torch.empty((2, 1, 1, size, info.head_dim_multiple), device="meta") for size in (wanted, 8, 16))
         return next(x.size(3) for x in caches if info.refusal("gather_cache", {"kv_cache": x}) is None)
 
     def _refusal(self, case: Any) -> str | None:
-        return None if self.direct else discover()[self.name].refusal(_op(case), self._placed(case))
+        return None if self.info is None else self._reason(case.op, self._placed(case))
+
+    def _reason(self, op: str, given: dict[str, Any]) -> str | None:
+        return None if self.info is None else self.info.refusal(op, given)
 
     def _placed(self, case: Any) -> dict[str, Any]:
         return {name: self._place(name, value) for name, value in build(case).items()}
 
-    def check(self, case: AttentionCase, seed: int = 0) -> None:
-        """Assert that a case gives what the reference gives, with statistics and, by the same bits, without.
+    def check(self, case: Case, seed: int = 0) -> None:
+        """Assert that a case gives what the reference gives.
 
-        Interpreted, each way is a program to compile, which its compiler rounds in its own way: there every fourth case
-        runs without statistics too, and is compared with the reference.
+        Of attention, with statistics and, by the same bits, without. Interpreted, each way is a program to compile,
+        which its compiler rounds in its own way: there every fourth case runs without statistics too, and is compared
+        with the reference.
         """
         case = self.served(case)
+        if isinstance(case, AttentionCase):
+            self._check_attention(case, seed)
+        elif isinstance(case, MergeCase):
+            arguments = build(case, seed)
+            assert_merged(arguments, *self("merge_attention_states", arguments))
+        elif isinstance(case, GatherCase):
+            self._check_gather(case, seed)
+        else:
+            self._check_writes(case, seed)
+
+    def _check_attention(self, case: AttentionCase, seed: int) -> None:
         arguments = build(case, seed)
         out, lse, max_logits = self(case.op, arguments, stats=True)
         assert_attention(case.op, arguments, out, lse, max_logits)
-        if not self._interpreted(case.op, arguments):
+        if not self.interprets(case):
             assert_same(self(case.op, arguments), out, "out without statistics")
         elif zlib.crc32(case.name.encode()) % 4 == 0:
             assert_attention(case.op, arguments, self(case.op, arguments))
 
-    def _interpreted(self, op: str, arguments: dict[str, Any]) -> bool:
-        """Return whether a program is compiled first for each kind of call, which takes seconds."""
-        return not self.direct and not discover()[self.name].variant(op, arguments, self.device.type).compiled
+    def _check_gather(self, case: GatherCase, seed: int) -> None:
+        arguments = build(case, seed)
+        results = self("gather_cache", arguments)
+        for name, dense, wanted in zip(("key", "value"), results, REFERENCE("gather_cache", arguments), strict=True):
+            assert_same(dense, wanted, name)
+            assert dense.is_contiguous(), f"{name} is not contiguous"
+            owns = dense.untyped_storage().data_ptr() != arguments["kv_cache"].untyped_storage().data_ptr()
+            assert owns, f"{name} is a view of the cache"
+
+    def _check_writes(self, case: WriteCase | CopyCase, seed: int) -> None:
+        """Compare all memory below the cache and its scales; nothing else may be written."""
+        before, arguments, expected = (build(case, seed) for _ in range(3))
+        self(case.op, arguments)
+        REFERENCE(case.op, expected)
+        for name in arguments:
+            wanted = expected if name in ("kv_cache", "kv_scales") else before
+            if wanted[name] is not None:
+                assert_same(storage_of(arguments[name]), storage_of(wanted[name]), name)
+
+    def interprets(self, case: AttentionCase) -> bool:
+        """Return whether its kernels are interpreted: each kind of call compiles a program first, for seconds."""
+        arguments = self._placed(case)
+        return self.info is not None and not self.info.variant(case.op, arguments, self.device.type).compiled
 
     def check_batch_invariance(self, case: AttentionCase) -> None:
         """Assert that each sequence gives equal bits alone, in any batch and order, on one thread and on two."""
@@ -164,17 +218,23 @@ class Backend:
         assert_attention(case.op, arguments, *results)
         everything = list(range(case.num_seqs))
         for threads in (1, 2):
-            torch.set_num_threads(threads)
-            for order in (everything, everything[::-1], everything[1:3], *([seq] for seq in everything)):
-                taken, rows = take_sequences(arguments, order)
-                again = self(case.op, taken, stats=True)
-                for name, actual, expected in zip(("out", "lse", "max_logits"), again, results, strict=True):
-                    assert_same(actual, expected[rows], f"{name} of sequences {order} on {threads} threads")
+            with threads_of(threads):
+                for order in (everything, everything[::-1], everything[1:3], *([seq] for seq in everything)):
+                    taken, rows = take_sequences(arguments, order)
+                    again = self(case.op, taken, stats=True)
+                    for name, actual, expected in zip(("out", "lse", "max_logits"), again, results, strict=True):
+                        assert_same(actual, expected[rows], f"{name} of sequences {order} on {threads} threads")
 
 
-def _op(case: Any) -> str:
-    ops = {CopyCase: "copy_blocks", GatherCase: "gather_cache", MergeCase: "merge_attention_states"}
-    return ops.get(type(case)) or str(case.op)
+@contextmanager
+def threads_of(threads: int) -> Iterator[None]:
+    """Run a block on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _on_host(results: Any) -> Any:

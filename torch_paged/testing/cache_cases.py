@@ -1,7 +1,7 @@
 """Named cases of the ops that write, copy and gather the cache, and of ``merge_attention_states``."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -45,6 +45,7 @@ class WriteCase:
 class CopyCase:
     """One call of ``copy_blocks``."""
 
+    op: ClassVar[str] = "copy_blocks"
     name: str
     pairs: tuple[tuple[int, int], ...] = ((0, 3), (4, 1))
     num_blocks: int = 6
@@ -62,6 +63,7 @@ class CopyCase:
 class GatherCase:
     """One call of ``gather_cache``."""
 
+    op: ClassVar[str] = "gather_cache"
     name: str
     context_lens: tuple[int, ...] = (17, 0, 63, 1)
     left_padded: bool = False
@@ -81,6 +83,7 @@ class GatherCase:
 class MergeCase:
     """One call of ``merge_attention_states``."""
 
+    op: ClassVar[str] = "merge_attention_states"
     name: str
     parts: int = 3
     tokens: int = 17

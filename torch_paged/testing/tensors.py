@@ -1,6 +1,8 @@
 """Deterministic random tensors for the cases: poisoned where nothing may be read, in the layouts that callers have."""
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -80,3 +82,15 @@ def random_cache(
 def storage_of(view: Tensor) -> Tensor:
     """Return all bytes of the memory below a view, to see what was written beside it."""
     return torch.empty(0, dtype=torch.uint8).set_(view.untyped_storage())
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Make torch.empty return NaN (or the largest integer), so that an element that a kernel forgot is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all(), "torch.utils.deterministic.fill_uninitialized_memory is off"
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
