@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "checks_attention.h"
+#include "signals.h"
 
 namespace torch_paged {
 namespace {
@@ -93,6 +94,7 @@ void run_attention(AttentionCall& call, Stack& stack, bool varlen, bool with_sta
   args.causal = call.causal;
   args.sliding_window = std::min(call.sliding_window.value_or(0), kWidest);
   args.attention_chunk = std::min(call.attention_chunk.value_or(0), kWidest);
+  args.poll = raise_signals;
   check_attention_values(args, call, shapes);
 
   Tensor out = Tensor::empty({args.num_tokens, args.num_heads, args.value_dim}, call.query.type_code);
