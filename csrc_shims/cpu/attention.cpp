@@ -222,16 +222,17 @@ void attention(const AttentionArgs& args) {
   }
   std::optional<Stop> stop;
   if (args.poll && plan.work_bytes >= kLongWorkBytes) stop.emplace(args.poll);
-  Stop* const asked = stop ? &*stop : nullptr;
-  parallel_for(
-      plan.divided.size(), plan.threads,
-      [&](int64_t i) {
-        static thread_local Workspace kept_scratch;
-        Loan<Workspace> scratch(kept_scratch);
-        const Item& item = plan.divided[i];
-        isa.attention_item(args, plan.sequences[item.seq], item, partials, (*scratch).get(scratch_bytes), asked);
-      },
-      asked);
+  const auto run_item = [&](int64_t i) {
+    static thread_local Workspace kept_scratch;
+    Loan<Workspace> scratch(kept_scratch);
+    const Item& item = plan.divided[i];
+    char* const memory = (*scratch).get(scratch_bytes);
+    isa.attention_item(args, plan.sequences[item.seq], item, partials, memory, stop ? &*stop : nullptr);
+  };
+  if (stop)
+    parallel_for(plan.divided.size(), plan.threads, run_item, *stop);
+  else
+    parallel_for(plan.divided.size(), plan.threads, run_item);
   const int64_t heads = args.num_kv_heads;
   parallel_for(plan.merges.size() * heads, plan.threads, [&](int64_t i) {
     isa.attention_merge(args, plan.sequences[plan.merges[i / heads]], i % heads, partials);

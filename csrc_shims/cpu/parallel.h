@@ -48,12 +48,20 @@ class Stop {
   std::condition_variable someone_left_;
 };
 
+// For a call that is over soon.
+struct NoStop {
+  static constexpr bool look() { return false; }
+  static void end() {}
+  static void leave() {}
+  static void wait_for(int) {}
+};
+
 // body(i) for i in [0, count), handed out one by one. The first exception ends the loop and reaches the caller after it:
 // it must not leave the parallel region by itself.
-template <class Body>
-void parallel_for(int64_t count, int threads, const Body& body, Stop* stop = nullptr) {
+template <class Body, class AnyStop = NoStop>
+void parallel_for(int64_t count, int threads, const Body& body, AnyStop&& stop = {}) {
   if (threads <= 1 || count <= 1) {
-    for (int64_t i = 0; i < count && !(stop && stop->look()); ++i) body(i);
+    for (int64_t i = 0; i < count && !stop.look(); ++i) body(i);
     return;
   }
   std::atomic<int64_t> next{0};
@@ -63,7 +71,7 @@ void parallel_for(int64_t count, int threads, const Body& body, Stop* stop = nul
       work();
     } catch (...) {
       next.store(count, std::memory_order_relaxed);
-      if (stop) stop->end();
+      stop.end();
 #pragma omp critical(torch_paged_error)
       if (!error) error = std::current_exception();
     }
@@ -71,10 +79,12 @@ void parallel_for(int64_t count, int threads, const Body& body, Stop* stop = nul
 #pragma omp parallel num_threads(threads)
   {
     guarded([&] {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count && !(stop && stop->look());) body(i);
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count && !stop.look();) body(i);
     });
-    if (stop && omp_get_thread_num() > 0) stop->leave();
-    if (stop && omp_get_thread_num() == 0) guarded([&] { stop->wait_for(omp_get_num_threads() - 1); });
+    if (omp_get_thread_num() > 0)
+      stop.leave();
+    else
+      guarded([&] { stop.wait_for(omp_get_num_threads() - 1); });
   }
   if (error) std::rethrow_exception(error);
 }
