@@ -26,7 +26,7 @@ TRANSFORMERS ?= 5.23.0 5.6.0 4.57.6
 SMALL_OPS := reshape_and_cache quantize_and_cache copy_blocks gather_cache merge_attention_states
 OPS := paged_attention flash_attn_varlen $(SMALL_OPS)
 CONFORMANCE := $(OPS:%=tests/test_%.py) $(patsubst %,tests/test_%.py,semantics scenarios hidden_keys combinations \
-  attention_properties) tests/test_masks.py::test_through_the_op
+  attention_properties determinism) tests/test_masks.py::test_through_the_op
 # Cases that run on a simulated TPU too: rings of buffers, empty sequences, all that is copied beside the pages.
 SIMULATED := tests/test_tpu_interpret.py tests/test_paged_attention.py tests/test_flash_attn_varlen.py -k "tpu_interpret or \
   odd_lengths or (plain and bfloat16) or (mask_heads and not group) or int8_scales_4 or window_17_ or shuffled or padding_rows"

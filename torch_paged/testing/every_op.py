@@ -58,9 +58,12 @@ def outcome(run: Run, op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
         op: the schema name.
         arguments: the arguments by schema name; the cache and its scales are written.
     """
-    results = run(op, arguments)
-    tensors = (results,) if isinstance(results, Tensor) else tuple(results or ())
-    return (*tensors, *written(op, arguments))
+    return (*tensors_of(run(op, arguments)), *written(op, arguments))
+
+
+def tensors_of(results: Any) -> tuple[Tensor, ...]:
+    """Return what an op returned, one tensor, several or none, as a tuple."""
+    return (results,) if isinstance(results, Tensor) else tuple(results or ())
 
 
 def written(op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
