@@ -1,6 +1,6 @@
-// What a call has to do with Python: its signals in a long call, and the kinds of its exceptions. The library does without
-// Python: the functions, all of them of Python's stable ABI, are looked up in the process, and where there are none no
-// signal is awaited and exceptions are those of C++.
+// What a call has to do with Python: its signals in a long call, and the kinds of its exceptions. The library does
+// without Python: the functions, all of them of Python's stable ABI, are looked up in the process, and where there are
+// none no signal is awaited and exceptions are those of C++.
 #pragma once
 
 #include <dlfcn.h>
@@ -14,9 +14,9 @@
 #include <string>
 #include <utility>
 
-// The type of exception that sets Python's own: PyTorch's bindings (pybind11) call set_error() where they catch one, and
-// hand it on where some versions (2.15) make a RuntimeError of every other. It is recognised by its name, so it is declared
-// here as it is there.
+// The type of exception that sets Python's own: PyTorch's bindings (pybind11) call set_error() where they catch one,
+// and hand it on where some versions (2.15) make a RuntimeError of every other. It is recognised by its name, so it is
+// declared here as it is there.
 namespace pybind11 {
 class __attribute__((visibility("default"))) builtin_exception : public std::runtime_error {
  public:

@@ -1,5 +1,5 @@
-// Preloaded into a process: lets one allocation fail, of those that the kernels' library asks for (by new or for aligned
-// memory) and those that torch makes for a tensor (posix_memalign, which nothing else in a call asks for).
+// Preloaded into a process: lets one allocation fail, of those that the kernels' library asks for (by new or for
+// aligned memory) and those that torch makes for a tensor (posix_memalign, which nothing else in a call asks for).
 #include <dlfcn.h>
 
 #include <atomic>
@@ -10,7 +10,7 @@
 
 namespace {
 
-std::atomic<long> left{-1};   // allocations before the one that fails; negative: none fails
+std::atomic<long> left{-1};  // allocations before the one that fails; negative: none fails
 std::atomic<bool> armed{false};
 
 bool ours(void* caller) {
@@ -32,8 +32,8 @@ void* allocate(std::size_t bytes, void* caller) {
 
 }  // namespace
 
-// Lets the allocation after `allowed` others fail; returns how many of those allowed were not asked for, and -1 where one
-// failed. Negative: lets none fail any more.
+// Lets the allocation after `allowed` others fail; returns how many of those allowed were not asked for, and -1 where
+// one failed. Negative: lets none fail any more.
 extern "C" long fail_after(long allowed) {
   armed = allowed >= 0;
   return left.exchange(allowed);

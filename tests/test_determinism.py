@@ -23,7 +23,7 @@ cpu_kernels = pytest.mark.skipif(
 @pytest.mark.parametrize("name", EVERY_OP)
 def test_any_number_of_runs(backend: Backend, name: str) -> None:
     op, case = EVERY_OP[name]
-    case = backend.served(case)
+    case = backend.served(case)  # type: ignore[type-var]
     expected = outcome(backend, op, build(case))
     for _ in range(3):
         for actual, wanted in zip(outcome(backend, op, build(case)), expected, strict=True):

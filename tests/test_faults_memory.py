@@ -73,7 +73,9 @@ for name in EVERY_OP:
 def test_whichever_allocation_fails(tmp_path: Path) -> None:
     library = tmp_path / "fail_allocations.so"
     source = SOURCE / "tests/fail_allocations.cpp"
-    subprocess.run(["g++", "-O1", "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"], check=True)
+    subprocess.run(
+        ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"], check=True
+    )
     result = run_python(FAIL_EACH, str(library), LD_PRELOAD=str(library), OMP_NUM_THREADS="2")
     seen = [line.split() for line in result.stdout.splitlines()]
     assert [(name, int(threads)) for name, threads, *_ in seen] == [(name, n) for name in EVERY_OP for n in (1, 2)]

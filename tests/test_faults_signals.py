@@ -142,8 +142,8 @@ def test_a_call_of_another_thread_goes_on() -> None:
     def handler() -> None:
         raise TimeoutError
 
+    worker.start()
     with handled(handler), pytest.raises(TimeoutError):
-        worker.start()
         done.wait()
     done.wait()
     worker.join()
@@ -170,9 +170,13 @@ def test_a_write_is_finished_first(quantised: bool) -> None:
         raise TimeoutError
 
     write(expected, expected_scales)
-    with handled(handler, first_s=0.005), pytest.raises(TimeoutError):
+
+    def write_and_wait() -> None:
         write(kv_cache, kv_scales)
         signal.pause()
+
+    with handled(handler, first_s=0.005), pytest.raises(TimeoutError):
+        write_and_wait()
     if kv_cache.any():  # else the signal came before the call
         assert_same(kv_cache, expected)
         assert_same(kv_scales, expected_scales)

@@ -15,7 +15,11 @@ CASES = (
     AttentionCase("ends_prefill", (100, 60, 1), (40, 33, 1)),
     AttentionCase("ends_new", None, (40, 33, 1), new_lens=(100, 40, 1)),
 )
-SUBNORMAL = {torch.float32: (2.0**-130, 2.0**127), torch.bfloat16: (2.0**-130, 2.0**127), torch.float16: (2.0**-17, 2.0**15)}
+SUBNORMAL = {
+    torch.float32: (2.0**-130, 2.0**127),
+    torch.bfloat16: (2.0**-130, 2.0**127),
+    torch.float16: (2.0**-17, 2.0**15),
+}
 """A subnormal number of each dtype, and one whose product with it is near 1."""
 
 keys_and_queries = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -1,5 +1,7 @@
 """A context of a million tokens: decode, and a chunk of a prefill, against the reference."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 MILLION = 2**20
-INT8 = {"cache_dtype": torch.int8, "scales_rank": 2}
+INT8: dict[str, Any] = {"cache_dtype": torch.int8, "scales_rank": 2}
 
 
 @pytest.mark.parametrize(

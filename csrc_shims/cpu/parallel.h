@@ -15,12 +15,12 @@
 
 namespace torch_paged {
 
-// How many threads a call of that many bytes of work deserves. One in a forked child: the runtime would wait for threads
-// that only its parent has.
+// How many threads a call of that many bytes of work deserves. One in a forked child: the runtime would wait for
+// threads that only its parent has.
 int threads_for(int64_t work_bytes);
 
-// Ends a call early. The thread that made it asks `poll` now and then, which throws what the caller is to see; the others
-// look at a flag.
+// Ends a call early. The thread that made it asks `poll` now and then, which throws what the caller is to see; the
+// others look at a flag.
 class Stop {
  public:
   explicit Stop(void (*poll)()) : poll_(poll), caller_(pthread_self()), due_(Clock::now() + kInterval) {}
@@ -56,8 +56,8 @@ struct NoStop {
   static void wait_for(int) {}
 };
 
-// body(i) for i in [0, count), handed out one by one. The first exception ends the loop and reaches the caller after it:
-// it must not leave the parallel region by itself.
+// body(i) for i in [0, count), handed out one by one. The first exception ends the loop and reaches the caller after
+// it: it must not leave the parallel region by itself.
 template <class Body, class AnyStop = NoStop>
 void parallel_for(int64_t count, int threads, const Body& body, AnyStop&& stop = {}) {
   if (threads <= 1 || count <= 1) {
@@ -89,8 +89,8 @@ void parallel_for(int64_t count, int threads, const Body& body, AnyStop&& stop =
   if (error) std::rethrow_exception(error);
 }
 
-// Lends what a thread keeps from call to call, so that a small call does not pay for allocations. Kept is empty while it
-// is lent: a signal handler may call an op in the midst of another.
+// Lends what a thread keeps from call to call, so that a small call does not pay for allocations. Kept is empty while
+// it is lent: a signal handler may call an op in the midst of another.
 template <class T>
 class Loan {
  public:

@@ -38,7 +38,8 @@ struct Partials {
   float* sum = nullptr;  // (rows,)
 };
 
-// Whether the call has ended early, as between its work items (parallel.h): a tile of many keys asks between its blocks.
+// Whether the call has ended early, as between its work items (parallel.h): a tile of many keys asks between its
+// blocks.
 class Stop;
 bool has_ended(Stop* stop);
 
