@@ -73,13 +73,11 @@ def test_nothing_of_it(backend: Backend, op: str) -> None:
     for absent in (*combinations(letters, 1), *combinations(letters, 2)):
         sizes = SIZES | dict.fromkeys(absent, 0)
         arguments, expected = _arguments(op, sizes), _arguments(op, sizes)
-        try:
-            validate(op, arguments)
-            check_values(op, arguments)
-        except ValueError as error:
+        sentence = _broken_rule(op, arguments)
+        if sentence is not None:
             with pytest.raises(ValueError) as caught:
                 backend(op, arguments)
-            assert str(caught.value) == str(error), absent
+            assert str(caught.value) == sentence
             continue
         taken += 1
         results = tensors_of(backend(op, arguments, stats=attention))
@@ -88,6 +86,15 @@ def test_nothing_of_it(backend: Backend, op: str) -> None:
         for actual, wanted in zip(written(op, arguments), written(op, expected), strict=True):
             _assert_equal(actual.float(), wanted.float())
     assert taken, "every call was refused"
+
+
+def _broken_rule(op: str, arguments: dict[str, Any]) -> str | None:
+    try:
+        validate(op, arguments)
+        check_values(op, arguments)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _assert_equal(actual: Tensor, expected: Tensor) -> None:
