@@ -21,12 +21,16 @@ SOME_CASES := plain or sinks or alibi or soft_cap or shuffled or window_7 or chu
 # programs are kept, since most of the hours go into compiling them: a run that was cut short goes on where it ended.
 KEPT := JAX_COMPILATION_CACHE_DIR=build/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
 TPU := TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(WITHOUT_TPU) $(KEPT) $(TPU_VENV)/bin/python -m pytest
-TORCH29_VENV := .venv-torch29
+# The newest of each minor version, and the first that the one library must load in.
+TORCHES ?= 2.9.0 2.9.1 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0
+# What depends on torch: the registration, the dispatcher, the compiler, the ops, exceptions and signals.
+WITH_TORCH = $(OPS:%=tests/test_%.py) $(patsubst %,tests/test_%.py,schema autograd fake dispatch bad_input compile \
+  semantics determinism faults_signals faults_threads faults_memory)
 TRANSFORMERS ?= 5.23.0 5.6.0 4.57.6
 SMALL_OPS := reshape_and_cache quantize_and_cache copy_blocks gather_cache merge_attention_states
 OPS := paged_attention flash_attn_varlen $(SMALL_OPS)
 CONFORMANCE := $(OPS:%=tests/test_%.py) $(patsubst %,tests/test_%.py,semantics scenarios hidden_keys combinations \
-  attention_properties) tests/test_masks.py::test_through_the_op
+  attention_properties determinism) tests/test_masks.py::test_through_the_op
 # Cases that run on a simulated TPU too: rings of buffers, empty sequences, all that is copied beside the pages.
 SIMULATED := tests/test_tpu_interpret.py tests/test_paged_attention.py tests/test_flash_attn_varlen.py -k "tpu_interpret or \
   odd_lengths or (plain and bfloat16) or (mask_heads and not group) or int8_scales_4 or window_17_ or shuffled or padding_rows"
@@ -40,7 +44,7 @@ LIBRARY := torch_paged/_C.abi3.so
 .PRECIOUS: .venv-transformers-%/.ready
 .PHONY: demo test test-transformers test-tpu test-tpu-xla test-tpu-device lint bench bench-tpu tpu-matrix mutants-tpu
 .PHONY: test-neuron test-neuron-device bench-neuron mutants-neuron
-.PHONY: instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
+.PHONY: instructions wheel clean mutants test-wheel test-torches leaks test-aarch64 help
 .DELETE_ON_ERROR:
 
 help:
@@ -63,7 +67,8 @@ help:
 	@echo "make mutants-neuron     plant faults in the NKI kernels and see the tests catch them"
 	@echo "make wheel              build dist/*.whl"
 	@echo "make test-wheel         install the wheel into a fresh environment and use it"
-	@echo "make test-torch29       the same with torch 2.9.0 (a download of several GB)"
+	@echo "make test-torches       the same kernels with every minor version of torch (test-torch-2.9.0: one; GBs each)"
+	@echo "make leaks              call every op a million times and watch the memory"
 	@echo "make test-aarch64       cross-build the kernels and run their tests under qemu"
 	@echo "make clean              remove what these targets made"
 
@@ -200,11 +205,19 @@ test-wheel: wheel
 	$(WHEEL_VENV)/bin/python -m pip -q install "torch==$(TORCH)" numpy dist/*.whl
 	cd $(WHEEL_VENV) && bin/python ../tests/smoke.py
 
-test-torch29: wheel
-	test -x $(TORCH29_VENV)/bin/python || $(PYTHON) -m venv $(TORCH29_VENV)
-	$(TORCH29_VENV)/bin/python -m pip -q install "torch==2.9.0" numpy
-	$(TORCH29_VENV)/bin/python -m pip -q install --force-reinstall --no-deps dist/*.whl
-	cd $(TORCH29_VENV) && bin/python ../tests/smoke.py
+# The kernels that were built once, in an environment for each version of torch; each takes several GB and is removed.
+test-torch-%: $(LIBRARY)
+	rm -rf .venv-torch-$*
+	$(PYTHON) -m venv .venv-torch-$*
+	.venv-torch-$*/bin/python -m pip -q install "torch==$*" "setuptools>=77" packaging "pytest>=8" "hypothesis>=6" \
+	  "expecttest>=0.3" numpy rich tqdm matplotlib
+	PYTHONPATH=. TORCH_DEVICE_BACKEND_AUTOLOAD=0 .venv-torch-$*/bin/python -m pytest $(WITH_TORCH) $(ARGS)
+	rm -rf .venv-torch-$*
+
+test-torches: $(TORCHES:%=test-torch-%)
+
+leaks: $(LIBRARY)
+	PYTHONPATH=. $(BIN)/python tests/leaks.py $(ARGS)
 
 test-aarch64:
 	@command -v $(CROSS) >/dev/null && command -v $(QEMU) >/dev/null || \
@@ -215,6 +228,6 @@ test-aarch64:
 	$(QEMU) build/kernels_test_aarch64
 
 clean:
-	rm -rf $(VENV) $(WHEEL_VENV) $(TORCH29_VENV) $(TPU_VENV) $(TPU_XLA_VENV) .venv-transformers-* build dist *.egg-info torch_paged/*.so
+	rm -rf $(VENV) $(WHEEL_VENV) .venv-torch-* $(TPU_VENV) $(TPU_XLA_VENV) .venv-transformers-* build dist *.egg-info torch_paged/*.so
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "checks_attention.h"
+#include "python.h"
 
 namespace torch_paged {
 namespace {
@@ -93,6 +94,7 @@ void run_attention(AttentionCall& call, Stack& stack, bool varlen, bool with_sta
   args.causal = call.causal;
   args.sliding_window = std::min(call.sliding_window.value_or(0), kWidest);
   args.attention_chunk = std::min(call.attention_chunk.value_or(0), kWidest);
+  args.poll = raise_signals;
   check_attention_values(args, call, shapes);
 
   Tensor out = Tensor::empty({args.num_tokens, args.num_heads, args.value_dim}, call.query.type_code);
@@ -372,13 +374,14 @@ extern "C" __attribute__((visibility("default"))) const char* torch_paged_isa() 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(paged, CPU, m) {
-  m.impl("reshape_and_cache", torch_paged::reshape_and_cache_op);
-  m.impl("quantize_and_cache", torch_paged::quantize_and_cache_op);
-  m.impl("paged_attention", torch_paged::paged_attention_op<false>);
-  m.impl("paged_attention.with_stats", torch_paged::paged_attention_op<true>);
-  m.impl("flash_attn_varlen", torch_paged::flash_attn_varlen_op<false>);
-  m.impl("flash_attn_varlen.with_stats", torch_paged::flash_attn_varlen_op<true>);
-  m.impl("merge_attention_states", torch_paged::merge_attention_states_op);
-  m.impl("copy_blocks", torch_paged::copy_blocks_op);
-  m.impl("gather_cache", torch_paged::gather_cache_op);
+  using namespace torch_paged;
+  m.impl("reshape_and_cache", with_python_errors<reshape_and_cache_op>);
+  m.impl("quantize_and_cache", with_python_errors<quantize_and_cache_op>);
+  m.impl("paged_attention", with_python_errors<paged_attention_op<false>>);
+  m.impl("paged_attention.with_stats", with_python_errors<paged_attention_op<true>>);
+  m.impl("flash_attn_varlen", with_python_errors<flash_attn_varlen_op<false>>);
+  m.impl("flash_attn_varlen.with_stats", with_python_errors<flash_attn_varlen_op<true>>);
+  m.impl("merge_attention_states", with_python_errors<merge_attention_states_op>);
+  m.impl("copy_blocks", with_python_errors<copy_blocks_op>);
+  m.impl("gather_cache", with_python_errors<gather_cache_op>);
 }

@@ -92,6 +92,7 @@ def test_inputs_without_gradient_give_results_without(base: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # of torch itself
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # the same from torch 2.15 on
 @pytest.mark.parametrize(("base", "name"), [("decode", "query"), ("write", "key"), ("merge", "outs")])
 def test_forward_mode_is_refused(base: str, name: str) -> None:
     arguments = build(BASES[base], 0)

@@ -11,6 +11,8 @@ from torch_paged import backends, dispatch
 from torch_paged.contract.schema import NAMESPACE, SCHEMAS
 from torch_paged.testing.processes import run_python
 
+needs_jax = pytest.mark.skipif(find_spec("jax") is None, reason="the TPU's kernels need jax")
+
 DECODE = """
 import torch, torch_paged
 kv_cache = torch.zeros(2, 4, 1, 2, 8)
@@ -108,6 +110,7 @@ def test_settings_that_ask_for_two_backends_are_refused_at_import(value: str) ->
     )
 
 
+@needs_jax
 @pytest.mark.parametrize("value", ["auto", "tpu"])
 def test_a_backend_that_a_setting_asks_for_serves_the_device(value: str) -> None:
     code = "import torch_paged; from torch_paged import dispatch; print(dispatch.served()['cpu'])"
@@ -115,6 +118,7 @@ def test_a_backend_that_a_setting_asks_for_serves_the_device(value: str) -> None
     assert printed.strip() == "tpu"
 
 
+@needs_jax
 def test_a_device_out_of_reach_of_a_backend_that_is_on_gets_one_sentence() -> None:
     code = "import torch_paged; from torch_paged import dispatch; print(dispatch.no_backend('copy_blocks', 'tpu'))"
     printed = run_python(code, TORCH_PAGED_TPU_INTERPRET="1", TORCH_DEVICE_BACKEND_AUTOLOAD="0").stdout

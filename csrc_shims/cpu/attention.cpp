@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "parallel.h"
@@ -16,9 +18,16 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Memory that a thread keeps from call to call, so that a small call does not pay for fresh pages.
 class Workspace {
  public:
+  Workspace() = default;
+  Workspace(Workspace&& other) noexcept { *this = std::move(other); }
+  Workspace& operator=(Workspace&& other) noexcept {
+    memory_ = std::move(other.memory_);
+    size_ = std::exchange(other.size_, 0);
+    return *this;
+  }
+
   char* get(int64_t bytes) {
     if (bytes > size_) {
       memory_.reset();
@@ -36,6 +45,8 @@ class Workspace {
   std::unique_ptr<char, Free> memory_;
   int64_t size_ = 0;
 };
+
+constexpr int64_t kLongWorkBytes = int64_t{1} << 28;  // that may take longer than a user waits: some 0.1 s at the worst
 
 struct Plan {
   std::vector<Sequence> sequences;
@@ -193,24 +204,35 @@ void clear_padding(const AttentionArgs& args) {
 void attention(const AttentionArgs& args) {
   const KernelTable& isa = kernels();
   clear_padding(args);
-  static thread_local Plan planned;  // kept, so that a small call does not pay for allocations
-  Plan& plan = planned;
+  static thread_local Plan kept_plan;
+  Loan<Plan> planned(kept_plan);
+  Plan& plan = *planned;
   make_plan(args, plan);
   const int64_t scratch_bytes = isa.attention_scratch_bytes(args, plan.direct_rows, plan.tile_rows);
   const int64_t lanes = acc_dim(args);
 
-  static thread_local Workspace partial_memory;
+  static thread_local Workspace kept_partials;
+  Loan<Workspace> partial_memory(kept_partials);
   Partials partials;
   if (plan.partial_rows > 0) {
-    partials.acc = reinterpret_cast<float*>(partial_memory.get(plan.partial_rows * (lanes + 2) * sizeof(float)));
+    const int64_t bytes = plan.partial_rows * (lanes + 2) * sizeof(float);
+    partials.acc = reinterpret_cast<float*>((*partial_memory).get(bytes));
     partials.max = partials.acc + plan.partial_rows * lanes;
     partials.sum = partials.max + plan.partial_rows;
   }
-  parallel_for(plan.divided.size(), plan.threads, [&](int64_t i) {
-    static thread_local Workspace scratch;
+  std::optional<Stop> stop;
+  if (args.poll && plan.work_bytes >= kLongWorkBytes) stop.emplace(args.poll);
+  const auto run_item = [&](int64_t i) {
+    static thread_local Workspace kept_scratch;
+    Loan<Workspace> scratch(kept_scratch);
     const Item& item = plan.divided[i];
-    isa.attention_item(args, plan.sequences[item.seq], item, partials, scratch.get(scratch_bytes));
-  });
+    char* const memory = (*scratch).get(scratch_bytes);
+    isa.attention_item(args, plan.sequences[item.seq], item, partials, memory, stop ? &*stop : nullptr);
+  };
+  if (stop)
+    parallel_for(plan.divided.size(), plan.threads, run_item, *stop);
+  else
+    parallel_for(plan.divided.size(), plan.threads, run_item);
   const int64_t heads = args.num_kv_heads;
   parallel_for(plan.merges.size() * heads, plan.threads, [&](int64_t i) {
     isa.attention_merge(args, plan.sequences[plan.merges[i / heads]], i % heads, partials);

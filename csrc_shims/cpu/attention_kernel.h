@@ -185,17 +185,17 @@ bool fits_integers(const AttentionArgs& args, const Sequence& seq, const Item& i
 #endif
 
 void attention_item(const AttentionArgs& args, const Sequence& seq, const Item& item, const Partials& partials,
-                    char* scratch) {
+                    char* scratch, Stop* stop) {
   const bool quantized = args.has_cache && is_quantized(args.cache.dtype);
 #if defined(__AVX512BF16__)
   if (fits_integers(args, seq, item)) return direct_item<RowsInt8>(args, seq, item, partials, scratch);
   if (args.dtype == DType::bf16) {
-    if (item.tile) return tile_item<TileDot>(args, seq, item, partials, scratch);
+    if (item.tile) return tile_item<TileDot>(args, seq, item, partials, scratch, stop);
     if (quantized) return direct_quantized<RowsBytes>(args, seq, item, partials, scratch);
     return direct_item<RowsDot>(args, seq, item, partials, scratch);
   }
 #endif
-  if (item.tile) return tile_item<TileF32>(args, seq, item, partials, scratch);
+  if (item.tile) return tile_item<TileF32>(args, seq, item, partials, scratch, stop);
   if (quantized) return direct_quantized<RowsF32>(args, seq, item, partials, scratch);
   switch (args.dtype) {
     case DType::f32:

@@ -2,39 +2,106 @@
 #pragma once
 
 #include <omp.h>
+#include <pthread.h>
 
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <exception>
+#include <mutex>
+
+#include "plan.h"
 
 namespace torch_paged {
 
-// How many threads a call of that many bytes of work deserves.
-inline int threads_for(int64_t work_bytes) {
-  constexpr int64_t kBytesPerThread = 64 * 1024;
-  if (omp_in_parallel()) return 1;
-  const int64_t useful = 1 + work_bytes / kBytesPerThread;
-  return useful < omp_get_max_threads() ? (int)useful : omp_get_max_threads();
-}
+// How many threads a call of that many bytes of work deserves. One in a forked child: the runtime would wait for
+// threads that only its parent has.
+int threads_for(int64_t work_bytes);
 
-// body(i) for i in [0, count), handed out one by one. The first exception reaches the caller after the loop: it
-// must not leave the parallel region by itself.
-template <class Body>
-void parallel_for(int64_t count, int threads, const Body& body) {
+// Ends a call early. The thread that made it asks `poll` now and then, which throws what the caller is to see; the
+// others look at a flag.
+class Stop {
+ public:
+  explicit Stop(void (*poll)()) : poll_(poll), caller_(pthread_self()), due_(Clock::now() + kInterval) {}
+
+  // Whether the call has ended. To be asked between pieces of work; throws on the calling thread.
+  bool look();
+  void end() { ended_.store(true, std::memory_order_relaxed); }
+
+  // Another thread has no work left.
+  void leave();
+  // Polls until so many threads have left.
+  void wait_for(int threads);
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr std::chrono::milliseconds kInterval{100};
+  static constexpr int kLooks = 8;  // from one look at the clock to the next
+
+  void (*const poll_)();
+  const pthread_t caller_;
+  Clock::time_point due_;
+  int looks_ = 0, left_ = 0;
+  std::atomic<bool> ended_{false};
+  std::mutex mutex_;
+  std::condition_variable someone_left_;
+};
+
+// For a call that is over soon.
+struct NoStop {
+  static constexpr bool look() { return false; }
+  static void end() {}
+  static void leave() {}
+  static void wait_for(int) {}
+};
+
+// body(i) for i in [0, count), handed out one by one. The first exception ends the loop and reaches the caller after
+// it: it must not leave the parallel region by itself.
+template <class Body, class AnyStop = NoStop>
+void parallel_for(int64_t count, int threads, const Body& body, AnyStop&& stop = {}) {
   if (threads <= 1 || count <= 1) {
-    for (int64_t i = 0; i < count; ++i) body(i);
+    for (int64_t i = 0; i < count && !stop.look(); ++i) body(i);
     return;
   }
+  std::atomic<int64_t> next{0};
   std::exception_ptr error;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t i = 0; i < count; ++i) {
+  const auto guarded = [&](const auto& work) {
     try {
-      body(i);
+      work();
     } catch (...) {
-#pragma omp critical
+      next.store(count, std::memory_order_relaxed);
+      stop.end();
+#pragma omp critical(torch_paged_error)
       if (!error) error = std::current_exception();
     }
+  };
+#pragma omp parallel num_threads(threads)
+  {
+    guarded([&] {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count && !stop.look();) body(i);
+    });
+    if (omp_get_thread_num() > 0)
+      stop.leave();
+    else
+      guarded([&] { stop.wait_for(omp_get_num_threads() - 1); });
   }
   if (error) std::rethrow_exception(error);
 }
+
+// Lends what a thread keeps from call to call, so that a small call does not pay for allocations. Kept is empty while
+// it is lent: a signal handler may call an op in the midst of another.
+template <class T>
+class Loan {
+ public:
+  explicit Loan(T& kept) : kept_(kept), lent_(std::move(kept)) {}
+  ~Loan() { kept_ = std::move(lent_); }
+  Loan(const Loan&) = delete;
+  T& operator*() { return lent_; }
+
+ private:
+  T& kept_;
+  T lent_;
+};
 
 }  // namespace torch_paged

@@ -70,9 +70,11 @@ struct AttentionArgs {
   float softmax_scale = 1.0f, logits_soft_cap = 0.0f;  // cap 0: off
   bool causal = false;
   int64_t sliding_window = 0, attention_chunk = 0;  // 0: off
+
+  void (*poll)() = nullptr;  // called now and then in a long call, on the thread that made it; may throw to end it
 };
 
-// The kernels. Every index has been checked by the caller; none of them throws.
+// The kernels. Every index has been checked by the caller; they throw what `poll` does, and std::bad_alloc.
 void attention(const AttentionArgs& args);
 
 // key (T, KH, D), value (T, KH, DV) in source_dtype go to the slots of the cache; -1 skips. value.data is null for a

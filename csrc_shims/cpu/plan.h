@@ -38,6 +38,11 @@ struct Partials {
   float* sum = nullptr;  // (rows,)
 };
 
+// Whether the call has ended early, as between its work items (parallel.h): a tile of many keys asks between its
+// blocks.
+class Stop;
+bool has_ended(Stop* stop);
+
 // Keys [lo, hi) that a query at `position` sees; attn_mask comes on top.
 struct Interval {
   int64_t lo, hi;
@@ -75,7 +80,7 @@ struct KernelTable {
   // Rows: query rows of all kv heads of the largest item of each kind.
   int64_t (*attention_scratch_bytes)(const AttentionArgs& args, int64_t direct_rows, int64_t tile_rows);
   void (*attention_item)(const AttentionArgs& args, const Sequence& seq, const Item& item, const Partials& partials,
-                         char* scratch);
+                         char* scratch, Stop* stop);
   // Merge the partial results of one kv head left to right and write the output.
   void (*attention_merge)(const AttentionArgs& args, const Sequence& seq, int64_t kv_head, const Partials& partials);
   // Rows of `dim` lanes: storage -> float32, and float32 or storage -> quantised storage.

@@ -259,7 +259,7 @@ struct Tile {
 // Many query rows.
 template <class Kernel>
 void tile_item(const AttentionArgs& args, const Sequence& seq, const Item& item, const Partials& partials,
-               char* memory) {
+               char* memory, Stop* stop) {
   Tile<Kernel> tile(args, seq, item, memory);
   const TileScratch& s = tile.s;
   const int64_t rows = tile.rows, lanes = tile.lanes, widest = round_up(args.head_dim, 64);
@@ -275,6 +275,7 @@ void tile_item(const AttentionArgs& args, const Sequence& seq, const Item& item,
 
   bool first = true;  // block of the first head, whose queries were not prefetched before
   for (int now = 0; tile.head < item.head_end; now = 1 - now) {
+    if (has_ended(stop)) return;
     const KeyBlock& block = blocks[now];
     KeyBlock& following = blocks[1 - now];
     UnitRows &unit = units[now], &next = units[1 - now];

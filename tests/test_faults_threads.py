@@ -1,0 +1,129 @@
+"""Calls from several Python threads, on disjoint and on shared caches, and calls in a forked child."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import torch_paged
+from torch_paged import dispatch
+from torch_paged.testing import assert_same
+from torch_paged.testing.every_op import digests
+from torch_paged.testing.processes import run_python
+
+pytestmark = pytest.mark.skipif(
+    dispatch.served().get("cpu") != "cpu", reason="the CPU kernels are not what serves this process"
+)
+
+
+def test_each_thread_on_its_own_caches() -> None:
+    """With another number of threads below each call."""
+    expected = digests()
+
+    def work(worker: int) -> list[dict[str, str]]:
+        found = []
+        for turn in range(4):
+            torch.set_num_threads(1 + (worker + turn) % 3)
+            found.append(digests())
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(work, range(4)):
+            assert found == [expected] * 4
+
+
+def test_writers_and_readers_share_a_cache() -> None:
+    """Writers fill blocks of their own, while readers attend to blocks that nobody writes."""
+    writers, rounds, tokens, block_size, kv_heads, head_dim = 3, 30, 64, 16, 2, 64
+    blocks = tokens // block_size
+    generator = torch.Generator().manual_seed(0)
+    kv_cache = torch.full((2, (1 + writers) * blocks, kv_heads, block_size, head_dim), float("nan"))
+    rows = torch.randn((1 + writers, tokens, kv_heads, head_dim), generator=generator)
+    slots = torch.arange((1 + writers) * tokens).view(1 + writers, tokens)
+    query = torch.randn((1, 8, head_dim), generator=generator)
+    tables = torch.arange((1 + writers) * blocks, dtype=torch.int32).view(1 + writers, blocks)
+    length = torch.tensor([tokens], dtype=torch.int32)
+
+    def write(owner: int) -> None:
+        for _ in range(rounds):
+            torch_paged.reshape_and_cache(rows[owner], -rows[owner], kv_cache, slots[owner])
+
+    def read(_: int) -> list[torch.Tensor]:
+        torch.set_num_threads(2)
+        return [torch_paged.paged_attention(query, kv_cache, tables[:1], length) for _ in range(rounds)]
+
+    write(0)
+    expected = torch_paged.paged_attention(query, kv_cache, tables[:1], length)
+    with ThreadPoolExecutor(writers + 2) as pool:
+        written = [pool.submit(write, owner) for owner in range(1, 1 + writers)]
+        for outs in pool.map(read, range(2)):
+            for out in outs:
+                assert_same(out, expected)
+        for future in written:
+            future.result()
+    keys = torch_paged.gather_cache(kv_cache, tables, length.expand(1 + writers), tokens)[0]
+    assert_same(keys, rows.transpose(1, 2).contiguous())
+
+
+def test_other_python_threads_run_meanwhile() -> None:
+    tokens = 3072
+    query, rows = torch.ones(tokens, 8, 128), torch.ones(tokens, 2, 128)
+    cu, done, ticks = torch.tensor([0, tokens], dtype=torch.int32), threading.Event(), 0
+
+    def work() -> None:
+        torch_paged.flash_attn_varlen(
+            query, rows, rows, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=tokens, max_seqlen_k=tokens, causal=True
+        )
+        done.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    while not done.is_set():
+        time.sleep(0.001)
+        ticks += 1
+    worker.join()
+    assert ticks > 10
+
+
+FORK = """
+import os, signal, sys, threading
+import torch, torch_paged
+from torch_paged.testing.every_op import build_every_op, digests
+
+torch.set_num_threads(2)
+first, second = build_every_op(), build_every_op()  # by torch, whose own threads the child lacks too
+expected = digests()
+busy = threading.Event()
+
+def go_on():  # a call is under way when this process forks
+    query, rows, cu = torch.ones(8192, 8, 128), torch.ones(8192, 2, 128), torch.tensor([0, 8192], dtype=torch.int32)
+    busy.set()
+    torch_paged.flash_attn_varlen(query, rows, rows, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=8192,
+                                  max_seqlen_k=8192, causal=True)
+
+def child():
+    signal.alarm(100)
+    same = digests(first) == expected
+    tasks = len(os.listdir("/proc/self/task"))
+    torch.set_num_threads(3)
+    same = same and digests(second) == expected
+    print(same, tasks, flush=True)
+    os._exit(0)
+
+if sys.argv[1] == "busy":
+    threading.Thread(target=go_on).start()
+    busy.wait()
+pid = os.fork()
+if pid == 0:
+    child()
+_, status = os.waitpid(pid, 0)
+assert status == 0, status
+assert digests() == expected
+"""
+
+
+@pytest.mark.parametrize("when", ["idle", "busy"])
+def test_a_forked_child_runs_on_one_thread_with_the_same_bits(when: str) -> None:
+    assert run_python(FORK, when, OMP_NUM_THREADS="2").stdout.split() == ["True", "1"]

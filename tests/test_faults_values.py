@@ -1,0 +1,89 @@
+"""Live data at the ends of a dtype: subnormal numbers, and infinite queries (keys and values: test_hidden_keys.py)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from torch_paged.backends.cpu.support import isa
+from torch_paged.testing import AttentionCase, assert_attention, assert_same, build
+from torch_paged.testing.backends import Backend
+
+CASES = (
+    AttentionCase("ends_decode", (100, 17, 1)),
+    AttentionCase("ends_prefill", (100, 60, 1), (40, 33, 1)),
+    AttentionCase("ends_new", None, (40, 33, 1), new_lens=(100, 40, 1)),
+)
+SUBNORMAL = {
+    torch.float32: (2.0**-130, 2.0**127),
+    torch.bfloat16: (2.0**-130, 2.0**127),
+    torch.float16: (2.0**-17, 2.0**15),
+}
+"""A subnormal number of each dtype, and one whose product with it is near 1."""
+
+keys_and_queries = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+by_dtype = pytest.mark.parametrize("dtype", SUBNORMAL, ids=str)
+
+
+def _signs(x: Tensor, magnitude: float) -> None:
+    """Give every number that is no poison the magnitude."""
+    x.copy_(torch.where(x.isnan(), x, (torch.sign(x.float()) * magnitude).to(x.dtype)))
+
+
+def _drops_subnormals(backend: Backend, dtype: torch.dtype) -> bool:
+    """Return whether the products take subnormal operands for zero, as the bfloat16 instruction of AVX-512 does."""
+    return backend.name == "cpu" and dtype == torch.bfloat16 and isa() == "avx512"
+
+
+@keys_and_queries
+@by_dtype
+def test_subnormal_keys(backend: Backend, case: AttentionCase, dtype: torch.dtype) -> None:
+    case = backend.served(replace(case, dtype=dtype))
+    small, large = SUBNORMAL[case.dtype]
+    arguments = build(case)
+    keys = arguments["key"] if arguments["kv_cache"] is None else arguments["kv_cache"][0]
+    _signs(arguments["query"], large)
+    _signs(keys, 0.0 if _drops_subnormals(backend, case.dtype) else small)
+    results = backend(case.op, arguments, stats=True)
+    assert_attention(case.op, arguments, *results)
+    if _drops_subnormals(backend, case.dtype):
+        _signs(arguments["query"], large)
+        keys.copy_(torch.where(keys == 0, torch.tensor(small, dtype=dtype), keys))
+        for actual, expected in zip(backend(case.op, arguments, stats=True), results, strict=True):
+            assert_same(actual, expected)
+
+
+@keys_and_queries
+@by_dtype
+def test_subnormal_values(backend: Backend, case: AttentionCase, dtype: torch.dtype) -> None:
+    """A single key has the weight 1: its value comes out as it is."""
+    case = backend.served(replace(case, dtype=dtype))
+    arguments = build(case)
+    values = arguments["value"] if arguments["kv_cache"] is None else arguments["kv_cache"][1]
+    _signs(values, SUBNORMAL[case.dtype][0])
+    out, *stats = backend(case.op, arguments, stats=True)
+    assert_attention(case.op, arguments, out, *stats)
+    alone = out[-1]  # of the sequence with one key
+    expected = 0.0 if _drops_subnormals(backend, case.dtype) else SUBNORMAL[case.dtype][0]
+    if backend.name == "cpu":
+        assert (alone.abs() == expected).all()
+
+
+@keys_and_queries
+@by_dtype
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_an_infinite_query_spoils_its_own_rows(
+    backend: Backend, case: AttentionCase, dtype: torch.dtype, bad: float
+) -> None:
+    case = backend.served(replace(case, dtype=dtype))
+    arguments = build(case)
+    expected = backend(case.op, arguments, stats=True)
+    token, head, lane = 1, 3, 5
+    arguments["query"][token, head, lane] = bad
+    results = backend(case.op, arguments, stats=True)
+    assert results[0][token, head].isnan().all()
+    others = torch.ones(results[1].shape, dtype=torch.bool)
+    others[token, head] = False
+    for actual, wanted in zip(results, expected, strict=True):
+        assert_same(actual[others], wanted[others])
