@@ -216,6 +216,17 @@ def test_a_step_that_fails_can_be_run_again(
     assert [batch.outputs[number].generated_tokens for number in range(8)] == expected
 
 
+def test_outputs_may_be_removed(llama: Any, expected: list[list[int]]) -> None:
+    batch = BatchGenerator(llama)
+    numbers = [batch.add_request(prompt, **SETTINGS) for prompt in prompts()[:2]]
+    list(batch)
+    del batch.outputs[numbers[0]]
+    numbers += [batch.add_request(prompt, **SETTINGS) for prompt in prompts()[2:4]]
+    list(batch)
+    assert numbers == [0, 1, 2, 3]
+    assert [batch.outputs[number].generated_tokens for number in (1, 2, 3)] == expected[1:4]
+
+
 def read_steps(batch: BatchGenerator, read: list[NewToken]) -> None:
     while batch.has_unfinished:
         read += batch.step()

@@ -43,6 +43,9 @@ class BatchGenerator:
         prefix_reuse: True to compute what prompts begin with alike only once.
         tokenizer: wanted by ``stop_strings``.
 
+    Attributes:
+        outputs: what became of each request, by its number. Who serves for long removes those that have ended.
+
     Raises:
         ValueError: a size below 1, or a model that is not patched.
         NotImplementedError: a layer of the model cannot take packed tokens.
@@ -79,6 +82,7 @@ class BatchGenerator:
                 raise ValueError(f"BatchGenerator: {name} must be >= 1, got {size}")
         self.model = model
         self.outputs: dict[int, GenerationOutput] = {}
+        self._next_number = 0
         self.cache = PackedCache(
             model.config,
             num_blocks=_FIRST_BLOCKS if num_blocks is None else num_blocks,
@@ -135,11 +139,12 @@ class BatchGenerator:
             options: single settings, such as ``max_new_tokens``, that go before ``generation_config``.
 
         Returns:
-            The request's number: 0, 1, ...
+            The request's number: 0, 1, ..., never used again.
         """
         if not isinstance(request, GenerationRequest):
             request = GenerationRequest(request)
-        number, output = len(self.outputs), GenerationOutput()
+        number, output = self._next_number, GenerationOutput()
+        self._next_number += 1
         self.outputs[number] = output
         try:
             output.prompt_ids = self._prompt_ids(request)
