@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from torch_paged.cache import allocate_kv_cache
 from torch_paged.integrations.transformers import (
     BatchGenerator,
     GenerationOutput,
@@ -18,6 +19,7 @@ from torch_paged.integrations.transformers import (
     NewToken,
     generate_batch,
     patch_model,
+    shared_blocks,
 )
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
@@ -225,6 +227,27 @@ def test_outputs_may_be_removed(llama: Any, expected: list[list[int]]) -> None:
     list(batch)
     assert numbers == [0, 1, 2, 3]
     assert [batch.outputs[number].generated_tokens for number in (1, 2, 3)] == expected[1:4]
+
+
+def test_no_memory_for_a_larger_cache_spoils_nothing(
+    llama: Any, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(*args: Any, **options: Any) -> Any:
+        allocations.append(args)
+        if len(allocations) == 3:  # the third of four layers
+            raise MemoryError
+        return allocate_kv_cache(*args, **options)
+
+    allocations: list[Any] = []
+    batch = BatchGenerator(llama, block_size=1)
+    for prompt in prompts()[:4]:
+        batch.add_request(prompt, **SETTINGS)
+    batch.step()
+    monkeypatch.setattr(shared_blocks, "allocate_kv_cache", allocate)
+    with pytest.raises(MemoryError):
+        list(batch)
+    list(batch)
+    assert [batch.outputs[number].generated_tokens for number in range(4)] == expected[:4]
 
 
 def read_steps(batch: BatchGenerator, read: list[NewToken]) -> None:
