@@ -10,6 +10,7 @@ import pickle
 import random
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pytest
@@ -32,6 +33,22 @@ class Model:
     nodes: list[int] = field(default_factory=list)
     known: int = 0
     published_blocks: int = 0
+
+
+def check_owners(allocator: BlockAllocator, seqs: Iterable[int]) -> list[int]:
+    """Check that what no sequence holds is free, and return how many sequences hold each block."""
+    uses = [0] * allocator.num_blocks
+    for seq in seqs:
+        live = [block for block in allocator.block_table(seq) if block >= 0]
+        assert len(set(live)) == len(live), "a block twice in one table"
+        for block in live:
+            uses[block] += 1
+    pool = allocator._pool
+    assert pool.references == uses, "wrong reference counts"
+    unused = [block for block, count in enumerate(uses) if not count]
+    assert sorted([*pool._free, *pool._kept]) == unused, "free and used blocks are not all blocks"
+    assert allocator.num_free_blocks == len(unused)
+    return uses
 
 
 class Storm:
@@ -267,17 +284,9 @@ class Storm:
         """
         self.operations += 1
         self.counts[operation] += 1
-        uses = [0] * self.allocator.num_blocks
-        for seq in self.models:
-            live = [block for block in self.allocator.block_table(seq) if block >= 0]
-            assert len(set(live)) == len(live), "a block twice in one table"
-            for block in live:
-                uses[block] += 1
-        pool = self.allocator._pool
-        assert pool.references == uses, "wrong reference counts"
+        uses = check_owners(self.allocator, self.models)
         unused = [block for block, count in enumerate(uses) if not count]
-        assert sorted([*pool._free, *pool._kept]) == unused, "free and used blocks are not all blocks"
-        assert self.allocator.num_free_blocks == len(unused)
+        pool = self.allocator._pool
         index = dict(pool._block_of)
         assert {block: digest for digest, block in index.items()} == pool._digest_of
         assert len(pool._digest_of) == len(index), "a block found by two digests"
