@@ -1,6 +1,5 @@
 """Requests come, stream, share prefixes, fail and go; each on its own."""
 
-import random
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from transformers.generation.streamers import BaseStreamer
 from torch_paged.cache import allocate_kv_cache
 from torch_paged.integrations.transformers import (
     BatchGenerator,
-    GenerationOutput,
     GenerationRequest,
     NewToken,
     generate_batch,
@@ -389,49 +387,6 @@ def test_blocks_behind_a_window_are_freed() -> None:
     list(batch)
     assert len(batch.outputs[0].generated_tokens) == 50
     assert batch.cache.peak_blocks <= 5
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("seed", range(3))
-def test_a_storm_of_requests(family: str, seed: int) -> None:
-    """Requests arrive, are cancelled and preempted at random; whoever stays gets its tokens."""
-    draw = random.Random(seed)
-    model = make_model(family)
-    pool = [[draw.randrange(2, VOCAB_SIZE) for _ in range(draw.randrange(1, 30))] for _ in range(4)]
-    todo = []
-    for _ in range(14):
-        prompt = [*draw.choice(pool)[: draw.randrange(1, 30)], draw.randrange(2, VOCAB_SIZE)]
-        todo.append((prompt, draw.randrange(1, 16)))
-    expected = [generate_alone(model, prompt, max_new_tokens=count)[0] for prompt, count in todo]
-    batch = BatchGenerator(
-        patch_model(model),
-        block_size=draw.choice([1, 3, 4]),
-        num_blocks=draw.randrange(48, 70),
-        max_batch_tokens=draw.choice([3, 11, 64]),
-        max_requests_per_batch=draw.choice([2, 5, 20]),
-        prefix_reuse=draw.random() < 0.5,
-    )
-    requests: list[GenerationRequest] = []
-    while len(requests) < len(todo) or batch.has_unfinished:
-        while len(requests) < len(todo) and draw.random() < 0.5:
-            prompt, count = todo[len(requests)]
-            requests.append(GenerationRequest(prompt, GenerationConfig(max_new_tokens=count, do_sample=False)))
-            batch.add_request(requests[-1])
-        if requests and draw.random() < 0.02:
-            draw.choice(requests).cancel()
-        batch.step()
-    assert blocks_in_use(batch) == 0
-    for output, tokens in zip(batch.outputs.values(), expected, strict=True):
-        check_ended(output, tokens)
-
-
-def check_ended(output: GenerationOutput, tokens: list[int]) -> None:
-    assert output.is_finished
-    assert output.error is None
-    if output.is_cancelled:
-        assert output.generated_tokens == tokens[: len(output.generated_tokens)]
-    else:
-        assert output.generated_tokens == tokens
 
 
 def test_the_progress_bar_can_be_switched_off(
