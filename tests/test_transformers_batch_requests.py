@@ -15,6 +15,7 @@ from torch_paged.integrations.transformers import (
     BatchGenerator,
     GenerationRequest,
     NewToken,
+    batch_generator,
     generate_batch,
     patch_model,
     shared_blocks,
@@ -293,6 +294,51 @@ def test_an_interrupt_of_a_streamer_loses_no_token(llama: Any, expected: list[li
         assert [token.token_id for token in read if token.request == number] == wanted
         assert batch.outputs[number].generated_tokens == wanted
     assert streamer.values[1:] == [[token] for token in expected[7]]
+    assert streamer.ended == 1
+    assert blocks_in_use(batch) == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_no_token_is_lost_where_choosing_them_fails(
+    llama: Any, expected: list[list[int]], error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise error
+        return probabilities_of_alike(*args)
+
+    calls: list[Any] = []
+    probabilities_of_alike = batch_generator.probabilities_of_alike
+    monkeypatch.setattr(batch_generator, "probabilities_of_alike", choose)
+    batch = BatchGenerator(llama, block_size=BLOCK_SIZE, max_batch_tokens=30)
+    for prompt in prompts():
+        batch.add_request(prompt, **SETTINGS)
+    with pytest.raises(error):
+        list(batch)
+    list(batch)
+    assert [batch.outputs[number].generated_tokens for number in range(8)] == expected
+
+
+def test_an_interrupt_at_the_end_of_a_stream_loses_no_token(llama: Any, expected: list[list[int]]) -> None:
+    class Interrupting(Recorder):
+        def end(self) -> None:
+            super().end()
+            raise KeyboardInterrupt
+
+    streamer = Interrupting()
+    batch = BatchGenerator(llama, block_size=BLOCK_SIZE)
+    for number, prompt in enumerate(prompts()):
+        options = {**SETTINGS, "max_new_tokens": 7} if number == 2 else SETTINGS
+        batch.add_request(GenerationRequest(prompt, streamer=streamer if number == 2 else None), **options)
+    read: list[NewToken] = []
+    with pytest.raises(KeyboardInterrupt):
+        read_steps(batch, read)
+    read_steps(batch, read)
+    for number, wanted in enumerate(expected):
+        tokens = wanted[:7] if number == 2 else wanted
+        assert [token.token_id for token in read if token.request == number] == tokens
+        assert batch.outputs[number].generated_tokens == tokens
     assert streamer.ended == 1
     assert blocks_in_use(batch) == 0
 
