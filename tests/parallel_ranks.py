@@ -1,7 +1,9 @@
 """Two processes that talk over gloo on this machine, and what each of them runs: the code of docs/parallel.md."""
 
 import multiprocessing
+import os
 import re
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -169,6 +171,7 @@ class Ranks:
 def serve(rank: int, store: str, connection: Connection) -> None:
     """Be one rank: run what is asked for and say what went wrong, until the process is killed."""
     torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=SECONDS))
     page = code_of_the_page()
     while True:

@@ -31,9 +31,11 @@ from torch_paged.integrations.transformers import (
     GenerationOutput,
     GenerationRequest,
     NewToken,
+    batch_generator,
     patch_model,
     shared_blocks,
 )
+from torch_paged.integrations.transformers.sampling import probabilities_of_alike
 
 STORMED = [name for name in ("llama", "gemma2", "mistral", "gpt_oss", "qwen3", "deepseek_v3") if name in FAMILIES]
 TIE = 1e-4
@@ -41,6 +43,8 @@ TIE = 1e-4
 MOST_PROMPT_TOKENS = 40
 MOST_NEW_TOKENS = 24
 STEPS_WITHOUT_TOKEN = 5000
+END = -2
+"""Where a callback acts that does so at the end of a stream."""
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},
     {},
@@ -49,6 +53,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"do_sample": True, "temperature": 0.7},
     {"do_sample": True, "top_k": 20, "top_p": 0.8},
 )
+ALLOCATION, SAMPLING = "allocations that failed", "samplings that failed"
 FATES = {
     "ends": 60,
     "is cancelled by its streamer": 6,
@@ -59,6 +64,7 @@ FATES = {
     "streamer raises": 4,
     "processor interrupts": 4,
     "streamer interrupts": 4,
+    "end of the streamer interrupts": 3,
     "prompt is refused": 3,
     "outgrows the cache": 2,
 }
@@ -94,8 +100,9 @@ class Callback(BaseStreamer):
         self._at(self.streamed - 1)
 
     def end(self) -> None:
-        """Count the ends of the stream."""
+        """Count the ends of the stream, and act there."""
         self.ended += 1
+        self._at(END)
 
     def _at(self, number: int) -> Any:
         if number != self.at or self.then is None:
@@ -161,7 +168,7 @@ class Storm:
         self.jobs: dict[int, Job] = {}
         self.expected: dict[Any, list[int]] = {}
         self.idle_steps = 0
-        self.fault: tuple[int, BaseException] | None = None
+        self.fault: tuple[int | str, BaseException] | None = None
 
     def tokens(self, count: int) -> list[int]:
         """Return random token ids."""
@@ -181,8 +188,12 @@ class Storm:
             for index, layer in enumerate(layers)
         ]
         until = time.monotonic() + seconds
-        allocate = patch.object(shared_blocks, "allocate_kv_cache", self.allocate)
-        allocate.start()
+        patches = (
+            patch.object(shared_blocks, "allocate_kv_cache", self.allocate),
+            patch.object(batch_generator, "probabilities_of_alike", self.sample),
+        )
+        for patched in patches:
+            patched.start()
         try:
             while (requests and time.monotonic() < until) or self.batch.has_unfinished:
                 while requests and time.monotonic() < until and self.draw.random() < 0.4:
@@ -194,13 +205,14 @@ class Storm:
                     job.request.cancel()
                 if self.draw.random() < 0.02:
                     error = self.draw.choice([Fault("of the model"), KeyboardInterrupt(), MemoryError()])
-                    self.fault = self.draw.randrange(len(layers)), error
+                    self.fault = self.draw.choice([*range(len(layers)), SAMPLING]), error
                 self.step()
                 self.check_blocks()
                 for number in [number for number in self.jobs if self.batch.outputs[number].is_finished]:
                     self.settle(number)
         finally:
-            allocate.stop()
+            for patched in patches:
+                patched.stop()
             for hook in hooks:
                 hook.remove()
         assert not self.jobs, "requests did not end"
@@ -237,7 +249,8 @@ class Storm:
             "probabilities are no numbers": lambda: float("nan"),
         }
         error: BaseException = KeyboardInterrupt() if job.fate.endswith("interrupts") else Fault("of a callback")
-        callback = Callback(job.at, acts.get(job.fate, lambda: throw(error)), len(job.prompt))
+        at = END if job.fate.startswith("end") and job.fate != "ends" else job.at
+        callback = Callback(at, acts.get(job.fate, lambda: throw(error)), len(job.prompt))
         if job.fate.startswith(("processor", "probabilities")):
             request.logits_processor = LogitsProcessorList([callback.process])
         elif job.fate.startswith("criterion"):
@@ -246,17 +259,22 @@ class Storm:
             request.streamer = job.streamer = callback
         return request
 
-    def raise_fault(self, layer: int) -> None:
-        """Fail in the middle of a forward."""
-        if self.fault is not None and self.fault[0] == layer:
+    def raise_fault(self, place: Any) -> None:
+        """Fail in a layer's forward, or elsewhere in a step."""
+        if self.fault is not None and self.fault[0] == place:
             raise self.fault[1]
 
     def allocate(self, *args: Any, **options: Any) -> Any:
         """Allocate a layer's cache, or run out of memory."""
         if self.draw.random() < 0.1:
-            self.fault = -1, MemoryError()
-            raise self.fault[1]
+            self.fault = ALLOCATION, MemoryError()
+            self.raise_fault(ALLOCATION)
         return allocate_kv_cache(*args, **options)
+
+    def sample(self, *args: Any) -> Any:
+        """Sample for requests together, or fail."""
+        self.raise_fault(SAMPLING)
+        return probabilities_of_alike(*args)
 
     def step(self) -> None:
         """Run one step, or read some tokens and stop reading; go on after whatever was raised."""
@@ -273,12 +291,12 @@ class Storm:
         except (Fault, MemoryError) as error:
             if self.fault is None or error is not self.fault[1]:
                 raise AssertionError("a callback's fault came out of a step") from error
-            self.counts["allocations that failed" if self.fault[0] < 0 else "forwards that failed"] += 1
+            self.counts[self.fault[0] if isinstance(self.fault[0], str) else "forwards that failed"] += 1
         except KeyboardInterrupt:
             self.counts["interrupts"] += 1
         self.fault = None
-        for number, token in made:
-            self.jobs[number].handed_out.append(token)
+        for new in made:
+            self.jobs[new.request].handed_out.append(new.token_id)
         self.idle_steps = 0 if made else self.idle_steps + 1
         assert self.idle_steps < STEPS_WITHOUT_TOKEN, "no request gets on"
         self.counts["steps"] += 1

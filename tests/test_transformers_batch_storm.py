@@ -4,7 +4,7 @@ import pytest
 from request_storm import Storm
 
 
-@pytest.mark.parametrize(("family", "seed"), [("llama", 0), ("gemma2", 1), ("llama", 2), ("gemma2", 3)])
+@pytest.mark.parametrize(("family", "seed"), [("llama", 0), ("gemma2", 1)])
 def test_every_request_gets_its_own_tokens(family: str, seed: int) -> None:
     storm = Storm(family, seed)
     storm.run(requests=25)

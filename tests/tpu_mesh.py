@@ -30,8 +30,7 @@ CASES = {
     "keys decode": AttentionCase("keys", **SHAPE, dtype=torch.bfloat16),
     "keys prefill": AttentionCase("keys", **PREFILL, cache_dtype=torch.int8, scales_rank=4, sliding_window=30),
 }
-FUNCTIONS = {"paged_attention": paged_attention, "flash_attn_varlen": flash_attn_varlen}
-OF_A_PART = ("kv_cache", "kv_scales", "block_tables", "context_lens", "query_positions")
+FUNCTIONS: dict[str, Any] = {"paged_attention": paged_attention, "flash_attn_varlen": flash_attn_varlen}
 
 
 def code_of_the_page() -> dict[str, Any]:
@@ -54,17 +53,18 @@ def check(name: str) -> None:
     arguments = build(case)
     call = jax_call(f"{case.op}.with_stats", arguments)
     tensors = dict(zip(names_of(case.op), call.arrays, strict=True))
+    arrays = {key: None if x is None else to_jax(x) for key, x in tensors.items()}
     function = partial(FUNCTIONS[case.op], **call.options, chip=CHIPS["v5e"], interpret=True)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("chips",))
     page = code_of_the_page()
     if name.startswith("heads"):
-        results = page["over_heads"](function, mesh, {key: x if x is None else to_jax(x) for key, x in tensors.items()})
+        results = page["over_heads"](function, mesh, arrays)
         shards = results[0].sharding.shard_shape(results[0].shape)
         assert shards[1] == case.num_heads // DEVICES, "heads are not split"
     else:
         parts = joined_parts(arguments)
-        sinks = to_jax(tensors.pop("sinks"))
-        shared = {key: x if x is None else to_jax(x) for key, x in tensors.items() if key not in parts}
+        sinks = arrays.pop("sinks")
+        shared = {key: x for key, x in arrays.items() if key not in parts}
         results = page["over_keys"](function, mesh, shared, {key: to_jax(x) for key, x in parts.items()}, sinks)
     assert_attention(case.op, arguments, *map(to_torch, results))
 

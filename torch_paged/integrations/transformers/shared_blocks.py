@@ -108,7 +108,7 @@ class SharedBlocks:
         return self.num_blocks - self.allocator.num_free_blocks
 
     def grow(self, num_blocks: int) -> None:
-        """Make every tensor larger, and then the pool: where memory runs out before, no block without memory is used."""
+        """Make every tensor larger, and then the pool: where memory runs out, no block without memory is used."""
         for storage in self.storages:
             storage.grow(num_blocks)
         self.allocator.grow(num_blocks)
