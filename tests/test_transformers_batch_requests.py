@@ -20,6 +20,7 @@ from torch_paged.integrations.transformers import (
     patch_model,
     shared_blocks,
 )
+from torch_paged.integrations.transformers.sampling import probabilities_of_alike
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
 
@@ -309,7 +310,6 @@ def test_no_token_is_lost_where_choosing_them_fails(
         return probabilities_of_alike(*args)
 
     calls: list[Any] = []
-    probabilities_of_alike = batch_generator.probabilities_of_alike
     monkeypatch.setattr(batch_generator, "probabilities_of_alike", choose)
     batch = BatchGenerator(llama, block_size=BLOCK_SIZE, max_batch_tokens=30)
     for prompt in prompts():
