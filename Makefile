@@ -45,6 +45,8 @@ LIBRARY := torch_paged/_C.abi3.so
 .PHONY: demo test test-transformers test-tpu test-tpu-xla test-tpu-device lint bench bench-tpu tpu-matrix mutants-tpu
 .PHONY: test-neuron test-neuron-device bench-neuron mutants-neuron
 .PHONY: instructions wheel clean mutants test-wheel test-torches leaks test-aarch64 help
+.PHONY: storm storm-allocator storm-requests
+.PHONY: instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
 .DELETE_ON_ERROR:
 
 help:
@@ -60,6 +62,7 @@ help:
 	@echo "make bench              measure the kernels beside peers and limits (ARGS=--quick: minutes)"
 	@echo "make instructions       count the kernels' instructions and compare them with committed figures"
 	@echo "make mutants            plant faults in the kernels and see the tests catch them"
+	@echo "make storm              10^6 random operations on the block allocator, ten minutes of random requests"
 	@echo "make tpu-matrix         compile the TPU kernels for every chip, dtype and shape, without a TPU"
 	@echo "make bench-tpu          static estimates of the TPU kernels beside those of jax"
 	@echo "make mutants-tpu        plant faults in the TPU kernels and see the tests catch them"
@@ -178,6 +181,14 @@ instructions: $(LIBRARY)
 
 mutants: $(LIBRARY)
 	$(BIN)/python tests/mutants.py $(ARGS)
+
+storm-allocator: $(LIBRARY)
+	$(BIN)/python tests/allocator_storm.py $(ARGS)
+
+storm-requests: $(LIBRARY)
+	$(BIN)/python tests/request_storm.py $(ARGS)
+
+storm: storm-allocator storm-requests
 
 tpu-matrix: $(LIBRARY)
 	JAX_PLATFORMS=cpu $(BIN)/python tests/tpu_matrix.py $(ARGS)

@@ -1,6 +1,5 @@
 """Requests come, stream, share prefixes, fail and go; each on its own."""
 
-import random
 from typing import Any
 
 import pytest
@@ -11,14 +10,17 @@ from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from torch_paged.cache import allocate_kv_cache
 from torch_paged.integrations.transformers import (
     BatchGenerator,
-    GenerationOutput,
     GenerationRequest,
     NewToken,
+    batch_generator,
     generate_batch,
     patch_model,
+    shared_blocks,
 )
+from torch_paged.integrations.transformers.sampling import probabilities_of_alike
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
 
@@ -216,6 +218,38 @@ def test_a_step_that_fails_can_be_run_again(
     assert [batch.outputs[number].generated_tokens for number in range(8)] == expected
 
 
+def test_outputs_may_be_removed(llama: Any, expected: list[list[int]]) -> None:
+    batch = BatchGenerator(llama)
+    numbers = [batch.add_request(prompt, **SETTINGS) for prompt in prompts()[:2]]
+    list(batch)
+    del batch.outputs[numbers[0]]
+    numbers += [batch.add_request(prompt, **SETTINGS) for prompt in prompts()[2:4]]
+    list(batch)
+    assert numbers == [0, 1, 2, 3]
+    assert [batch.outputs[number].generated_tokens for number in (1, 2, 3)] == expected[1:4]
+
+
+def test_no_memory_for_a_larger_cache_spoils_nothing(
+    llama: Any, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(*args: Any, **options: Any) -> Any:
+        allocations.append(args)
+        if len(allocations) == 3:  # the third of four layers
+            raise MemoryError
+        return allocate_kv_cache(*args, **options)
+
+    allocations: list[Any] = []
+    batch = BatchGenerator(llama, block_size=1)
+    for prompt in prompts()[:4]:
+        batch.add_request(prompt, **SETTINGS)
+    batch.step()
+    monkeypatch.setattr(shared_blocks, "allocate_kv_cache", allocate)
+    with pytest.raises(MemoryError):
+        list(batch)
+    list(batch)
+    assert [batch.outputs[number].generated_tokens for number in range(4)] == expected[:4]
+
+
 def read_steps(batch: BatchGenerator, read: list[NewToken]) -> None:
     while batch.has_unfinished:
         read += batch.step()
@@ -261,6 +295,50 @@ def test_an_interrupt_of_a_streamer_loses_no_token(llama: Any, expected: list[li
         assert [token.token_id for token in read if token.request == number] == wanted
         assert batch.outputs[number].generated_tokens == wanted
     assert streamer.values[1:] == [[token] for token in expected[7]]
+    assert streamer.ended == 1
+    assert blocks_in_use(batch) == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_no_token_is_lost_where_choosing_them_fails(
+    llama: Any, expected: list[list[int]], error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise error
+        return probabilities_of_alike(*args)
+
+    calls: list[Any] = []
+    monkeypatch.setattr(batch_generator, "probabilities_of_alike", choose)
+    batch = BatchGenerator(llama, block_size=BLOCK_SIZE, max_batch_tokens=30)
+    for prompt in prompts():
+        batch.add_request(prompt, **SETTINGS)
+    with pytest.raises(error):
+        list(batch)
+    list(batch)
+    assert [batch.outputs[number].generated_tokens for number in range(8)] == expected
+
+
+def test_an_interrupt_at_the_end_of_a_stream_loses_no_token(llama: Any, expected: list[list[int]]) -> None:
+    class Interrupting(Recorder):
+        def end(self) -> None:
+            super().end()
+            raise KeyboardInterrupt
+
+    streamer = Interrupting()
+    batch = BatchGenerator(llama, block_size=BLOCK_SIZE)
+    for number, prompt in enumerate(prompts()):
+        options = {**SETTINGS, "max_new_tokens": 7} if number == 2 else SETTINGS
+        batch.add_request(GenerationRequest(prompt, streamer=streamer if number == 2 else None), **options)
+    read: list[NewToken] = []
+    with pytest.raises(KeyboardInterrupt):
+        read_steps(batch, read)
+    read_steps(batch, read)
+    for number, wanted in enumerate(expected):
+        tokens = wanted[:7] if number == 2 else wanted
+        assert [token.token_id for token in read if token.request == number] == tokens
+        assert batch.outputs[number].generated_tokens == tokens
     assert streamer.ended == 1
     assert blocks_in_use(batch) == 0
 
@@ -355,49 +433,6 @@ def test_blocks_behind_a_window_are_freed() -> None:
     list(batch)
     assert len(batch.outputs[0].generated_tokens) == 50
     assert batch.cache.peak_blocks <= 5
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("seed", range(3))
-def test_a_storm_of_requests(family: str, seed: int) -> None:
-    """Requests arrive, are cancelled and preempted at random; whoever stays gets its tokens."""
-    draw = random.Random(seed)
-    model = make_model(family)
-    pool = [[draw.randrange(2, VOCAB_SIZE) for _ in range(draw.randrange(1, 30))] for _ in range(4)]
-    todo = []
-    for _ in range(14):
-        prompt = [*draw.choice(pool)[: draw.randrange(1, 30)], draw.randrange(2, VOCAB_SIZE)]
-        todo.append((prompt, draw.randrange(1, 16)))
-    expected = [generate_alone(model, prompt, max_new_tokens=count)[0] for prompt, count in todo]
-    batch = BatchGenerator(
-        patch_model(model),
-        block_size=draw.choice([1, 3, 4]),
-        num_blocks=draw.randrange(48, 70),
-        max_batch_tokens=draw.choice([3, 11, 64]),
-        max_requests_per_batch=draw.choice([2, 5, 20]),
-        prefix_reuse=draw.random() < 0.5,
-    )
-    requests: list[GenerationRequest] = []
-    while len(requests) < len(todo) or batch.has_unfinished:
-        while len(requests) < len(todo) and draw.random() < 0.5:
-            prompt, count = todo[len(requests)]
-            requests.append(GenerationRequest(prompt, GenerationConfig(max_new_tokens=count, do_sample=False)))
-            batch.add_request(requests[-1])
-        if requests and draw.random() < 0.02:
-            draw.choice(requests).cancel()
-        batch.step()
-    assert blocks_in_use(batch) == 0
-    for output, tokens in zip(batch.outputs.values(), expected, strict=True):
-        check_ended(output, tokens)
-
-
-def check_ended(output: GenerationOutput, tokens: list[int]) -> None:
-    assert output.is_finished
-    assert output.error is None
-    if output.is_cancelled:
-        assert output.generated_tokens == tokens[: len(output.generated_tokens)]
-    else:
-        assert output.generated_tokens == tokens
 
 
 def test_the_progress_bar_can_be_switched_off(

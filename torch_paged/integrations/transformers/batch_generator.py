@@ -43,6 +43,9 @@ class BatchGenerator:
         prefix_reuse: True to compute what prompts begin with alike only once.
         tokenizer: wanted by ``stop_strings``.
 
+    Attributes:
+        outputs: what became of each request, by its number. Who serves for long removes those that have ended.
+
     Raises:
         ValueError: a size below 1, or a model that is not patched.
         NotImplementedError: a layer of the model cannot take packed tokens.
@@ -79,6 +82,7 @@ class BatchGenerator:
                 raise ValueError(f"BatchGenerator: {name} must be >= 1, got {size}")
         self.model = model
         self.outputs: dict[int, GenerationOutput] = {}
+        self._next_number = 0
         self.cache = PackedCache(
             model.config,
             num_blocks=_FIRST_BLOCKS if num_blocks is None else num_blocks,
@@ -135,11 +139,12 @@ class BatchGenerator:
             options: single settings, such as ``max_new_tokens``, that go before ``generation_config``.
 
         Returns:
-            The request's number: 0, 1, ...
+            The request's number: 0, 1, ..., never used again.
         """
         if not isinstance(request, GenerationRequest):
             request = GenerationRequest(request)
-        number, output = len(self.outputs), GenerationOutput()
+        number, output = self._next_number, GenerationOutput()
+        self._next_number += 1
         self.outputs[number] = output
         try:
             output.prompt_ids = self._prompt_ids(request)
@@ -254,40 +259,47 @@ class BatchGenerator:
         return out.logits[0] if keep else out.logits[0, kept]
 
     def _accept(self, states: list[QueuedRequest], logits: Tensor) -> None:
-        if not states:
-            return
-        best = logits.argmax(-1).tolist()
-        drawn_from = probabilities_of_alike([state.sampler for state in states], logits)
-        for index, state in enumerate(states):
-            is_done, error = False, None
+        """Choose a token for each state; whatever interrupts that, those without one are computed again."""
+        left = deque(states)
+        try:
+            if not states:
+                return
+            best = logits.argmax(-1).tolist()
+            drawn_from = probabilities_of_alike([state.sampler for state in states], logits)
+            for index, state in enumerate(states):
+                self._accept_one(state, best[index], drawn_from.get(index), logits[index : index + 1])
+                left.popleft()
+        except BaseException:
+            running = self._scheduler.running
+            self.cache.roll_back([(late.sequence, 1) for late in left if late in running and not late.pending])
+            raise
+
+    def _accept_one(self, state: QueuedRequest, best: int, drawn_from: Tensor | None, logits: Tensor) -> None:
+        is_done, error = False, None
+        try:
+            sampler = state.sampler
+            if sampler.is_greedy:
+                token = best
+            elif drawn_from is not None:
+                token = sampler.draw(drawn_from)
+            else:
+                token = sampler.choose(logits)
+            if not 0 <= token < self._vocab_size:
+                raise ValueError(
+                    f"generate_batch: a chosen token must be an id in [0, {self._vocab_size - 1}], got {token}"
+                )
+            state.tokens.append(token)
+            state.output.generated_tokens.append(token)
+            self._made.append(NewToken(state.number, token))
             try:
-                sampler = state.sampler
-                if sampler.is_greedy:
-                    token = best[index]
-                elif index in drawn_from:
-                    token = sampler.draw(drawn_from[index])
-                else:
-                    token = sampler.choose(logits[index : index + 1])
-                if not 0 <= token < self._vocab_size:
-                    raise ValueError(
-                        f"generate_batch: a chosen token must be an id in [0, {self._vocab_size - 1}], got {token}"
-                    )
-                state.tokens.append(token)
-                state.output.generated_tokens.append(token)
-                self._made.append(NewToken(state.number, token))
-                try:
-                    if state.request.streamer is not None:
-                        state.request.streamer.put(torch.tensor([token]))
-                finally:
-                    is_done = sampler.is_done(token)
-                if not is_done and self._most_tokens is not None and len(state.tokens) > self._most_tokens:
-                    raise depends_on_others(len(state.tokens), self._most_tokens)
-            except Exception as raised:
-                is_done, error = True, raised
-            except BaseException:  # an interrupt: the tokens that were not chosen are computed again
-                self.cache.roll_back([(late.sequence, 1) for late in states[index:] if not late.pending])
-                if is_done:
-                    self._scheduler.end(state, None)
-                raise
+                if state.request.streamer is not None:
+                    state.request.streamer.put(torch.tensor([token]))
+            finally:
+                is_done = sampler.is_done(token)
+            if not is_done and self._most_tokens is not None and len(state.tokens) > self._most_tokens:
+                raise depends_on_others(len(state.tokens), self._most_tokens)
+        except Exception as raised:
+            is_done, error = True, raised
+        finally:
             if is_done:
                 self._scheduler.end(state, error)

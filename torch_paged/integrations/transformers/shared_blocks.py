@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_paged import dispatch, functional
-from torch_paged.cache import BlockAllocator, allocate_kv_cache
+from torch_paged.cache import BlockAllocator, KVCache, allocate_kv_cache
 from torch_paged.integrations.transformers.layer_plan import Reach
 from torch_paged.integrations.transformers.static_sizes import static_size
 
@@ -36,8 +36,30 @@ class LayerStorage:
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, like: Tensor, latent: bool
     ) -> None:
         """Allocate for N blocks, in the dtype and on the device of ``like`` unless the cache has its own dtype."""
+        self._replace(self._allocated(num_blocks, num_kv_heads, block_size, head_dim, like, latent))
+
+    def grow(self, num_blocks: int) -> None:
+        """Move to a larger tensor, where there is one already; when that fails, the old one is as it was."""
+        old, old_scales = self.kv_cache, self.kv_scales
+        if old is None:
+            return
+        sides, old_blocks, num_kv_heads, block_size, head_dim = old.shape
+        new = self._allocated(num_blocks, num_kv_heads, block_size, head_dim, old, sides == 1)
+        new.kv_cache[:, :old_blocks] = old
+        if old_scales is not None and new.kv_scales is not None:
+            new.kv_scales[:, :old_blocks] = old_scales
+        self._replace(new)
+
+    def copy_blocks(self, sources: Tensor, destinations: Tensor) -> None:
+        """Copy whole blocks, where there is a tensor already."""
+        if self.kv_cache is not None:
+            functional.copy_blocks(self.kv_cache, sources, destinations, kv_scales=self.kv_scales)
+
+    def _allocated(
+        self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, like: Tensor, latent: bool
+    ) -> KVCache:
         dtype = self.dtype or like.dtype
-        allocated = allocate_kv_cache(
+        return allocate_kv_cache(
             num_blocks,
             num_kv_heads,
             block_size,
@@ -48,27 +70,9 @@ class LayerStorage:
             scales="token" if dtype.itemsize == 1 else None,
             backend=dispatch.served().get(like.device.type, "cpu"),
         )
-        self._replace(allocated.kv_cache, allocated.kv_scales)
 
-    def grow(self, num_blocks: int) -> None:
-        """Move to a larger tensor, where there is one already."""
-        old, old_scales = self.kv_cache, self.kv_scales
-        if old is None:
-            return
-        sides, old_blocks, num_kv_heads, block_size, head_dim = old.shape
-        self.allocate(num_blocks, num_kv_heads, block_size, head_dim, old, sides == 1)
-        assert self.kv_cache is not None
-        self.kv_cache[:, :old_blocks] = old
-        if old_scales is not None and self.kv_scales is not None:
-            self.kv_scales[:, :old_blocks] = old_scales
-
-    def copy_blocks(self, sources: Tensor, destinations: Tensor) -> None:
-        """Copy whole blocks, where there is a tensor already."""
-        if self.kv_cache is not None:
-            functional.copy_blocks(self.kv_cache, sources, destinations, kv_scales=self.kv_scales)
-
-    def _replace(self, kv_cache: Tensor, kv_scales: Tensor | None) -> None:
-        self.kv_cache, self.kv_scales = kv_cache, kv_scales
+    def _replace(self, allocated: KVCache) -> None:
+        self.kv_cache, self.kv_scales = allocated.kv_cache, allocated.kv_scales
         for holder in self.holders:
             holder.take_storage()
 
@@ -104,10 +108,10 @@ class SharedBlocks:
         return self.num_blocks - self.allocator.num_free_blocks
 
     def grow(self, num_blocks: int) -> None:
-        """Make the pool larger, and every tensor with it."""
-        self.allocator.grow(num_blocks)
+        """Make every tensor larger, and then the pool: where memory runs out, no block without memory is used."""
         for storage in self.storages:
             storage.grow(num_blocks)
+        self.allocator.grow(num_blocks)
 
     def copy_pending(self, device: torch.device) -> None:
         """Do the copies that the last appends asked for."""

@@ -1,0 +1,12 @@
+"""A short storm of requests; ``make storm-requests`` is ten minutes of them."""
+
+import pytest
+from request_storm import Storm
+
+
+@pytest.mark.parametrize(("family", "seed"), [("llama", 0), ("gemma2", 1)])
+def test_every_request_gets_its_own_tokens(family: str, seed: int) -> None:
+    storm = Storm(family, seed)
+    storm.run(requests=25)
+    assert storm.counts["ended"] >= 8
+    assert storm.counts["ties"] == 0
