@@ -258,6 +258,19 @@ SHAPES = [
     ),
 ]
 TOGETHER = [
+    *(
+        Break("tensors.given", base, {name: None}, f"{name} must be given, got None")
+        for base, names in (
+            ("decode", ("query", "kv_cache", "block_tables", "context_lens")),
+            ("varlen", ("query", "cu_seqlens_q")),
+            ("write", ("key", "kv_cache", "slot_mapping")),
+            ("quantize", ("key", "kv_cache", "kv_scales", "slot_mapping")),
+            ("copy", ("kv_cache", "src_blocks", "dst_blocks")),
+            ("gather", ("kv_cache", "block_tables", "context_lens")),
+            ("merge", ("outs", "lses")),
+        )
+        for name in names
+    ),
     Break("key.given", "varlen, cache", {"kv_cache": None}, "key must be given without kv_cache, got None"),
     Break(
         "value.only_with_key",
@@ -666,8 +679,8 @@ def generic() -> Iterator[Break]:
         for name, value in arguments.items():
             if not isinstance(value, Tensor):
                 continue
-            wrong = torch.float64 if value.is_floating_point() else torch.int16
-            yield Break(f"{name}.dtype", base, {name: value.to(wrong)}, f"{name} must be ")
+            for wrong in (torch.float64, torch.float8_e4m3fnuz) if value.is_floating_point() else (torch.int16,):
+                yield Break(f"{name}.dtype", base, {name: value.to(wrong)}, f"{name} must be ")
             yield Break(f"{name}.shape", base, {name: value[None]}, f"{name} must have shape (")
             if f"{name}.device" in {rule.name for rule in RULES[op]}:
                 says = f"{name} must be on cpu as {leader} is, got meta"
