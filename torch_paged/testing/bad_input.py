@@ -571,6 +571,12 @@ VALUES = [
         {"max_seqlen_k": 67},
         "max_seqlen_k must be >= every kv length, got 67, less than 68 at index 2",
     ),
+    Break(  # the first sequence breaks the next rule too
+        "max_seqlen_q.covers",
+        "varlen",
+        {"max_seqlen_q": 4, "max_seqlen_k": 3},
+        "max_seqlen_q must be >= every query length, got 4, less than 5 at index 2",
+    ),
     Break(
         "attn_mask.covers",
         "decode",
@@ -650,6 +656,7 @@ VALUES = [
         "dst_blocks.repeated", "copy", {"dst_blocks": put(3, 1)}, "dst_blocks must not repeat a block, got 3 at index 1"
     ),
     Break("starts.values", "gather", {"starts": put(-1, 1)}, "starts must be >= 0, got -1 at index 1"),
+    Break("starts.values", "gather", {"starts": put(-1, 3), "max_len": 0}, "starts must be >= 0, got -1 at index 3"),
     Break(
         "max_len.covers",
         "gather",
