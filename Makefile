@@ -40,7 +40,7 @@ LIBRARY := torch_paged/_C.abi3.so
 .PRECIOUS: .venv-transformers-%/.ready
 .PHONY: demo test test-transformers test-tpu test-tpu-xla test-tpu-device lint bench bench-tpu tpu-matrix mutants-tpu
 .PHONY: test-neuron test-neuron-device bench-neuron mutants-neuron
-.PHONY: instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
+.PHONY: fuzz instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
 .DELETE_ON_ERROR:
 
 help:
@@ -54,6 +54,7 @@ help:
 	@echo "make test-neuron-device the cases of the tests on the NeuronCores of this machine"
 	@echo "make lint               ruff, mypy, clang-format"
 	@echo "make bench              measure the kernels beside peers and limits (ARGS=--quick: minutes)"
+	@echo "make fuzz               100 000 calls with corrupted arguments (ARGS=\"--count 1000 --seed 7\")"
 	@echo "make instructions       count the kernels' instructions and compare them with committed figures"
 	@echo "make mutants            plant faults in the kernels and see the tests catch them"
 	@echo "make tpu-matrix         compile the TPU kernels for every chip, dtype and shape, without a TPU"
@@ -173,6 +174,9 @@ instructions: $(LIBRARY)
 
 mutants: $(LIBRARY)
 	$(BIN)/python tests/mutants.py $(ARGS)
+
+fuzz: $(LIBRARY)
+	$(BIN)/python tests/fuzz.py $(ARGS)
 
 tpu-matrix: $(LIBRARY)
 	JAX_PLATFORMS=cpu $(BIN)/python tests/tpu_matrix.py $(ARGS)
