@@ -262,7 +262,7 @@ inline void check_attention_values(const AttentionArgs& args, const AttentionCal
   for (int64_t b = 0; b < num_seqs; ++b) {
     const int64_t kv_len = lengths.keys(b);
     fits &= args.decode || (lengths.queries(b) <= call.max_seqlen_q && kv_len <= call.max_seqlen_k);
-    fits &= args.attn_mask == nullptr || kv_len <= args.mask_columns;
+    fits &= !call.attn_mask.defined() || kv_len <= args.mask_columns;  // a mask without columns has no memory
   }
   if (!fits) fail_lengths(args, call, lengths);
   if (!args.has_cache) return;

@@ -585,6 +585,12 @@ VALUES = [
     ),
     Break(
         "attn_mask.covers",
+        "decode",
+        {"attn_mask": first(0, 1)},
+        "attn_mask must have C >= every kv length, got C = 0, less than 17 at index 0",
+    ),
+    Break(
+        "attn_mask.covers",
         "varlen",
         {"attn_mask": first(67, 2)},
         "attn_mask must have C >= every kv length, got C = 67, less than 68 at index 2",
