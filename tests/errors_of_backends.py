@@ -181,8 +181,22 @@ def _block_beyond_vmem() -> None:
     program_of(call, "tpu", "v5e")  # type: ignore[arg-type]
 
 
+def _many_tokens() -> None:
+    import jax.numpy as jnp
+
+    from torch_paged.backends.tpu.block_sizes import CHIPS
+    from torch_paged.backends.tpu.varlen import _attend_tiles
+
+    def array(*shape: int) -> Any:
+        return SimpleNamespace(shape=shape, dtype=jnp.dtype("float32"))
+
+    cache = [array(2, 1, 1, 16, 128), array(1, 4), array(1)]
+    options: dict[str, Any] = {"max_seqlen_q": 2**25, "stats": False, "value_dim": 128, "chip": CHIPS["v5e"]}
+    _attend_tiles(array(2**25, 1, 128), None, None, array(2), None, *cache, *[None] * 6, **options)
+
+
 def _pjrt_device() -> None:
-    with patch.object(tpu_support.importlib, "import_module", lambda name: SimpleNamespace(device_type=lambda: "GPU")):
+    with patch("importlib.import_module", lambda name: SimpleNamespace(device_type=lambda: "GPU")):
         tpu_support.xla_client()
 
 
@@ -415,6 +429,13 @@ DEVICES = Group(
             "A block of all heads is copied at once.",
             "Take a smaller block size.",
             _block_beyond_vmem,
+        ),
+        _refusal(
+            "flash_attn_varlen: backend 'tpu' does not support <n> query tokens beside block tables of <n> columns "
+            "(<n> words of scalar memory); pass fewer tokens at a time",
+            "The plan of a call has to fit into scalar memory.",
+            "Cut the prefill into chunks.",
+            _many_tokens,
         ),
         _refusal(
             "torch_paged: backend 'tpu' does not support the chip <name> (<names>); run on one of these",

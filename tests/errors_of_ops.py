@@ -270,11 +270,11 @@ def break_rule(broken: Break) -> Any:
 
 
 def _of_rule(rules: tuple[str, ...], text: str, cause: str, remedy: str) -> Error:
-    """Return the error with one call of each rule that says so."""
+    """Return the error with every call that breaks one of the rules and says so."""
     error = Error("ValueError", text, cause, remedy, ())
     breaks = [broken for broken in (*STATIC, *VALUES) if _is_one_of(broken.rule, rules)]
     provoke = [functools.partial(break_rule, broken) for broken in breaks if error.matches(_sentence(broken))]
-    return Error(error.kind, text, cause, remedy, tuple(provoke[:3] if rules[0].startswith("*") else provoke))
+    return Error(error.kind, text, cause, remedy, tuple(provoke))
 
 
 def _is_one_of(rule: str, rules: tuple[str, ...]) -> bool:

@@ -62,6 +62,11 @@ def _allocate(**options: Any) -> Any:
     return allocate_kv_cache(*sizes.values(), **{"dtype": torch.float32, **options})
 
 
+def _three_tensors() -> None:
+    cache: Any = (torch.ones(1),) * 3
+    from_layout(cache, "jax")
+
+
 ALLOCATOR = Group(
     "BlockAllocator",
     (
@@ -199,7 +204,7 @@ CACHES = Group(
             "from_layout: cache must be <what> for '<layout>', got <n> tensors",
             "The layout has another number of tensors.",
             "Pass one tensor or a pair, as the layout has it.",
-            partial(from_layout, (torch.ones(1),) * 3, "jax"),
+            _three_tensors,
             partial(from_layout, (torch.ones(1),) * 2, "vllm_kv_first"),
         ),
         _error(

@@ -13,7 +13,10 @@ from errors_of_transformers import CACHE, PACKED, PATCHING
 
 from torch_paged.testing.bad_input import STATIC, VALUES
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(MkldnnCPU|sparse|jit):UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # of kinds of tensors that torch is giving up
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
 GROUPS = (RULES, CALLS, IMPORT, DEVICES, ALLOCATOR, CACHES, MASKS, EXPLAIN, PATCHING, CACHE, PACKED)
 ERRORS = [error for group in GROUPS for error in group.errors]
 
@@ -23,10 +26,12 @@ def provoked() -> tuple[Said, ...]:
     return tuple(said for error in ERRORS for said in error.said())
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.text[:60])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.text)
 def test_an_error_is_provoked_and_reads_as_listed(error: Error) -> None:
     assert error.provoke
     for said in error.said():
+        if said.text == "No module named 'jax'":
+            pytest.skip(said.text)
         assert said.kind == error.kind, said
         assert error.matches(said.text), said.text
 
@@ -53,6 +58,7 @@ def unprovoked(sources: list[Source], said: tuple[Said, ...]) -> list[str]:
 
 
 def test_every_error_in_the_sources_is_provoked() -> None:
+    pytest.importorskip("jax")
     sources = list(python_sources())
     assert unprovoked(sources, provoked()) == []
     assert UNREACHABLE.keys() <= {source.code for source in sources}
