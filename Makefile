@@ -47,6 +47,7 @@ LIBRARY := torch_paged/_C.abi3.so
 .PHONY: instructions wheel clean mutants test-wheel test-torches leaks test-aarch64 help
 .PHONY: storm storm-allocator storm-requests
 .PHONY: instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
+.PHONY: fuzz instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
 .DELETE_ON_ERROR:
 
 help:
@@ -60,6 +61,7 @@ help:
 	@echo "make test-neuron-device the cases of the tests on the NeuronCores of this machine"
 	@echo "make lint               ruff, mypy, clang-format"
 	@echo "make bench              measure the kernels beside peers and limits (ARGS=--quick: minutes)"
+	@echo "make fuzz               100 000 calls with corrupted arguments (ARGS=\"--count 1000 --seed 7\")"
 	@echo "make instructions       count the kernels' instructions and compare them with committed figures"
 	@echo "make mutants            plant faults in the kernels and see the tests catch them"
 	@echo "make storm              10^6 random operations on the block allocator, ten minutes of random requests"
@@ -189,6 +191,8 @@ storm-requests: $(LIBRARY)
 	$(BIN)/python tests/request_storm.py $(ARGS)
 
 storm: storm-allocator storm-requests
+fuzz: $(LIBRARY)
+	$(BIN)/python tests/fuzz.py $(ARGS)
 
 tpu-matrix: $(LIBRARY)
 	JAX_PLATFORMS=cpu $(BIN)/python tests/tpu_matrix.py $(ARGS)

@@ -41,16 +41,25 @@ inline const char* type_name(Type type) {
 
 [[gnu::noinline, gnu::cold]] inline std::string show_type(const Tensor& t) {
   if (t.type != Type::other) return type_name(t.type);
-  const std::pair<int32_t, const char*> others[] = {
-      {aoti_torch_dtype_float64(), "float64"},      {aoti_torch_dtype_uint8(), "uint8"},
-      {aoti_torch_dtype_uint16(), "uint16"},        {aoti_torch_dtype_uint32(), "uint32"},
-      {aoti_torch_dtype_uint64(), "uint64"},        {aoti_torch_dtype_int16(), "int16"},
-      {aoti_torch_dtype_complex32(), "complex32"},  {aoti_torch_dtype_complex64(), "complex64"},
-      {aoti_torch_dtype_complex128(), "complex128"}};
+  const std::pair<int32_t, const char*> others[] = {{aoti_torch_dtype_float64(), "float64"},
+                                                    {aoti_torch_dtype_uint8(), "uint8"},
+                                                    {aoti_torch_dtype_uint16(), "uint16"},
+                                                    {aoti_torch_dtype_uint32(), "uint32"},
+                                                    {aoti_torch_dtype_uint64(), "uint64"},
+                                                    {aoti_torch_dtype_int16(), "int16"},
+                                                    {aoti_torch_dtype_complex32(), "complex32"},
+                                                    {aoti_torch_dtype_complex64(), "complex64"},
+                                                    {aoti_torch_dtype_complex128(), "complex128"},
+                                                    {aoti_torch_dtype_float8_e4m3fnuz(), "float8_e4m3fnuz"},
+                                                    {aoti_torch_dtype_float8_e5m2fnuz(), "float8_e5m2fnuz"}};
   for (const auto& [code, name] : others) {
     if (code == t.type_code) return name;
   }
   return "dtype number " + std::to_string(t.type_code);
+}
+
+inline void check_required(const char* op, const Stack& stack) {
+  if (stack.missing() != nullptr) fail(op, stack.missing(), "be given", "None");
 }
 
 using Types = unsigned;

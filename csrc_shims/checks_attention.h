@@ -215,6 +215,38 @@ class UsedEntries {
   }
 };
 
+// Tokens of each sequence.
+struct SequenceLengths {
+  const AttentionArgs& args;
+
+  int64_t queries(int64_t seq) const { return args.decode ? 1 : args.cu_seqlens_q[seq + 1] - args.cu_seqlens_q[seq]; }
+  int64_t keys(int64_t seq) const {
+    const int64_t new_len = args.has_new ? args.cu_seqlens_k[seq + 1] - args.cu_seqlens_k[seq] : 0;
+    return new_len + (args.has_cache ? args.context_lens[seq] : 0);
+  }
+};
+
+// Says which of the three rules is broken, in their order, and by which sequence first.
+[[noreturn, gnu::noinline, gnu::cold]] inline void fail_lengths(const AttentionArgs& args, const AttentionCall& call,
+                                                                const SequenceLengths& lengths) {
+  const auto less_than = [](int64_t length, int64_t seq) {
+    return ", less than " + show(length) + " at index " + show(seq);
+  };
+  for (int64_t b = 0; !args.decode && b < args.num_seqs; ++b) {
+    if (lengths.queries(b) <= call.max_seqlen_q) continue;
+    fail(call.op, "max_seqlen_q", "be >= every query length",
+         show(call.max_seqlen_q) + less_than(lengths.queries(b), b));
+  }
+  for (int64_t b = 0; !args.decode && b < args.num_seqs; ++b) {
+    if (lengths.keys(b) <= call.max_seqlen_k) continue;
+    fail(call.op, "max_seqlen_k", "be >= every kv length", show(call.max_seqlen_k) + less_than(lengths.keys(b), b));
+  }
+  int64_t b = 0;
+  while (lengths.keys(b) <= args.mask_columns) ++b;
+  fail(call.op, "attn_mask", "have C >= every kv length",
+       "C = " + show(args.mask_columns) + less_than(lengths.keys(b), b));
+}
+
 // The data-dependent rules. `args` is complete but for its results.
 inline void check_attention_values(const AttentionArgs& args, const AttentionCall& call, const Shapes& shapes) {
   const char* op = call.op;
@@ -225,23 +257,14 @@ inline void check_attention_values(const AttentionArgs& args, const AttentionCal
     check_context_lens(op, args.context_lens, num_seqs, shapes[Dim::M], args.cache.block_size);
     check_scale_values(op, call.kv_scales);
   }
+  const SequenceLengths lengths{args};
+  bool fits = true;
   for (int64_t b = 0; b < num_seqs; ++b) {
-    const int64_t new_len = args.has_new ? args.cu_seqlens_k[b + 1] - args.cu_seqlens_k[b] : 0;
-    const int64_t kv_len = new_len + (args.has_cache ? args.context_lens[b] : 0);
-    const int64_t query_len = args.decode ? 1 : args.cu_seqlens_q[b + 1] - args.cu_seqlens_q[b];
-    if (!args.decode && query_len > call.max_seqlen_q) {
-      fail(op, "max_seqlen_q", "be >= every query length",
-           show(call.max_seqlen_q) + ", less than " + show(query_len) + " at index " + show(b));
-    }
-    if (!args.decode && kv_len > call.max_seqlen_k) {
-      fail(op, "max_seqlen_k", "be >= every kv length",
-           show(call.max_seqlen_k) + ", less than " + show(kv_len) + " at index " + show(b));
-    }
-    if (args.attn_mask != nullptr && kv_len > args.mask_columns) {
-      fail(op, "attn_mask", "have C >= every kv length",
-           "C = " + show(args.mask_columns) + ", less than " + show(kv_len) + " at index " + show(b));
-    }
+    const int64_t kv_len = lengths.keys(b);
+    fits &= args.decode || (lengths.queries(b) <= call.max_seqlen_q && kv_len <= call.max_seqlen_k);
+    fits &= !call.attn_mask.defined() || kv_len <= args.mask_columns;  // a mask without columns has no memory
   }
+  if (!fits) fail_lengths(args, call, lengths);
   if (!args.has_cache) return;
   UsedEntries used(args, op);
   for (int64_t b = 0; b < num_seqs; ++b) used.check(b);
@@ -251,9 +274,11 @@ inline void check_gather_values(const GatherArgs& args, const char* op, const Te
                                 int64_t table_columns) {
   check_context_lens(op, args.context_lens, args.num_seqs, table_columns, args.cache.block_size);
   check_scale_values(op, kv_scales);
+  for (int64_t b = 0; args.starts != nullptr && b < args.num_seqs; ++b) {
+    if (args.starts[b] < 0) fail(op, "starts", "be >= 0", show(args.starts[b]) + " at index " + show(b));
+  }
   for (int64_t b = 0; b < args.num_seqs; ++b) {
     const int64_t start = args.starts != nullptr ? args.starts[b] : 0;
-    if (start < 0) fail(op, "starts", "be >= 0", show(start) + " at index " + show(b));
     if (start + args.context_lens[b] > args.max_len) {
       fail(op, "max_len", "be >= every start plus context length",
            show(args.max_len) + ", less than " + show(start + args.context_lens[b]) + " at index " + show(b));

@@ -44,6 +44,7 @@ Cache cache_of(const Tensor& kv_cache, const Tensor& scales) {
 }
 
 void run_attention(AttentionCall& call, Stack& stack, bool varlen, bool with_stats) {
+  check_required(call.op, stack);
   Shapes shapes(call.op);
   check_attention(call, shapes, varlen);
   for (Tensor* t : {&call.query, &call.key, &call.value, &call.block_tables, &call.attn_mask}) {
@@ -224,6 +225,7 @@ void reshape_and_cache_op(StableIValue* values, uint64_t, uint64_t) {
   Tensor kv_cache = stack.tensor("kv_cache");
   Tensor slot_mapping = stack.tensor("slot_mapping");
   Tensor kv_scales = stack.optional_tensor("kv_scales");
+  check_required("reshape_and_cache", stack);
   run_write("reshape_and_cache", key, value, kv_cache, kv_scales, slot_mapping, false);
 }
 
@@ -234,6 +236,7 @@ void quantize_and_cache_op(StableIValue* values, uint64_t, uint64_t) {
   Tensor kv_cache = stack.tensor("kv_cache");
   Tensor kv_scales = stack.tensor("kv_scales");
   Tensor slot_mapping = stack.tensor("slot_mapping");
+  check_required("quantize_and_cache", stack);
   run_write("quantize_and_cache", key, value, kv_cache, kv_scales, slot_mapping, true);
 }
 
@@ -242,6 +245,7 @@ void merge_attention_states_op(StableIValue* values, uint64_t, uint64_t) {
   Tensor outs = stack.tensor("outs");
   Tensor lses = stack.tensor("lses");
   Tensor sinks = stack.optional_tensor("sinks");
+  check_required("merge_attention_states", stack);
   Shapes shapes("merge_attention_states");
   shapes.check(outs, kFloats, {Dim::P, Dim::T, Dim::H, Dim::D});
   shapes.check(lses, kFloat32, {Dim::P, Dim::T, Dim::H});
@@ -302,6 +306,7 @@ void copy_blocks_op(StableIValue* values, uint64_t, uint64_t) {
   Tensor src_blocks = stack.tensor("src_blocks");
   Tensor dst_blocks = stack.tensor("dst_blocks");
   Tensor kv_scales = stack.optional_tensor("kv_scales");
+  check_required(op, stack);
   Shapes shapes(op);
   shapes.check(kv_cache, kFloats | kQuantized, {Dim::two, Dim::N, Dim::KH, Dim::S, Dim::DS});
   shapes.check(src_blocks, kInts, {Dim::Pairs});
@@ -327,6 +332,7 @@ void gather_cache_op(StableIValue* values, uint64_t, uint64_t) {
   const int64_t max_len = stack.integer();
   Tensor kv_scales = stack.optional_tensor("kv_scales");
   Tensor starts = stack.optional_tensor("starts");
+  check_required(op, stack);
   Shapes shapes(op);
   shapes.check(kv_cache, kFloats | kQuantized, {Dim::two, Dim::N, Dim::KH, Dim::S, Dim::DS});
   shapes.check(block_tables, kInt32, {Dim::B, Dim::M});

@@ -153,13 +153,21 @@ class Tensor {
     return Tensor("", handle);
   }
 
+  // A None given for a tensor that is not optional arrives as a handle of nothing.
+  [[gnu::noinline, gnu::cold]] void drop_undefined() {
+    bool is_defined = true;
+    shim(aoti_torch_is_defined(handle_, &is_defined), "is_defined");
+    if (is_defined) shim(1, "get_strides");
+    aoti_torch_delete_tensor_object(std::exchange(handle_, nullptr));
+  }
+
   void adopt(AtenTensorHandle handle) {
     handle_ = handle;
     int64_t* pointer;
     shim(aoti_torch_get_dim(handle, &rank), "get_dim");
     shim(aoti_torch_get_sizes(handle, &pointer), "get_sizes");
     sizes = pointer;
-    shim(aoti_torch_get_strides(handle, &pointer), "get_strides");
+    if (aoti_torch_get_strides(handle, &pointer) != 0) return drop_undefined();
     strides = pointer;
     shim(aoti_torch_get_dtype(handle, &type_code), "get_dtype");
     type = type_of(type_code);
@@ -172,13 +180,20 @@ class Stack {
  public:
   explicit Stack(StableIValue* stack) : stack_(stack) {}
 
-  Tensor tensor(const char* name) { return Tensor(name, as<AtenTensorHandle>(next())); }
+  Tensor tensor(const char* name) {
+    Tensor tensor(name, as<AtenTensorHandle>(next()));
+    if (!tensor.defined() && missing_ == nullptr) missing_ = name;
+    return tensor;
+  }
   Tensor optional_tensor(const char* name) { return Tensor(name, optional<AtenTensorHandle>().value_or(nullptr)); }
   int64_t integer() { return as<int64_t>(next()); }
   double real() { return as<double>(next()); }
   bool boolean() { return as<bool>(next()); }
   std::optional<int64_t> optional_integer() { return optional<int64_t>(); }
   std::optional<double> optional_real() { return optional<double>(); }
+
+  // The first required tensor that was None, which torch passes on; null when there is none.
+  const char* missing() const { return missing_; }
 
   void put(Tensor&& result) {
     AtenTensorHandle handle = result.release();
@@ -188,6 +203,7 @@ class Stack {
  private:
   StableIValue* stack_;
   int64_t arguments_ = 0, results_ = 0;
+  const char* missing_ = nullptr;
 
   StableIValue next() { return stack_[arguments_++]; }
 

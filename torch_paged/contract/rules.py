@@ -154,6 +154,16 @@ def _bind(call: Call, name: str, letter: str, size: Any) -> str | None:
     return None
 
 
+def required(*names: str) -> Rule:
+    """Return the rule that these tensors are given: torch passes None on for any tensor."""
+
+    def broken(call: Call) -> Broken:
+        missing = next((name for name in names if not call.has(name)), None)
+        return None if missing is None else (missing, "be given", "None")
+
+    return Rule("tensors.given", broken)
+
+
 def together(name: str, leader: str) -> Rule:
     def broken(call: Call) -> Broken:
         if call.has(name) == call.has(leader):

@@ -22,6 +22,7 @@ from torch_paged.contract.rules import (
     not_expanded,
     only_with,
     plain,
+    required,
     shape_text,
     tensor,
     together,
@@ -150,6 +151,7 @@ _CACHE_RULES = (Rule("kv_cache.unit_stride", _unit_stride), Rule("kv_scales.give
 
 
 def _attention(rows: str, *, varlen: bool) -> Iterator[Rule]:
+    yield required("query", *(("cu_seqlens_q",) if varlen else ("kv_cache", "block_tables", "context_lens")))
     if varlen:
         yield Rule("key.given", _some_keys)
         yield only_with("value", "key")
@@ -190,6 +192,7 @@ def _attention(rows: str, *, varlen: bool) -> Iterator[Rule]:
 
 
 def _write(*, compute_scales: bool) -> Iterator[Rule]:
+    yield required("key", "kv_cache", *(("kv_scales",) if compute_scales else ()), "slot_mapping")
     yield from tensor("key", FLOATS, "T KH D")[1:]
     yield from tensor("value", (), "T KH DV", like="key")
     yield from tensor("kv_cache", QUANTIZED, _CACHE, like=None if compute_scales else "key")
@@ -212,11 +215,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "paged_attention": tuple(_attention("B", varlen=False)),
     "flash_attn_varlen": tuple(_attention("T", varlen=True)),
     "merge_attention_states": (
+        required("outs", "lses"),
         *tensor("outs", FLOATS, "P T H D")[1:],
         *tensor("lses", ("float32",), "P T H"),
         *tensor("sinks", ("float32",), "H"),
     ),
     "copy_blocks": (
+        required("kv_cache", "src_blocks", "dst_blocks"),
         *tensor("kv_cache", FLOATS + QUANTIZED, _CACHE)[1:],
         *tensor("src_blocks", ("int64", "int32"), "P*"),
         *tensor("dst_blocks", ("int64", "int32"), "P*"),
@@ -227,6 +232,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         not_expanded("kv_scales", per_token_only=True),
     ),
     "gather_cache": (
+        required("kv_cache", "block_tables", "context_lens"),
         *tensor("kv_cache", FLOATS + QUANTIZED, _CACHE)[1:],
         *tensor("block_tables", ("int32",), "B M"),
         *tensor("context_lens", ("int32",), "B"),

@@ -258,6 +258,20 @@ SHAPES = [
     ),
 ]
 TOGETHER = [
+    *(
+        Break("tensors.given", base, {name: None}, f"{name} must be given, got None")
+        for base, names in (
+            ("decode", ("query", "kv_cache", "block_tables", "context_lens")),
+            ("varlen", ("query", "cu_seqlens_q")),
+            ("write", ("key", "kv_cache", "slot_mapping")),
+            ("quantize", ("key", "kv_cache", "kv_scales", "slot_mapping")),
+            ("copy", ("kv_cache", "src_blocks", "dst_blocks")),
+            ("gather", ("kv_cache", "block_tables", "context_lens")),
+            ("merge", ("outs", "lses")),
+        )
+        for name in names
+    ),
+    Break("tensors.given", "merge", dict.fromkeys(("outs", "lses", "sinks")), "outs must be given, got None"),
     Break("key.given", "varlen, cache", {"kv_cache": None}, "key must be given without kv_cache, got None"),
     Break(
         "value.only_with_key",
@@ -558,11 +572,23 @@ VALUES = [
         {"max_seqlen_k": 67},
         "max_seqlen_k must be >= every kv length, got 67, less than 68 at index 2",
     ),
+    Break(  # the first sequence breaks the next rule too
+        "max_seqlen_q.covers",
+        "varlen",
+        {"max_seqlen_q": 4, "max_seqlen_k": 3},
+        "max_seqlen_q must be >= every query length, got 4, less than 5 at index 2",
+    ),
     Break(
         "attn_mask.covers",
         "decode",
         {"attn_mask": first(62, 1)},
         "attn_mask must have C >= every kv length, got C = 62, less than 63 at index 2",
+    ),
+    Break(
+        "attn_mask.covers",
+        "decode",
+        {"attn_mask": first(0, 1)},
+        "attn_mask must have C >= every kv length, got C = 0, less than 17 at index 0",
     ),
     Break(
         "attn_mask.covers",
@@ -637,6 +663,7 @@ VALUES = [
         "dst_blocks.repeated", "copy", {"dst_blocks": put(3, 1)}, "dst_blocks must not repeat a block, got 3 at index 1"
     ),
     Break("starts.values", "gather", {"starts": put(-1, 1)}, "starts must be >= 0, got -1 at index 1"),
+    Break("starts.values", "gather", {"starts": put(-1, 3), "max_len": 0}, "starts must be >= 0, got -1 at index 3"),
     Break(
         "max_len.covers",
         "gather",
@@ -666,8 +693,8 @@ def generic() -> Iterator[Break]:
         for name, value in arguments.items():
             if not isinstance(value, Tensor):
                 continue
-            wrong = torch.float64 if value.is_floating_point() else torch.int16
-            yield Break(f"{name}.dtype", base, {name: value.to(wrong)}, f"{name} must be ")
+            for wrong in (torch.float64, torch.float8_e4m3fnuz) if value.is_floating_point() else (torch.int16,):
+                yield Break(f"{name}.dtype", base, {name: value.to(wrong)}, f"{name} must be ")
             yield Break(f"{name}.shape", base, {name: value[None]}, f"{name} must have shape (")
             if f"{name}.device" in {rule.name for rule in RULES[op]}:
                 says = f"{name} must be on cpu as {leader} is, got meta"

@@ -1,7 +1,7 @@
 """Many cases at once: random full combinations of options, and a small set that covers every pair of options."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -78,11 +78,15 @@ _FEW_QUERY_LENS = (0, 1, 2, 3)
 
 def random_case(seed: int) -> AttentionCase:
     """Draw a full combination of options, key source, cache dtype and lengths."""
-    rng = random.Random(seed)
-    choice = {name: rng.choice(values) for name, values in FACTORS.items()}
+    return draw_case(random.Random(seed), f"random_{seed}", FACTORS)
+
+
+def draw_case(rng: random.Random, name: str, factors: Mapping[str, tuple[Any, ...]]) -> AttentionCase:
+    """Draw a full combination of these values of all ``FACTORS``, and lengths."""
+    choice = {name: rng.choice(values) for name, values in factors.items()}
     if choice["source"] == "new" and choice["values"] == "latent":
         choice["values"] = "same"
-    return _case(f"random_{seed}", choice | _neutral(_MEANINGLESS.get(choice["source"], ())), rng)
+    return _case(name, choice | _neutral(_MEANINGLESS.get(choice["source"], ())), rng)
 
 
 def option_pairs() -> Iterator[AttentionCase]:
