@@ -17,7 +17,9 @@
 
 #define TP_INLINE inline __attribute__((always_inline))
 // The loop bounds below are compile-time constants; unrolled, the arrays live in registers.
+#if !defined(TP_UNROLL)
 #define TP_UNROLL _Pragma("GCC unroll 24")
+#endif
 
 namespace torch_paged {
 namespace {
