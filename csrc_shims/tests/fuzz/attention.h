@@ -67,7 +67,7 @@ struct AttentionProblem {
   void check(const std::vector<HostTensor>& results) const;
 
  private:
-  std::vector<uint8_t> used;  // of each table entry: length, window and chunk let some query see a key of it
+  std::vector<uint8_t> used;  // of each table entry: some query sees a key of it, or there is no window and no chunk
   mutable std::vector<double> logits, sum;
 
   void draw_sizes(Input& in) {
@@ -101,7 +101,7 @@ struct AttentionProblem {
     for (int64_t b = 0; b < num_seqs; ++b) {
       int64_t rows = 1;
       if (varlen) rows = in.pick<int64_t>({1, 0, 2, 3, 5, 9, 17, 33, 70, 130});
-      rows = std::min(rows, left);
+      if (varlen) rows = std::min(rows, left);
       const int64_t keys = std::min<int64_t>(left / std::max<int64_t>(rows, 1), 2200);
       const auto length = [&](int64_t most) {
         return std::min(most, in.flag() ? in.number(0, 70) : in.flag() ? in.number(0, 300) : in.number(500, 2200));
@@ -264,8 +264,9 @@ struct AttentionProblem {
         const int64_t token = first_token(b) + i, p = position(b, i);
         in.fill_tokens(query, token, 1);
         for (int64_t j = 0; j < kv_len(b); ++j) {
-          if (!visible(p, j)) continue;
-          if (j < context_lens[b]) used[b * table_width + j / block_size] = 1;
+          const bool sees = visible(p, j);
+          if (j < context_lens[b] && (sees || (!window && !chunk))) used[b * table_width + j / block_size] = 1;
+          if (!sees) continue;
           bool open = !mask.defined();
           for (int64_t h = 0; !open && h < num_heads; ++h) open = !masked(token, h, j);
           seen[j] |= open;

@@ -6,6 +6,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <unordered_map>
+#if !__has_feature(address_sanitizer)
+#include <sys/mman.h>
+#endif
 
 using torch_paged::fuzz::HostTensor;
 using torch_paged::fuzz::TypeCode;
@@ -20,6 +23,7 @@ std::unordered_map<std::string, Kernel>& ops() {
 }
 
 int threads_now = 1;
+constexpr int64_t kMostBytes = 1 << 24;  // of a tensor
 
 HostTensor* host(AtenTensorHandle handle) { return reinterpret_cast<HostTensor*>(handle); }
 
@@ -119,8 +123,31 @@ AOTITorchError aoti_torch_delete_library_object(TorchLibraryHandle) { return 0; 
 
 namespace torch_paged::fuzz {
 
+namespace {
+
+#if __has_feature(address_sanitizer)
+std::shared_ptr<char> exactly(int64_t bytes) { return {static_cast<char*>(std::malloc(bytes)), std::free}; }
+#else
+// Kernels without instrumentation: memory that ends where a page begins that nobody may touch.
+std::shared_ptr<char> exactly(int64_t bytes) {
+  constexpr int64_t kPage = 4096;
+  static std::vector<char*> free_ends;
+  if (free_ends.empty()) {
+    void* begin =
+        mmap(nullptr, kMostBytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (begin == MAP_FAILED) throw std::bad_alloc();
+    free_ends.push_back(static_cast<char*>(begin) + kMostBytes);
+    mprotect(free_ends.back(), kPage, PROT_NONE);
+  }
+  char* end = free_ends.back();
+  free_ends.pop_back();
+  return {end - bytes, [end](char*) { free_ends.push_back(end); }};
+}
+#endif
+
+}  // namespace
+
 bool HostTensor::allocate() {
-  constexpr int64_t kMostElements = 1 << 24;
   reach = 1;
   for (int64_t d = 0; d < rank; ++d) {
     if (sizes[d] == 0) {
@@ -128,12 +155,13 @@ bool HostTensor::allocate() {
       return true;
     }
     int64_t step = 0;
-    if (__builtin_mul_overflow(sizes[d] - 1, strides[d], &step) || step > kMostElements) return false;
+    if (__builtin_mul_overflow(sizes[d] - 1, strides[d], &step) || step > kMostBytes) return false;
     reach += step;
-    if (reach > kMostElements) return false;
+    if (reach > kMostBytes) return false;
   }
   const int64_t bytes = (offset + reach) * bytes_of(type);
-  memory = std::shared_ptr<char>(static_cast<char*>(std::malloc(bytes)), std::free);
+  if (bytes > kMostBytes) return false;
+  memory = exactly(bytes);
   std::memset(memory.get(), 0xff, bytes);
   return true;
 }
