@@ -134,7 +134,8 @@ struct AttentionProblem {
     if (scale >= 4) softmax_scale = in.pick({0.125, 0.5, -0.25, 0.0});
     if (scale == 7) {
       known = false;
-      softmax_scale = in.rude ? in.any_real() : static_cast<float>(in.anything<int32_t>()) * in.pick({1e-9f, 1.f, 1e28f});
+      softmax_scale =
+          in.rude ? in.any_real() : static_cast<float>(in.anything<int32_t>()) * in.pick({1e-9f, 1.f, 1e28f});
     }
     if (soft >= 4) cap = in.pick({0.5, 2.0, 30.0});
     if (soft == 7) {
@@ -246,7 +247,9 @@ struct AttentionProblem {
   }
 
   void fill_scales(Input& in) {
-    const auto some = [&] { return static_cast<float>(in.random_below(15) + 1) / (cache_dtype == DType::i8 ? 512 : 16); };
+    const auto some = [&] {
+      return static_cast<float>(in.random_below(15) + 1) / (cache_dtype == DType::i8 ? 512 : 16);
+    };
     for (int64_t plane = 0; scales.defined() && plane < scales.sizes[0]; ++plane) {
       if (scales_rank == 1) scales.item<float>(plane) = some();
       for (int64_t h = 0; scales_rank == 2 && h < num_kv_heads; ++h) scales.item<float>(plane, h) = some();
@@ -353,8 +356,8 @@ inline AttentionProblem::Row AttentionProblem::reference(int64_t b, int64_t i, i
     const Place value = place(1, b, j, head);
     double largest = 0;
     for (int64_t d = 0; d < value_dim; ++d) {
-      const double v = value.scale * number_at(static_cast<DType>(value.rows->type), value.rows->data(),
-                                               value.at + d * value.step);
+      const double v =
+          value.scale * number_at(static_cast<DType>(value.rows->type), value.rows->data(), value.at + d * value.step);
       sum[d] += weight * v;
       largest = std::max(largest, std::fabs(v));
     }
@@ -393,8 +396,8 @@ inline void AttentionProblem::check(const std::vector<HostTensor>& results) cons
         }
         if (!with_stats || poisoned) continue;
         const double lse = results[1].item<float>(token, h), top = results[2].item<float>(token, h);
-        for (const auto& [got, want, what] : {std::tuple<double, double, const char*>{lse, row.lse, "lse"},
-                                              {top, row.top, "max_logits"}}) {
+        for (const auto& [got, want, what] :
+             {std::tuple<double, double, const char*>{lse, row.lse, "lse"}, {top, row.top, "max_logits"}}) {
           const double near = 1e-4 + 1e-5 * std::fabs(want) + 2 * row.error;
           if (std::isinf(want) ? got != want : !(std::fabs(got - want) <= near)) show(what, token, h, got, want, near);
         }

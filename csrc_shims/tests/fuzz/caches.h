@@ -22,8 +22,7 @@ struct CacheProblem {
     block_size = in.flag() ? in.number(1, 5) : in.pick<int64_t>({1, 7, 16, 33});
     stored_dim = in.flag() ? in.number(1, 40) : in.pick<int64_t>({16, 17, 32, 63, 64, 65, 128});
     if (is_quantized(dtype)) scales_rank = in.pick(ranks);
-    cache =
-        in.tensor(static_cast<int32_t>(dtype), {planes, num_blocks, num_kv_heads, block_size, stored_dim}, in.rude);
+    cache = in.tensor(static_cast<int32_t>(dtype), {planes, num_blocks, num_kv_heads, block_size, stored_dim}, in.rude);
     if (scales_rank == 1) scales = in.tensor(kF32, {planes}, true);
     if (scales_rank == 2) scales = in.tensor(kF32, {planes, num_kv_heads}, true);
     if (scales_rank == 4) scales = in.tensor(kF32, {planes, num_blocks, num_kv_heads, block_size}, true);

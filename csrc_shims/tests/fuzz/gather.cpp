@@ -21,8 +21,10 @@ void gather(Input& in) {
       max_len = std::max(max_len, start + len);
       for (int64_t m = 0; m < table_width; ++m) {
         const bool kept = m * cache.block_size < len;
-        tables.item<int32_t>(b, m) = static_cast<int32_t>(
-            !kept ? in.random() : in.random_below(8) == 0 ? -1 - in.random_below(1 << 20) : in.random_below(cache.num_blocks + 1) - 1);
+        tables.item<int32_t>(b, m) =
+            static_cast<int32_t>(!kept                     ? in.random()
+                                 : in.random_below(8) == 0 ? -1 - in.random_below(1 << 20)
+                                                           : in.random_below(cache.num_blocks + 1) - 1);
       }
     }
     max_len += in.number(0, 3);
@@ -48,7 +50,8 @@ void gather(Input& in) {
         for (int64_t column = 0; column < max_len; ++column) {
           const int64_t j = column - (starts.defined() ? starts.item<int32_t>(b) : 0);
           const bool live = j >= 0 && j < lens.item<int32_t>(b);
-          const int64_t block = live ? tables.item<int32_t>(b, j / cache.block_size) : -1, offset = j % cache.block_size;
+          const int64_t block = live ? tables.item<int32_t>(b, j / cache.block_size) : -1,
+                        offset = j % cache.block_size;
           const int64_t place = block >= 0 ? cache.cache.at(plane, block, h, offset) : 0;
           const float scale = block >= 0 ? cache.scale_at(plane, block, h, offset) : 0;
           const int64_t row = results[plane].at(b, h, column);

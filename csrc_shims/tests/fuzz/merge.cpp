@@ -38,8 +38,9 @@ struct Merge {
     if (!in.corrupting || lses.numel() == 0) return;
     known = false;  // infinities, NaN and numbers of every size
     const int32_t bits = in.anything<int32_t>();
-    std::memcpy(&lses.item<float>(in.number(0, num_parts - 1), in.number(0, num_tokens - 1), in.number(0, num_heads - 1)),
-                &bits, 4);
+    std::memcpy(
+        &lses.item<float>(in.number(0, num_parts - 1), in.number(0, num_tokens - 1), in.number(0, num_heads - 1)),
+        &bits, 4);
   }
 
   void check_row(const HostTensor& out, const HostTensor& lse, int64_t t, int64_t h) const {

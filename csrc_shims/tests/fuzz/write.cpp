@@ -30,16 +30,17 @@ struct Write {
   HostTensor key, value, slots;
 
   Write(Input& in, bool computes_scales)
-      : cache(computes_scales
-                  ? CacheProblem(in, {DType::i8, DType::e4m3, DType::e5m2}, {4})
-                  : CacheProblem(in, {DType::f32, DType::bf16, DType::f16, DType::i8, DType::e4m3, DType::e5m2},
-                                 {1, 2})),
+      : cache(
+            computes_scales
+                ? CacheProblem(in, {DType::i8, DType::e4m3, DType::e5m2}, {4})
+                : CacheProblem(in, {DType::f32, DType::bf16, DType::f16, DType::i8, DType::e4m3, DType::e5m2}, {1, 2})),
         computes_scales(computes_scales) {
     dtype = is_quantized(cache.dtype) ? in.pick({DType::f32, DType::bf16, DType::f16}) : cache.dtype;
     head_dim = cache.stored_dim - (in.flag() ? 0 : in.number(0, cache.stored_dim - 1));
     value_dim = head_dim - (in.flag() ? 0 : in.number(0, head_dim - 1));
     num_tokens = in.flag() ? in.number(0, 4) : in.number(0, 70);
-    if (in.once_in(96)) num_tokens = (1 << 20) / (cache.num_kv_heads * (head_dim + value_dim) * element_size(dtype)) + 1;
+    if (in.once_in(96))
+      num_tokens = (1 << 20) / (cache.num_kv_heads * (head_dim + value_dim) * element_size(dtype)) + 1;
     const int32_t type = static_cast<int32_t>(dtype);
     key = in.tensor(type, {num_tokens, cache.num_kv_heads, head_dim}, true, true);
     if (!cache.latent) value = in.tensor(type, {num_tokens, cache.num_kv_heads, value_dim}, true, true);
