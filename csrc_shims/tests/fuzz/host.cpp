@@ -115,6 +115,8 @@ AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle t) {
 AOTITorchError aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t, TorchLibraryHandle*) {
   return 0;
 }
+AOTITorchError aoti_torch_library_init_def(const char*, const char*, uint32_t, TorchLibraryHandle*) { return 1; }
+AOTITorchError aoti_torch_library_init_fragment(const char*, const char*, uint32_t, TorchLibraryHandle*) { return 1; }
 AOTITorchError aoti_torch_library_impl(TorchLibraryHandle, const char* name, Kernel kernel) {
   ops()[name] = kernel;
   return 0;
