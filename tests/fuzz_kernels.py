@@ -36,7 +36,7 @@ TARGETS = ("decode", "varlen", "write", "copy", "gather", "merge")
 ISAS = tuple(isa for isa in NEEDED_FLAGS if available(isa))
 JOBS = int(os.environ.get("MAX_JOBS", 0)) or max(1, min(2, os.cpu_count() or 1))
 COVERAGE = "-fsanitize-coverage=inline-8bit-counters,pc-table"
-COMMON_FLAGS = ("-std=c++17", "-g1", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas", f"-I{SOURCES / 'stub'}")
+COMMON_FLAGS = ("-std=c++17", "-g1", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas", f"-I{SHIMS / 'tests' / 'stub'}")
 COMMON_FLAGS += (f"-I{SHIMS / 'cpu'}", "-isystem", str(TORCH / "include"))
 
 

@@ -6,6 +6,18 @@
 #include <cstdint>
 #include <exception>
 
+#if defined(__SANITIZE_THREAD__)
+#define TP_PLAIN_THREADS
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define TP_PLAIN_THREADS
+#endif
+#endif
+#if defined(TP_PLAIN_THREADS)
+#include <thread>
+#include <vector>
+#endif
+
 namespace torch_paged {
 
 // How many threads a call of that many bytes of work deserves.
@@ -25,15 +37,25 @@ void parallel_for(int64_t count, int threads, const Body& body) {
     return;
   }
   std::exception_ptr error;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t i = 0; i < count; ++i) {
+  const auto guarded = [&](int64_t i) {
     try {
       body(i);
     } catch (...) {
 #pragma omp critical
       if (!error) error = std::current_exception();
     }
-  }
+  };
+#if defined(TP_PLAIN_THREADS)  // ThreadSanitizer does not know OpenMP's barriers
+  std::vector<std::thread> team;
+  for (int first = 0; first < threads; ++first)
+    team.emplace_back([&guarded, first, threads, count] {
+      for (int64_t i = first; i < count; i += threads) guarded(i);
+    });
+  for (std::thread& member : team) member.join();
+#else
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t i = 0; i < count; ++i) guarded(i);
+#endif
   if (error) std::rethrow_exception(error);
 }
 
