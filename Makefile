@@ -38,14 +38,23 @@ SIMULATED := tests/test_tpu_interpret.py tests/test_paged_attention.py tests/tes
 NKI = TORCH_PAGED_NKI_SIM=1 NEURON_PLATFORM_TARGET_OVERRIDE=$(1) NEURON_LOGICAL_NC_CONFIG=$(2) $(BIN)/python -m pytest
 CROSS ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64
+GENERIC := $(filter-out %_avx2.cpp %_avx512.cpp,$(wildcard csrc_shims/cpu/*.cpp))
 KERNELS := $(wildcard csrc_shims/*.cpp csrc_shims/*.h csrc_shims/cpu/*.cpp csrc_shims/cpu/*.h)
 LIBRARY := torch_paged/_C.abi3.so
+# The tests that reach the C++ kernels: not those of other backends and their simulators, of the build, of measurements.
+SANITIZED := $(filter-out $(addprefix tests/test_,tpu_% neuron_% nki_sim_% old_neuron_% packaging.py benchmarks.py \
+  instructions.py),$(wildcard tests/test_*.py))
+ASAN := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+ASAN_RUN = LD_PRELOAD="$(foreach name,asan ubsan,$$(g++ -print-file-name=lib$(name).so))" \
+  ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=64
+FUZZ_SECONDS ?= 600
 
 .PRECIOUS: .venv-transformers-%/.ready
 .PHONY: demo test test-transformers test-tpu test-tpu-xla test-tpu-device lint bench bench-tpu tpu-matrix mutants-tpu
 .PHONY: test-neuron test-neuron-device bench-neuron mutants-neuron
 .PHONY: instructions wheel clean mutants test-wheel test-torches leaks test-aarch64 help
 .PHONY: storm storm-allocator storm-requests
+.PHONY: asan tsan fuzz-kernels
 .PHONY: instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
 .PHONY: fuzz instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
 .DELETE_ON_ERROR:
@@ -65,6 +74,9 @@ help:
 	@echo "make instructions       count the kernels' instructions and compare them with committed figures"
 	@echo "make mutants            plant faults in the kernels and see the tests catch them"
 	@echo "make storm              10^6 random operations on the block allocator, ten minutes of random requests"
+	@echo "make asan               the C++ kernels and their binding under AddressSanitizer and UBSan, on the CPU's tests"
+	@echo "make tsan               the kernels' threads under ThreadSanitizer"
+	@echo "make fuzz-kernels       fuzz the kernels through the binding's checks (clang; FUZZ_SECONDS=600)"
 	@echo "make tpu-matrix         compile the TPU kernels for every chip, dtype and shape, without a TPU"
 	@echo "make bench-tpu          static estimates of the TPU kernels beside those of jax"
 	@echo "make mutants-tpu        plant faults in the TPU kernels and see the tests catch them"
@@ -193,6 +205,27 @@ storm-requests: $(LIBRARY)
 storm: storm-allocator storm-requests
 fuzz: $(LIBRARY)
 	$(BIN)/python tests/fuzz.py $(ARGS)
+# In a copy of the tree, whose library and objects stay apart.
+asan: $(LIBRARY)
+	mkdir -p build/asan
+	git ls-files -z | xargs -0 cp -u --parents --preserve=timestamps -t build/asan
+	cd build/asan && CXXFLAGS="$(ASAN)" LDFLAGS="$(ASAN)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	g++ -std=c++17 -fopenmp $(ASAN) -Icsrc_shims/cpu -o build/asan/kernels_test csrc_shims/tests/kernels_test.cpp \
+	  build/asan/build/temp.*/csrc_shims/cpu/*.o
+	build/asan/kernels_test
+	cd build/asan && $(ASAN_RUN) $(abspath $(BIN))/python -m pytest $(SANITIZED) $(ARGS)
+
+# The second run plants a race, which must be reported.
+tsan:
+	mkdir -p build
+	g++ -O1 -g1 -std=c++17 -fno-math-errno -fsanitize=thread -Icsrc_shims/tests/stub -Icsrc_shims/cpu \
+	  -o build/threads_test csrc_shims/tests/threads_test.cpp $(GENERIC)
+	build/threads_test
+	! build/threads_test race 2>build/planted_race
+	grep "data race" build/planted_race
+
+fuzz-kernels: $(LIBRARY)
+	PYTHONPATH=. $(BIN)/python tests/fuzz_kernels.py --seconds $(FUZZ_SECONDS) $(ARGS)
 
 tpu-matrix: $(LIBRARY)
 	JAX_PLATFORMS=cpu $(BIN)/python tests/tpu_matrix.py $(ARGS)
@@ -239,7 +272,7 @@ test-aarch64:
 	  { echo "test-aarch64 needs $(CROSS) and $(QEMU): apt install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
 	mkdir -p build
 	$(CROSS) -O2 -std=c++17 -fopenmp -fno-math-errno -Wall -static -Icsrc_shims/cpu -o build/kernels_test_aarch64 \
-	  csrc_shims/tests/kernels_test.cpp $(filter-out %_avx2.cpp %_avx512.cpp,$(wildcard csrc_shims/cpu/*.cpp))
+	  csrc_shims/tests/kernels_test.cpp $(GENERIC)
 	$(QEMU) build/kernels_test_aarch64
 
 clean:

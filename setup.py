@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import runpy
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -168,7 +169,9 @@ class BuildExtension(build_ext):
         newest = max(os.path.getmtime(path) for path in [source, *ext.depends])
         if not self.force and os.path.exists(built) and os.path.getmtime(built) > newest:
             return str(built)
-        flags = [*COMMON_FLAGS, "-fopenmp", *ISA_FLAGS.get(Path(source).name, [])]
+        # The builder's own flags come last: a sanitizer's build is not optimised as ours are.
+        own = shlex.split(os.environ.get("CXXFLAGS", ""))
+        flags = [*COMMON_FLAGS, "-fopenmp", *ISA_FLAGS.get(Path(source).name, []), *own]
         [built] = self.compiler.compile(
             [source],
             output_dir=output,
@@ -187,4 +190,5 @@ class Wheel(bdist_wheel):
         super().finalize_options()
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel})
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel})

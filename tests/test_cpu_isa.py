@@ -58,7 +58,7 @@ except ValueError as error:
 """
 
 
-def _available(isa: str) -> bool:
+def available(isa: str) -> bool:
     if isa == "generic":
         return True
     if platform.machine() != "x86_64":
@@ -77,7 +77,7 @@ def _run(code: str, isa: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("isa", NEEDED_FLAGS)
 def test_forced(isa: str) -> None:
-    if _available(isa):
+    if available(isa):
         done = _run(CHECK, isa)
         assert done.stdout.strip() == f"checked {isa}", done.stderr
     else:

@@ -1,3 +1,7 @@
+#if defined(TORCH_PAGED_X86)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -9,9 +13,16 @@ namespace torch_paged {
 
 namespace {
 
+#if defined(TORCH_PAGED_X86)
+bool has_f16c() {  // clang's __builtin_cpu_supports does not know it
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 bool has_avx2() {
 #if defined(TORCH_PAGED_X86)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #else
   return false;
 #endif

@@ -13,6 +13,18 @@
 
 #include "plan.h"
 
+#if defined(__SANITIZE_THREAD__)
+#define TP_PLAIN_THREADS
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define TP_PLAIN_THREADS
+#endif
+#endif
+#if defined(TP_PLAIN_THREADS)
+#include <thread>
+#include <vector>
+#endif
+
 namespace torch_paged {
 
 // How many threads a call of that many bytes of work deserves. One in a forked child: the runtime would wait for
@@ -66,26 +78,35 @@ void parallel_for(int64_t count, int threads, const Body& body, AnyStop&& stop =
   }
   std::atomic<int64_t> next{0};
   std::exception_ptr error;
+  std::mutex mutex;
   const auto guarded = [&](const auto& work) {
     try {
       work();
     } catch (...) {
       next.store(count, std::memory_order_relaxed);
       stop.end();
-#pragma omp critical(torch_paged_error)
+      const std::lock_guard<std::mutex> lock(mutex);
       if (!error) error = std::current_exception();
     }
   };
-#pragma omp parallel num_threads(threads)
-  {
+  const auto member = [&](int thread, int team) {
     guarded([&] {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count && !stop.look();) body(i);
     });
-    if (omp_get_thread_num() > 0)
+    if (thread > 0)
       stop.leave();
     else
-      guarded([&] { stop.wait_for(omp_get_num_threads() - 1); });
-  }
+      guarded([&] { stop.wait_for(team - 1); });
+  };
+#if defined(TP_PLAIN_THREADS)  // ThreadSanitizer does not know OpenMP's barriers
+  std::vector<std::thread> others;
+  for (int thread = 1; thread < threads; ++thread) others.emplace_back(member, thread, threads);
+  member(0, threads);
+  for (std::thread& other : others) other.join();
+#else
+#pragma omp parallel num_threads(threads)
+  member(omp_get_thread_num(), omp_get_num_threads());
+#endif
   if (error) std::rethrow_exception(error);
 }
 

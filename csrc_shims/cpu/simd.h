@@ -16,8 +16,11 @@
 #include "prefetch.h"
 
 #define TP_INLINE inline __attribute__((always_inline))
-// The loop bounds below are compile-time constants; unrolled, the arrays live in registers.
+// The loop bounds below are compile-time constants; unrolled, the arrays live in registers. Builds for sanitizers leave
+// it out.
+#if !defined(TP_UNROLL)
 #define TP_UNROLL _Pragma("GCC unroll 24")
+#endif
 
 namespace torch_paged {
 namespace {

@@ -165,7 +165,7 @@ struct Tile {
     vf top[MR];
     for (int i = 0; i < MR; ++i) {
       const RowSight row{s.bits[r + i], sight.positions[s.tokens[r + i]] - block.key0,
-                         args.alibi_slopes ? args.alibi_slopes[head_at(r + i)] : 0.0f};
+                         args.alibi_slopes && r + i < rows ? args.alibi_slopes[head_at(r + i)] : 0.0f};
       top[i] = masked_logits(rule, row, block.count, s.logits + i * 64);
     }
     exponentiate<Kernel, MR, false>(s.logits, top, 1.0f, rule.value_scale, s.bits + r, begin, end, first, max, shrink,

@@ -12,74 +12,11 @@
 #include <string>
 #include <vector>
 
-#include "params.h"
+#include "formats.h"
 
 using namespace torch_paged;
 
 namespace {
-
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-struct Format {
-  int exponent_bits, mantissa_bits, bias;
-  bool infinities;
-};
-
-Format format(DType dtype) {
-  switch (dtype) {
-    case DType::f32:
-      return {8, 23, 127, true};
-    case DType::bf16:
-      return {8, 7, 127, true};
-    case DType::f16:
-      return {5, 10, 15, true};
-    case DType::e4m3:
-      return {4, 3, 7, false};
-    default:
-      return {5, 2, 15, true};
-  }
-}
-
-double decode(DType dtype, const void* data, int64_t i) {
-  if (dtype == DType::i8) return static_cast<const int8_t*>(data)[i];
-  const Format f = format(dtype);
-  uint32_t bits = 0;
-  const int64_t size = element_size(dtype);
-  std::memcpy(&bits, static_cast<const char*>(data) + i * size, size);
-  const int mantissa = bits & ((1u << f.mantissa_bits) - 1), top = (1 << f.exponent_bits) - 1;
-  const int exponent = (bits >> f.mantissa_bits) & top;
-  const double sign = bits >> (f.mantissa_bits + f.exponent_bits) ? -1 : 1;
-  if (exponent == top && f.infinities) return mantissa ? std::nan("") : sign * kInfinity;
-  if (exponent == top && mantissa == (1 << f.mantissa_bits) - 1) return std::nan("");
-  if (exponent == 0) return sign * std::ldexp(mantissa, 1 - f.bias - f.mantissa_bits);
-  return sign * std::ldexp(mantissa + (1 << f.mantissa_bits), exponent - f.bias - f.mantissa_bits);
-}
-
-// Only for values that the dtype holds exactly, and for NaN.
-void encode(DType dtype, void* data, int64_t i, double value) {
-  const Format f = format(dtype);
-  const int64_t size = element_size(dtype);
-  uint32_t bits = 0;
-  if (std::isnan(value)) {
-    bits = (1u << (f.mantissa_bits + f.exponent_bits)) - 1;
-  } else if (value != 0) {
-    int exponent;
-    const double fraction = std::frexp(std::fabs(value), &exponent);
-    bits = static_cast<uint32_t>(std::ldexp(fraction * 2 - 1, f.mantissa_bits)) |
-           static_cast<uint32_t>(exponent - 1 + f.bias) << f.mantissa_bits |
-           (value < 0 ? 1u << (f.mantissa_bits + f.exponent_bits) : 0);
-  }
-  std::memcpy(static_cast<char*>(data) + i * size, &bits, size);
-}
-
-double rounded(double x, DType dtype) {
-  if (dtype == DType::f32) return static_cast<float>(x);
-  if (x == 0 || !std::isfinite(x)) return x;
-  int exponent;
-  const double fraction = std::frexp(x, &exponent);
-  const int bits = format(dtype).mantissa_bits + 1;
-  return std::ldexp(std::nearbyint(std::ldexp(fraction, bits)), exponent - bits);
-}
 
 struct Case {
   std::string name;
@@ -87,7 +24,7 @@ struct Case {
   int64_t group = 4, num_kv_heads = 2, head_dim = 64, stored_dim = 64, block_size = 16;
   std::vector<int64_t> context_lens = {1, 17, 0, 100, 700};
   std::vector<int64_t> query_lens;  // empty: decode
-  bool causal = true, sinks = false, latent = false;
+  bool causal = true, sinks = false, slopes = false, latent = false;
   int64_t window = 0, chunk = 0, value_dim = 0;
   double cap = 0;
   int scales_rank = 0;
@@ -110,7 +47,7 @@ struct Problem {
   int64_t num_seqs, num_tokens, table_width, num_blocks, planes, heads;
   Buffer query, keys, values, cache;
   std::vector<double> decoded, asked;  // of cache and query
-  std::vector<float> scales, sinks;
+  std::vector<float> scales, sinks, slopes;
   std::vector<int32_t> tables, lengths, cu;
   std::vector<int64_t> slots, first_key;  // slot of each key, first key of each sequence
   AttentionArgs args;
@@ -157,6 +94,7 @@ struct Problem {
       else
         cache.set(i, std::nan(""));
     for (int64_t h = 0; c.sinks && h < heads; ++h) sinks.push_back(0.25f * h - 1);
+    for (int64_t h = 0; c.slopes && h < heads; ++h) slopes.push_back(0.0625f * (h + 1));
     if (c.scales_rank == 1) scales = {0.0625f, 0.125f};
     if (c.scales_rank == 2)
       for (int64_t i = 0; i < planes * c.num_kv_heads; ++i) scales.push_back(0.03125f * (i + 1));
@@ -197,6 +135,7 @@ struct Problem {
     args.decode = c.query_lens.empty();
     args.cu_seqlens_q = args.decode ? nullptr : cu.data();
     args.sinks = sinks.empty() ? nullptr : sinks.data();
+    args.alibi_slopes = slopes.empty() ? nullptr : slopes.data();
     args.softmax_scale = scale();
     args.logits_soft_cap = c.cap;
     args.causal = c.causal;
@@ -271,6 +210,7 @@ struct Problem {
       }
       double x = dot * scale();
       if (c.cap) x = c.cap * std::tanh(x / c.cap);
+      if (c.slopes) x -= slopes[h] * static_cast<double>(std::llabs(p - j));
       logits[j] = plain ? static_cast<float>(x) : x;
       top = std::max(top, logits[j]);
     }
@@ -429,6 +369,8 @@ std::vector<Case> cases() {
   add("prefill window, cap, sinks", [](Case& c) {
     c.window = 50, c.cap = 1.5, c.sinks = true, c.query_lens = {2, 17, 1, 90, 300};
   });
+  // A tile of an odd number of rows ends with one that is no query's.
+  add("prefill slopes, odd rows", [](Case& c) { c.slopes = true, c.group = 3, c.query_lens = {1, 7, 0, 100, 85}; });
   add("chunk", [](Case& c) { c.chunk = 64, c.query_lens = {1, 3, 0, 70, 200}; });
   add("not causal", [](Case& c) { c.causal = false, c.query_lens = {3, 17, 1, 2, 40}; });
   add("latent", [](Case& c) { c.latent = true, c.num_kv_heads = 1, c.head_dim = c.stored_dim = 72, c.value_dim = 64; });
