@@ -1,7 +1,7 @@
 """Build the wheel again, from the source distribution, and compare the bytes: ``reproducible_wheel.py dist/*.whl``.
 
-The second build differs in what must not matter: its folder, the modes and ages of its files, how many files are compiled
-at once, the order of sets.
+The second build differs in what must not matter: its folder, the modes and ages of its files, how many of them are
+compiled at once, the order of sets.
 """
 
 import hashlib
@@ -22,7 +22,16 @@ def rebuild(folder: Path) -> Path:
     sdist += ["sdist", "--formats", "gztar", "--dist-dir", str(folder)]
     subprocess.run(sdist, check=True, cwd=ROOT, env={**os.environ, "TORCH_PAGED_NO_EXT": "1"})
     [archive] = folder.glob("*.tar.gz")
-    wheel = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "wheel", "--no-build-isolation", "--no-deps"]
+    wheel = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "-q",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+    ]
     environment = {name: value for name, value in {**os.environ, **OTHERWISE}.items() if value}
     command = [*wheel, "--wheel-dir", str(folder), str(archive)]
     subprocess.run(command, check=True, env={**environment, "TMPDIR": str(folder)}, umask=0o077)
