@@ -48,6 +48,7 @@ ASAN := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-saniti
 ASAN_RUN = LD_PRELOAD="$(foreach name,asan ubsan,$$(g++ -print-file-name=lib$(name).so))" \
   ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=64
 FUZZ_SECONDS ?= 600
+LOCK_VENV := .venv-lock
 
 .PRECIOUS: .venv-transformers-%/.ready
 .PHONY: demo test test-transformers test-tpu test-tpu-xla test-tpu-device lint bench bench-tpu tpu-matrix mutants-tpu
@@ -57,6 +58,7 @@ FUZZ_SECONDS ?= 600
 .PHONY: asan tsan fuzz-kernels
 .PHONY: instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
 .PHONY: fuzz instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
+.PHONY: lock test-reproducible-wheel
 .DELETE_ON_ERROR:
 
 help:
@@ -86,14 +88,23 @@ help:
 	@echo "make test-wheel         install the wheel into a fresh environment and use it"
 	@echo "make test-torches       the same kernels with every minor version of torch (test-torch-2.9.0: one; GBs each)"
 	@echo "make leaks              call every op a million times and watch the memory"
+	@echo "make test-reproducible-wheel  build it once more, elsewhere, and compare the bytes"
+	@echo "make lock               write .ci/requirements.txt, what CI installs (ARGS=--upgrade: the newest of it)"
+	@echo "make test-torch29       the same with torch 2.9.0 (a download of several GB)"
 	@echo "make test-aarch64       cross-build the kernels and run their tests under qemu"
 	@echo "make clean              remove what these targets made"
 
 # Torch first: the build imports it. The package is linked without its kernels, which are built below, file by file.
-$(VENV)/.ready: pyproject.toml
+# With a lock, as in CI, nothing is installed but the files whose hashes it names.
+$(VENV)/.ready: pyproject.toml $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifdef LOCK
+	$(PIP) install --only-binary :all: --require-hashes -r $(LOCK)
+	$(EDITABLE) . --no-deps
+else
 	$(PIP) install "torch==$(TORCH)" "setuptools>=77" packaging
 	$(EDITABLE) ".[test,transformers]"
+endif
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.ready
@@ -243,7 +254,7 @@ mutants-neuron: $(LIBRARY)
 	$(BIN)/python tests/mutants_neuron.py $(ARGS)
 
 wheel: $(VENV)/.ready
-	rm -rf dist build/bdist.*
+	rm -rf dist build/bdist.* build/lib.*
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist
 
@@ -266,6 +277,22 @@ test-torches: $(TORCHES:%=test-torch-%)
 
 leaks: $(LIBRARY)
 	PYTHONPATH=. $(BIN)/python tests/leaks.py $(ARGS)
+test-reproducible-wheel: wheel
+	$(BIN)/python tests/reproducible_wheel.py dist/*.whl
+
+# By this Python, for itself: torch of another one has another hash. What is locked stays unless ARGS says otherwise.
+lock:
+	test -x $(LOCK_VENV)/bin/python || $(PYTHON) -m venv $(LOCK_VENV)
+	$(LOCK_VENV)/bin/python -m pip -q install "pip-tools>=7.6"
+	echo "torch==$(TORCH)" | CUSTOM_COMPILE_COMMAND="make lock" $(LOCK_VENV)/bin/pip-compile -q --generate-hashes \
+	  --allow-unsafe --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+	  --extra test --extra transformers -o .ci/requirements.txt $(ARGS) pyproject.toml -
+
+test-torch29: wheel
+	test -x $(TORCH29_VENV)/bin/python || $(PYTHON) -m venv $(TORCH29_VENV)
+	$(TORCH29_VENV)/bin/python -m pip -q install "torch==2.9.0" numpy
+	$(TORCH29_VENV)/bin/python -m pip -q install --force-reinstall --no-deps dist/*.whl
+	cd $(TORCH29_VENV) && bin/python ../tests/smoke.py
 
 test-aarch64:
 	@command -v $(CROSS) >/dev/null && command -v $(QEMU) >/dev/null || \
@@ -277,5 +304,6 @@ test-aarch64:
 
 clean:
 	rm -rf $(VENV) $(WHEEL_VENV) .venv-torch-* $(TPU_VENV) $(TPU_XLA_VENV) .venv-transformers-* build dist *.egg-info torch_paged/*.so
+	rm -rf $(VENV) $(WHEEL_VENV) $(TORCH29_VENV) $(TPU_VENV) $(TPU_XLA_VENV) $(LOCK_VENV) .venv-transformers-* build dist *.egg-info torch_paged/*.so
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -34,6 +34,9 @@ ISA_FLAGS = {
         *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
     ],
 }
+# What is bound once at loading cannot be bound to something else later.
+LINK_FLAGS = ["-Wl,--no-undefined", "-Wl,--as-needed", "-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack"]
+OLDEST_DATE = "315532800"  # that a zip can hold, in seconds of Unix
 OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n"
 
 
@@ -158,7 +161,7 @@ class BuildExtension(build_ext):
             objects,
             str(target),
             libraries=ext.libraries,
-            extra_postargs=["-Wl,--no-undefined", "-Wl,--as-needed", *ext.extra_link_args],
+            extra_postargs=[*LINK_FLAGS, *ext.extra_link_args],
             target_lang="c++",
         )
 
@@ -171,7 +174,10 @@ class BuildExtension(build_ext):
             return str(built)
         # The builder's own flags come last: a sanitizer's build is not optimised as ours are.
         own = shlex.split(os.environ.get("CXXFLAGS", ""))
-        flags = [*COMMON_FLAGS, "-fopenmp", *ISA_FLAGS.get(Path(source).name, []), *own]
+        flags = [*COMMON_FLAGS, "-fopenmp", *ISA_FLAGS.get(Path(source).name, [])]
+        # Messages of headers, torch's among them, hold paths, which differ between machines.
+        folders = {**dict.fromkeys(self.include_dirs, "include"), self.build_temp: "build"}
+        flags += [*(f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()), *own]
         [built] = self.compiler.compile(
             [source],
             output_dir=output,
@@ -182,12 +188,22 @@ class BuildExtension(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """Tag the wheel for the stable Python ABI: no Python symbol is used at all."""
+    """Tag the wheel for the stable Python ABI, as no Python symbol is used; the same sources give the same bytes."""
 
     def finalize_options(self) -> None:
         if not no_extension():
             self.py_limited_api = "cp310"
         super().finalize_options()
+
+    def run(self) -> None:
+        os.environ.setdefault("SOURCE_DATE_EPOCH", OLDEST_DATE)
+        super().run()
+
+    def write_wheelfile(self, *args: Any, **kwargs: Any) -> None:
+        """Write the last file that is packed, then give all of them modes that no umask decides."""
+        super().write_wheelfile(*args, **kwargs)
+        for path in Path(self.bdist_dir).rglob("*"):
+            path.chmod(0o755 if path.is_dir() or path.suffix == ".so" else 0o644)
 
 
 if __name__ == "__main__":

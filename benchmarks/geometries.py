@@ -18,6 +18,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.machine import PeakMemory
@@ -148,12 +149,13 @@ def show(out: Path, geometry: str) -> Table:
         "its root mean square",
     ):
         table.add_column(head, justify="left" if head == "way" else "right")
-    reference = torch.load(out / f"{geometry}_reference.pt") if "reference" in found else None
+    logits = {way: load_file(path.with_suffix(".safetensors"))["logits"] for way, path in found.items()}
+    reference = logits.get("reference")
     for way, path in found.items():
         figures = json.loads(path.read_text())
         errors = ["", ""]
         if reference is not None and way != "reference":
-            error = torch.load(out / f"{geometry}_{way}.pt") - reference
+            error = logits[way] - reference
             errors = [f"{error.abs().max():.3g}", f"{error.pow(2).mean().sqrt():.3g}"]
         speeds = [str(figures[name]) for name in ("prefill tokens/s", "decode tokens/s", "peak MB")]
         table.add_row(f"{way}, {figures['threads']} threads, context {figures['context']}", *speeds, *errors)
@@ -178,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.here:
                 figures, logits = measure(geometry, way, args.context, args.new_tokens)
                 (args.out / f"{geometry}_{way}.json").write_text(json.dumps(figures))
-                torch.save(logits, args.out / f"{geometry}_{way}.pt")
+                save_file({"logits": logits}, args.out / f"{geometry}_{way}.safetensors")
             else:
                 command = [sys.executable, "-m", "benchmarks.geometries", "--here", "--geometry", geometry]
                 command += ["--ways", way, "--context", str(args.context), "--new-tokens", str(args.new_tokens)]

@@ -135,7 +135,8 @@ inline void check_cu_seqlens(const char* op, const char* name, const int32_t* cu
 
 inline void check_context_lens(const char* op, const int32_t* context_lens, int64_t num_seqs, int64_t table_columns,
                                int64_t block_size) {
-  const int64_t capacity = table_columns * block_size;
+  int64_t capacity;  // of views with strides of 0 it may exceed 64 bits, and then bounds no int32
+  if (__builtin_mul_overflow(table_columns, block_size, &capacity)) capacity = std::numeric_limits<int32_t>::max();
   check_indices(op, "context_lens", context_lens, num_seqs, 0, capacity + 1,
                 [&] { return "[0, M * S = " + show(capacity) + "]"; });
 }

@@ -145,7 +145,8 @@ class Tensor {
     int64_t running = 1;
     for (int64_t d = rank - 1; d >= 0; --d) {
       strides[static_cast<size_t>(d)] = running;
-      running *= sizes[d] > 1 ? sizes[d] : 1;
+      // A product beyond 64 bits wraps: the strides before it are already more than torch can allocate.
+      (void)__builtin_mul_overflow(running, sizes[d] > 1 ? sizes[d] : 1, &running);
     }
     AtenTensorHandle handle;
     shim(aoti_torch_empty_strided(rank, sizes, strides.data(), type_code, aoti_torch_device_type_cpu(), 0, &handle),

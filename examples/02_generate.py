@@ -86,11 +86,12 @@ def load(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     if not (path / "config.json").is_file():
         raise UnusableModel(f"--model must be a folder with a HuggingFace checkpoint (config.json), got '{path}'")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, padding_side="left")
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UnusableModel(f"--model '{path}' cannot be loaded: {reason[0]}") from error
+    model.eval()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer

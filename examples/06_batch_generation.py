@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-blocks", type=int, help="blocks of 16 tokens in the cache; few: requests are preempted")
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
-    model: Any = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32, use_safetensors=True).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(CHECKPOINT)
     prompts = tokenizer(function_prompts(max(args.requests, STREAMED + 1)))["input_ids"]
 

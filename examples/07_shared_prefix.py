@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=16)
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
-    model: Any = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32, use_safetensors=True).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(CHECKPOINT)
     patch_model(model)
     prefix = tokenizer(read_texts(held_out=True)[0])["input_ids"][:PREFIX_TOKENS]

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -212,6 +213,15 @@ def test_a_broken_checkpoint_gets_one_sentence(demo: Any, capsys: pytest.Capture
     assert "cannot be loaded" in one_sentence(demo, capsys, tmp_path)
     (tmp_path / "config.json").write_text((CHECKPOINT / "config.json").read_text())
     assert "cannot be loaded" in one_sentence(demo, capsys, tmp_path)
+
+
+def test_a_checkpoint_that_only_pickle_reads_gets_one_sentence(
+    demo: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "cannot be loaded: Error no file named model.safetensors" in one_sentence(demo, capsys, folder)
 
 
 def test_an_unsupported_model_gets_one_sentence(demo: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -33,13 +33,16 @@ def copy_without_kernels(folder: Path) -> Path:
     return folder
 
 
-def build_wheel(source: Path, into: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def build_wheel(
+    source: Path, into: Path, *, umask: int = 0o022, **environment: str
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-build-isolation", "--no-deps"]
     return subprocess.run(
         [*command, "--wheel-dir", str(into), str(source)],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
+        umask=umask,
     )
 
 
@@ -51,8 +54,8 @@ def copy_sources(folder: Path) -> Path:
     return folder
 
 
-def needed_libraries(library: Path) -> str:
-    return subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+def read_elf(option: str, library: Path) -> str:
+    return subprocess.run(["readelf", "-W", option, str(library)], capture_output=True, text=True, check=True).stdout
 
 
 def test_import_touches_no_device_library_and_no_transformers() -> None:
@@ -161,7 +164,7 @@ def test_a_program_without_python_runs_the_ops(tmp_path: Path) -> None:
 
 
 def test_the_library_shares_torchs_openmp_and_knows_no_python() -> None:
-    text = needed_libraries(KERNELS)
+    text = read_elf("-d", KERNELS)
     assert set(re.findall(r"NEEDED.*\[(.*?)\]", text)) >= {"libtorch_cpu.so", "libgomp.so.1"}
     assert "python" not in text
     assert "RPATH" not in text
@@ -171,6 +174,17 @@ import torch, torch_paged
 print(len({line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}))
 """
     assert run_python(code).stdout.strip() == "1"
+
+
+@pytest.mark.parametrize("library", [KERNELS, DEFINITIONS], ids=lambda path: path.name)
+def test_a_library_is_bound_once_and_has_no_path_of_its_build(library: Path) -> None:
+    segments, dynamic = read_elf("-l", library), read_elf("-d", library)
+    assert re.search(r"GNU_STACK .* RW +0x", segments)
+    assert "GNU_RELRO" in segments
+    assert "BIND_NOW" in dynamic
+    assert not [
+        path for path in (SOURCE, TORCH, Path.home(), "build/temp.") if str(path).encode() in library.read_bytes()
+    ]
 
 
 def test_the_pure_wheel_has_everything_but_kernels(tmp_path: Path) -> None:
@@ -221,13 +235,25 @@ def small_source(tmp_path: Path) -> Path:
     return source
 
 
-def test_the_wheel_is_tagged_for_every_python_and_vendors_nothing(small_source: Path, tmp_path: Path) -> None:
-    built = build_wheel(small_source, tmp_path, TORCH_PAGED_NO_EXT="0")
-    assert built.returncode == 0, built.stderr
-    [wheel] = tmp_path.glob("*.whl")
+def test_the_wheel_is_tagged_for_every_python_vendors_nothing_and_is_always_the_same(
+    small_source: Path, tmp_path: Path
+) -> None:
+    """`make test-reproducible-wheel` builds the one with kernels twice."""
+    elsewhere = tmp_path / "a/folder/of/another/length"
+    shutil.copytree(small_source, elsewhere, copy_function=shutil.copyfile)
+    for path in elsewhere.rglob("*"):
+        path.chmod(0o700)
+    wheels: list[Path] = []
+    for source, umask in ((small_source, 0o022), (elsewhere, 0o077)):
+        built = build_wheel(source, source / "dist", umask=umask, TORCH_PAGED_NO_EXT="0")
+        assert built.returncode == 0, built.stderr
+        wheels += (source / "dist").glob("*.whl")
+    wheel, again = wheels
     assert re.fullmatch(rf"torch_paged-{torch_paged.__version__}-cp310-abi3-linux_\w+\.whl", wheel.name)
     libraries = {name for name in zipfile.ZipFile(wheel).namelist() if ".so" in name}
     assert libraries == {"torch_paged/_C.abi3.so", "torch_paged/libtorch_paged_schema.so"}
+    assert wheel.name == again.name
+    assert wheel.read_bytes() == again.read_bytes()
 
 
 @pytest.mark.parametrize(

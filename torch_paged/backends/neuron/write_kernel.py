@@ -20,7 +20,7 @@ SIGN = -(2**31)
 MAGNITUDE = 2**31 - 1
 UPPER_HALF = -(2**12)  # of the bits of a fraction
 MOST = 2.0**17  # a quotient above all formats, below which products are finite
-LARGEST = 3.4028234663852886e38
+SMALLEST, LARGEST = 2.0**-149, 3.4028234663852886e38  # of the positive float32 numbers
 FIRST_OF_TOP = 248.0  # from here on a magnitude rounds to e4m3fn's top exponent, which e4m3 does not have
 NAN = 0x7F  # in both formats of 8 bits
 
@@ -83,6 +83,11 @@ class _Call(nl.NKIObject):
         width = scales.shape[1]
         spread = nl.ndarray((P, width), dtype=nl.float32)
         nisa.dma_copy(dst=spread, src=scales.ap(pattern=[[0, P], [1, width]], offset=0))
+        # Nobody has looked at them: by one that is not positive and finite, quotients would be NaN, which int8 has not.
+        missing = nl.ndarray((P, width), dtype=nl.uint8)
+        nisa.tensor_tensor(dst=missing, data1=spread, data2=spread, op=nl.not_equal)
+        nisa.tensor_copy_predicated(dst=spread, src=1.0, predicate=missing)
+        nisa.tensor_scalar(dst=spread, data=spread, op0=nl.maximum, operand0=SMALLEST, op1=nl.minimum, operand1=LARGEST)
         self.divisor = _Divisor(spread)
 
     def write(self, token, first, count):
