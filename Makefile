@@ -53,12 +53,8 @@ LOCK_VENV := .venv-lock
 .PRECIOUS: .venv-transformers-%/.ready
 .PHONY: demo test test-transformers test-tpu test-tpu-xla test-tpu-device lint bench bench-tpu tpu-matrix mutants-tpu
 .PHONY: test-neuron test-neuron-device bench-neuron mutants-neuron
-.PHONY: instructions wheel clean mutants test-wheel test-torches leaks test-aarch64 help
-.PHONY: storm storm-allocator storm-requests
-.PHONY: asan tsan fuzz-kernels
-.PHONY: instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
-.PHONY: fuzz instructions wheel clean mutants test-wheel test-torch29 test-aarch64 help
-.PHONY: lock test-reproducible-wheel
+.PHONY: instructions wheel clean mutants test-wheel test-reproducible-wheel test-torches test-aarch64 lock help
+.PHONY: asan tsan fuzz fuzz-kernels leaks storm storm-allocator storm-requests
 .DELETE_ON_ERROR:
 
 help:
@@ -72,13 +68,14 @@ help:
 	@echo "make test-neuron-device the cases of the tests on the NeuronCores of this machine"
 	@echo "make lint               ruff, mypy, clang-format"
 	@echo "make bench              measure the kernels beside peers and limits (ARGS=--quick: minutes)"
-	@echo "make fuzz               100 000 calls with corrupted arguments (ARGS=\"--count 1000 --seed 7\")"
 	@echo "make instructions       count the kernels' instructions and compare them with committed figures"
 	@echo "make mutants            plant faults in the kernels and see the tests catch them"
-	@echo "make storm              10^6 random operations on the block allocator, ten minutes of random requests"
 	@echo "make asan               the C++ kernels and their binding under AddressSanitizer and UBSan, on the CPU's tests"
 	@echo "make tsan               the kernels' threads under ThreadSanitizer"
 	@echo "make fuzz-kernels       fuzz the kernels through the binding's checks (clang; FUZZ_SECONDS=600)"
+	@echo "make fuzz               100 000 calls with corrupted arguments (ARGS=\"--count 1000 --seed 7\")"
+	@echo "make storm              10^6 random operations on the block allocator, ten minutes of random requests"
+	@echo "make leaks              call every op a million times and watch the memory"
 	@echo "make tpu-matrix         compile the TPU kernels for every chip, dtype and shape, without a TPU"
 	@echo "make bench-tpu          static estimates of the TPU kernels beside those of jax"
 	@echo "make mutants-tpu        plant faults in the TPU kernels and see the tests catch them"
@@ -86,11 +83,9 @@ help:
 	@echo "make mutants-neuron     plant faults in the NKI kernels and see the tests catch them"
 	@echo "make wheel              build dist/*.whl"
 	@echo "make test-wheel         install the wheel into a fresh environment and use it"
-	@echo "make test-torches       the same kernels with every minor version of torch (test-torch-2.9.0: one; GBs each)"
-	@echo "make leaks              call every op a million times and watch the memory"
 	@echo "make test-reproducible-wheel  build it once more, elsewhere, and compare the bytes"
+	@echo "make test-torches       the same kernels with every minor version of torch (test-torch-2.9.0: one; GBs each)"
 	@echo "make lock               write .ci/requirements.txt, what CI installs (ARGS=--upgrade: the newest of it)"
-	@echo "make test-torch29       the same with torch 2.9.0 (a download of several GB)"
 	@echo "make test-aarch64       cross-build the kernels and run their tests under qemu"
 	@echo "make clean              remove what these targets made"
 
@@ -214,8 +209,10 @@ storm-requests: $(LIBRARY)
 	$(BIN)/python tests/request_storm.py $(ARGS)
 
 storm: storm-allocator storm-requests
+
 fuzz: $(LIBRARY)
 	$(BIN)/python tests/fuzz.py $(ARGS)
+
 # In a copy of the tree, whose library and objects stay apart.
 asan: $(LIBRARY)
 	mkdir -p build/asan
@@ -277,6 +274,7 @@ test-torches: $(TORCHES:%=test-torch-%)
 
 leaks: $(LIBRARY)
 	PYTHONPATH=. $(BIN)/python tests/leaks.py $(ARGS)
+
 test-reproducible-wheel: wheel
 	$(BIN)/python tests/reproducible_wheel.py dist/*.whl
 
@@ -288,12 +286,6 @@ lock:
 	  --allow-unsafe --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
 	  --extra test --extra transformers -o .ci/requirements.txt $(ARGS) pyproject.toml -
 
-test-torch29: wheel
-	test -x $(TORCH29_VENV)/bin/python || $(PYTHON) -m venv $(TORCH29_VENV)
-	$(TORCH29_VENV)/bin/python -m pip -q install "torch==2.9.0" numpy
-	$(TORCH29_VENV)/bin/python -m pip -q install --force-reinstall --no-deps dist/*.whl
-	cd $(TORCH29_VENV) && bin/python ../tests/smoke.py
-
 test-aarch64:
 	@command -v $(CROSS) >/dev/null && command -v $(QEMU) >/dev/null || \
 	  { echo "test-aarch64 needs $(CROSS) and $(QEMU): apt install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
@@ -303,7 +295,7 @@ test-aarch64:
 	$(QEMU) build/kernels_test_aarch64
 
 clean:
-	rm -rf $(VENV) $(WHEEL_VENV) .venv-torch-* $(TPU_VENV) $(TPU_XLA_VENV) .venv-transformers-* build dist *.egg-info torch_paged/*.so
-	rm -rf $(VENV) $(WHEEL_VENV) $(TORCH29_VENV) $(TPU_VENV) $(TPU_XLA_VENV) $(LOCK_VENV) .venv-transformers-* build dist *.egg-info torch_paged/*.so
+	rm -rf $(VENV) $(WHEEL_VENV) $(LOCK_VENV) $(TPU_VENV) $(TPU_XLA_VENV) .venv-torch-* .venv-transformers-*
+	rm -rf build dist *.egg-info torch_paged/*.so
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
