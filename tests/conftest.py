@@ -85,5 +85,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let the matrix of models write the table that it is compared with."""
+    """Let tests write the pages that they are compared with."""
     parser.addoption("--write-support-table", action="store_true", help="write docs/huggingface_support.md")
+    parser.addoption("--write-errors", action="store_true", help="write docs/errors.md")

@@ -2,8 +2,8 @@
 
 A process makes the calls, in the order of their seeds, and says which one comes next: a call that crashes it or never
 ends is known by its seed, and a fresh process goes on behind it. One seed is one call, always the same:
-``make fuzz ARGS="--seed 1234 --count 1"`` repeats it. The seeds are taken in shares of 500; the calls of every tenth
-share are those of a compiled graph.
+``make fuzz ARGS="--seed 1234 --count 1"`` repeats it. The seeds are taken in shares of 500; the calls of every
+twentieth share are those of a compiled graph.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100_000, help="calls to make (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first one's seed (default: %(default)s)")
-    parser.add_argument("--compiled", type=int, default=10, help="every how many-th share is compiled (%(default)s)")
+    parser.add_argument("--compiled", type=int, default=20, help="every how many-th share is compiled (%(default)s)")
     parser.add_argument("--seconds", type=int, default=120, help="a call that lasts longer hangs (%(default)s)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

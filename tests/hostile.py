@@ -32,6 +32,7 @@ _DTYPES = tuple(value for value in vars(torch).values() if isinstance(value, tor
 _ODD_INTS = (0, -1, 1, 2, -2, 7, 2**31 - 1, 2**31, -(2**31), 2**32, 2**62, 2**63 - 1, -(2**63))
 _ODD_REALS = (0.0, -0.0, 1.0, -1.0, 1e-46, 1e-40, 1e-38, 1e38, 1e39, 1e308, 5e-324)
 _NOT_REALS = (float("nan"), float("inf"), float("-inf"))
+_NEGATED = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64)
 _OPTIONS = {
     "max_seqlen_q": _ODD_INTS,
     "max_seqlen_k": _ODD_INTS,
@@ -93,7 +94,7 @@ def draw_call(rng: random.Random, corrupt: bool = True) -> HostileCall:
 
 def change(call: HostileCall, rng: random.Random, changes: Sequence[Change]) -> None:
     """Corrupt a call once, and note how."""
-    done = rng.choice(changes)(call, rng)
+    done = rng.choice(changes)(call, rng) if call.tensors() else ""
     if done:
         call.corruptions.append(done)
 
@@ -282,7 +283,7 @@ def _repeated(call: HostileCall, rng: random.Random) -> str:
     ids = call.arguments[name].clone()
     if ids.dim() == 0 or ids.numel() < 2:
         return ""
-    ids.view(-1)[-1] = ids.view(-1)[0]
+    ids[(-1,) * ids.dim()] = ids[(0,) * ids.dim()].item()
     return _put(call, name, ids, "repeats a value")
 
 
@@ -329,7 +330,7 @@ def _kind(call: HostileCall, rng: random.Random) -> str:
         if kind == "gradient":
             return _put(call, name, tensor.detach().requires_grad_(), "requires a gradient")
         if kind == "negated":
-            if call.written or tensor.itemsize == 1:  # torch copies what has the bit; it cannot negate fp8
+            if call.written or tensor.dtype not in _NEGATED:  # torch copies what has the bit, and negates the copy
                 return ""
             return _put(call, name, torch._neg_view(tensor), "has the negative bit")
         if kind == "quantized":

@@ -26,8 +26,8 @@ class CompiledShare:
         if number != self._number:
             self._compile(number)
         case = BASES[self._base]
-        if isinstance(case, AttentionCase):
-            case = _resized(case, rng)
+        if isinstance(case, AttentionCase):  # of few sizes: each that differs in kind is compiled anew, for seconds
+            case = _resized(case, random.Random(4 * number + rng.randrange(4)))
         call = HostileCall(BASE_OPS[self._base], build(case, rng.randrange(1000)))
         for _ in range(rng.choice((0, 0, 1, 1, 2))):
             change(call, rng, compiled_changes(rng))
