@@ -127,6 +127,9 @@ def _no_backend_kernel(name: str) -> Callable[..., NoReturn]:
 
     def kernel(*args: Any, **kwargs: Any) -> NoReturn:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        if not tensors:
+            first = getattr(getattr(torch.ops, NAMESPACE), op).default._schema.arguments[0].name
+            raise ValueError(f"{op}: {first} must be given, got None")
         for tensor in tensors:
             if tensor.device.type not in _served:
                 raise NotImplementedError(no_backend(op, tensor.device.type))

@@ -271,6 +271,7 @@ TOGETHER = [
         )
         for name in names
     ),
+    Break("tensors.given", "merge", dict.fromkeys(("outs", "lses", "sinks")), "outs must be given, got None"),
     Break("key.given", "varlen, cache", {"kv_cache": None}, "key must be given without kv_cache, got None"),
     Break(
         "value.only_with_key",
