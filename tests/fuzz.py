@@ -18,7 +18,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def supervise(command: list[str], seed: int, seconds: float, report: Report) -> 
         seconds: without a line after which it is ended.
         report: gets how the calls ended; a crash and a hang are findings of the call that had begun.
     """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
     current, rest = seed, b""
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, cwd=ROOT) as process,
@@ -120,30 +120,43 @@ def _work(seeds: range, compiled: int) -> None:
     warnings.simplefilter("ignore")  # torch warns of the kinds of tensors that are made here
     sys.path.insert(0, str(Path(__file__).parent))
     import torch
-    from hostile import draw_call
+    from hostile import HostileCall, draw_call
     from hostile_compiled import CompiledShare
-    from hostile_judge import judge, ways
+    from hostile_judge import judge, run, ways
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     torch.use_deterministic_algorithms(True)  # torch.empty is poisoned then
     said = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)  # whatever else prints, prints elsewhere
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    torch.set_num_threads(1)
+    threads = 1
     share = CompiledShare()
+
+    def with_threads(make: Callable[[HostileCall, str], Any]) -> Callable[[HostileCall, str], Any]:
+        def invoke(call: HostileCall, way: str) -> Any:
+            torch.set_num_threads(threads)
+            try:
+                return make(call, way)
+            finally:
+                torch.set_num_threads(1)
+
+        return invoke
+
     for seed in seeds:
         print(json.dumps({"begins": seed}), file=said)
         rng = random.Random(seed)
-        torch.set_num_threads(rng.choice((1, 1, 2)))
+        threads = rng.choice((1, 1, 1, 2))
         corruptions: list[str] = []
         result: dict[str, Any]
         try:
             if compiled and seed // SHARE % compiled == compiled - 1:
                 call = share.draw(seed // SHARE, rng)
                 corruptions, way = call.corruptions, share.way
-                end = judge(call, way, share.run)
+                end = judge(call, way, with_threads(share.run))
             else:
                 call = draw_call(rng)
                 corruptions, way = call.corruptions, rng.choice(ways(call))
-                end = judge(call, way)
+                end = judge(call, way, with_threads(run))
             result = {"end": f"{end} compiled" if way == share.way else end}
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]

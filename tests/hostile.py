@@ -33,6 +33,7 @@ _ODD_INTS = (0, -1, 1, 2, -2, 7, 2**31 - 1, 2**31, -(2**31), 2**32, 2**62, 2**63
 _ODD_REALS = (0.0, -0.0, 1.0, -1.0, 1e-46, 1e-40, 1e-38, 1e38, 1e39, 1e308, 5e-324)
 _NOT_REALS = (float("nan"), float("inf"), float("-inf"))
 _NEGATED = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64)
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # dtypes that torch can index
 _OPTIONS = {
     "max_seqlen_q": _ODD_INTS,
     "max_seqlen_k": _ODD_INTS,
@@ -225,7 +226,7 @@ def _size(call: HostileCall, rng: random.Random) -> str:
         other = tensor.narrow(axis, 0, size)
     elif tensor.numel():
         index = torch.arange(size) % tensor.size(axis)
-        bits = tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+        bits = tensor.view(_SAME_SIZE[tensor.itemsize]) if tensor.itemsize in _SAME_SIZE else tensor
         other = bits.index_select(axis, index).view(tensor.dtype)
     else:
         return ""
