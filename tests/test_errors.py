@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 from error_sources import UNREACHABLE, Source, cpp_texts, python_sources
 from error_table import PAGE, Error, Group, Said, page
-from errors_of_backends import DEVICES, IMPORT
+from errors_of_backends import DEVICES
+from errors_of_import import IMPORT
 from errors_of_ops import CALLS, RULES, break_rule
+from errors_of_packing import PACKED
+from errors_of_paged_cache import CACHE
+from errors_of_patching import PATCHING
 from errors_of_tools import ALLOCATOR, CACHES, EXPLAIN, MASKS
-from errors_of_transformers import CACHE, PACKED, PATCHING
 
 from torch_paged.testing.bad_input import STATIC, VALUES
 
