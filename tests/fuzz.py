@@ -50,7 +50,12 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100_000, help="calls to make (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first one's seed (default: %(default)s)")
     parser.add_argument("--compiled", type=int, default=20, help="every how many-th share is compiled (%(default)s)")
-    parser.add_argument("--seconds", type=int, default=120, help="a call that lasts longer hangs (%(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=int,
+        default=600,
+        help="a call, compiling its graph included, that lasts longer hangs (%(default)s)",
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
