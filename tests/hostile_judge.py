@@ -204,6 +204,9 @@ def _assert_read(call: HostileCall, results: Any) -> str:
             outs.double(), lses, arguments["sinks"], compute_dtype=torch.float64
         )
         return _assert_rows(results, (expected, expected_lse), reference.merge_attention_states(**arguments)[0], None)
+    scales = arguments["kv_scales"]
+    if scales is not None and scales.dim() == 4 and bool((scales <= 0).any()):
+        return "safe"  # the only scales that nothing checks: what such a one makes of its tokens is unspecified
     wanted = oracle(call.op, arguments)
     plain = plain_attention(call.op, arguments)
     if arguments["alibi_slopes"] is not None:
