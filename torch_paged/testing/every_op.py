@@ -68,9 +68,9 @@ def tensors_of(results: Any) -> tuple[Tensor, ...]:
 
 def written(op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     """Return the arguments of a call that the op writes."""
-    names = {"reshape_and_cache": ("kv_cache",), "quantize_and_cache": ("kv_cache", "kv_scales")}
-    names["copy_blocks"] = ("kv_cache", "kv_scales")
-    return tuple(arguments[name] for name in names.get(op, ()) if arguments[name] is not None)
+    both = ("kv_cache", "kv_scales")
+    names = {"reshape_and_cache": both[:1], "quantize_and_cache": both, "copy_blocks": both}.get(op, ())
+    return tuple(arguments[name] for name in names if arguments[name] is not None)
 
 
 def digest(tensors: tuple[Tensor, ...]) -> str:
