@@ -156,7 +156,7 @@ class Storm:
         self.grows = self.draw.random() < 0.15
         self.batch = BatchGenerator(
             self.model,
-            num_blocks=None if self.grows else self.draw.randrange(least, 3 * least),
+            num_blocks=None if self.grows else self.draw.choice([least, least + 2, 2 * least]),
             block_size=block_size,
             max_batch_tokens=self.draw.choice([3, 11, 64, 1024]),
             max_requests_per_batch=self.draw.choice([2, 5, 20]),
@@ -175,10 +175,10 @@ class Storm:
         return [self.draw.randrange(2, VOCAB_SIZE) for _ in range(count)]
 
     def prompt(self) -> list[int]:
-        """Return a prompt that may begin like others."""
-        return self.draw.choice(self.starts)[: self.draw.randrange(MOST_PROMPT_TOKENS - 2)] + self.tokens(
-            self.draw.randrange(1, 3)
-        )
+        """Return a prompt that may begin like others, or have their blocks behind another one."""
+        first = self.tokens(self.draw.choice([0, 0, self.batch.cache.block_size]))
+        start = self.draw.choice(self.starts)[: self.draw.randrange(MOST_PROMPT_TOKENS - 2 - len(first))]
+        return [*first, *start, *self.tokens(self.draw.randrange(1, 3))]
 
     def run(self, requests: int, seconds: float = float("inf")) -> None:
         """Add so many requests, or as many as the time allows, and run until all have ended."""
@@ -196,7 +196,7 @@ class Storm:
             patched.start()
         try:
             while (requests and time.monotonic() < until) or self.batch.has_unfinished:
-                while requests and time.monotonic() < until and self.draw.random() < 0.4:
+                while requests and time.monotonic() < until and self.draw.random() < 0.6:
                     self.add()
                     requests -= 1
                 if self.jobs and self.draw.random() < 0.01:
