@@ -94,14 +94,20 @@ def test_numbers_of_a_sequence_stay_with_it(case: AttentionCase, accelerator: Ba
     expected = accelerator(case.op, arguments, stats=True)
     if case.scales_rank:
         assert_neighbours(case, accelerator(case.op, with_bad_scales(arguments), stats=True), expected)
-    for length, block_id, position in ((LEAST, 0, LEAST), (MOST, MOST, MOST), (-1, LEAST, 7)):
-        wrong = changed(arguments, "context_lens", HOSTILE, length)
-        wrong = changed(wrong, "block_tables", HOSTILE, block_id)
+    capacity = arguments["block_tables"].size(1) * arguments["kv_cache"].size(3)
+    for length, block_id, position in ((LEAST, 0, LEAST), (MOST, 0, capacity + 5), (17, MOST, MOST)):
+        wrong, meant = (
+            changed(changed(arguments, "context_lens", HOSTILE, tokens), "block_tables", HOSTILE, block)
+            for tokens, block in ((length, block_id), (min(max(length, 0), capacity), -1 if block_id else 0))
+        )
         if case.positions:
-            wrong = changed(wrong, "query_positions", rows_of(case)[HOSTILE], position)
+            where = rows_of(case)[HOSTILE]
+            wrong, meant = (changed(each, "query_positions", where, position) for each in (wrong, meant))
             wrong["max_seqlen_k"] = 2**62
         results = accelerator(case.op, wrong, stats=True)
         assert_neighbours(case, results, expected)
+        for result, wanted in zip(results, accelerator(case.op, meant, stats=True), strict=True):
+            assert_same(result, wanted)
         assert not any(result.isnan().any() for result in results)
     if case.new_lens:
         bounds = torch.tensor((LEAST, MOST, -5, 3), dtype=torch.int32)

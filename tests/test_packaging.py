@@ -214,7 +214,16 @@ def test_the_sdist_has_what_the_make_targets_need(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True, cwd=SOURCE, env={**os.environ, "TORCH_PAGED_NO_EXT": "1"})
     [archive] = tmp_path.glob("*.zip")
     names = {name.partition("/")[2] for name in zipfile.ZipFile(archive).namelist()}
-    wanted = {"Makefile", "setup.py", "pyproject.toml", "README.md", "LICENSE", ".ci/run", ".clang-format"}
+    wanted = {
+        "Makefile",
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        ".ci/run",
+        ".ci/requirements.txt",
+        ".clang-format",
+    }
     for folder in ("torch_paged", "csrc_shims", "tests", "benchmarks", "examples", "docs"):
         paths = [path for path in (SOURCE / folder).rglob("*") if path.is_file() and path.suffix not in (".so", ".pyc")]
         wanted |= {str(path.relative_to(SOURCE)) for path in paths}

@@ -68,7 +68,7 @@ def test_no_file_here_is_for_pickle() -> None:
 def locked() -> dict[str, str]:
     """Return the version of each distribution in the lock; each has a hash."""
     text = re.sub(r"#.*", "", LOCK.read_text()).replace("\\\n", " ")
-    pins = {}
+    pins: dict[str, str] = {}
     for line in filter(str.strip, text.splitlines()):
         name, version, hashes = re.fullmatch(r"([\w.-]+)==(\S+)((?: +--hash=sha256:[0-9a-f]{64})+) *", line).groups()  # type: ignore[union-attr]
         assert hashes
