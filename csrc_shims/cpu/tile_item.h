@@ -258,8 +258,8 @@ struct Tile {
 
 // Many query rows.
 template <class Kernel>
-void tile_item(const AttentionArgs& args, const Sequence& seq, const Item& item, const Partials& partials,
-               char* memory, Stop* stop) {
+void tile_item(const AttentionArgs& args, const Sequence& seq, const Item& item, const Partials& partials, char* memory,
+               Stop* stop) {
   Tile<Kernel> tile(args, seq, item, memory);
   const TileScratch& s = tile.s;
   const int64_t rows = tile.rows, lanes = tile.lanes, widest = round_up(args.head_dim, 64);
