@@ -207,7 +207,7 @@ def main() -> int:
     runs = [(target, isa) for target in targets for isa in ISAS]
     seconds = max(1, args.seconds * min(JOBS, len(runs)) // len(runs))
     with ThreadPoolExecutor(JOBS) as pool:
-        outcomes = list(pool.map(lambda run: fuzz(mode, *run, seconds), runs))
+        outcomes = list(pool.map(lambda run: fuzz(mode, run[0], run[1], seconds), runs))
     table = Table("target", "instructions", "executions", "edges", "finding")
     for outcome in outcomes:
         table.add_row(outcome.target, outcome.isa, f"{outcome.executions:,}", f"{outcome.edges:,}", outcome.failure)
