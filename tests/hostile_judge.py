@@ -111,6 +111,8 @@ def verdict(call: HostileCall, data: bool = True) -> Expected:
         return Expected((NotImplementedError,), f"^{op}: the op has no backward and writes in place")
     if not all(map(_is_plain, tensors)):
         return Expected((ValueError,), rf"^{op}: every tensor must be dense \(torch.strided\) and plain, got ")
+    # Of what has the negative bit torch hands the op a copy, which is dense.
+    arguments = {name: x.resolve_neg() if isinstance(x, Tensor) and x.is_neg() else x for name, x in arguments.items()}
     try:
         validate(op, arguments)
         if data and not any(tensor.is_meta for tensor in tensors):
