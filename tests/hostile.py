@@ -284,7 +284,7 @@ def _repeated(call: HostileCall, rng: random.Random) -> str:
     ids = call.arguments[name].clone()
     if ids.dim() == 0 or ids.numel() < 2:
         return ""
-    ids[(-1,) * ids.dim()] = ids[(0,) * ids.dim()].item()
+    ids[(-1,) * ids.dim()] = ids[(0,) * ids.dim()]
     return _put(call, name, ids, "repeats a value")
 
 
