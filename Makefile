@@ -46,7 +46,7 @@ SANITIZED := $(filter-out $(addprefix tests/test_,tpu_% neuron_% nki_sim_% old_n
   instructions.py),$(wildcard tests/test_*.py))
 ASAN := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 ASAN_RUN = LD_PRELOAD="$(foreach name,asan ubsan,$$(g++ -print-file-name=lib$(name).so))" \
-  ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=64
+  ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=64:allocator_may_return_null=1
 FUZZ_SECONDS ?= 600
 LOCK_VENV := .venv-lock
 
