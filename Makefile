@@ -41,9 +41,10 @@ QEMU ?= qemu-aarch64
 GENERIC := $(filter-out %_avx2.cpp %_avx512.cpp,$(wildcard csrc_shims/cpu/*.cpp))
 KERNELS := $(wildcard csrc_shims/*.cpp csrc_shims/*.h csrc_shims/cpu/*.cpp csrc_shims/cpu/*.h)
 LIBRARY := torch_paged/_C.abi3.so
-# The tests that reach the C++ kernels: not those of other backends and their simulators, of the build, of measurements.
+# The tests that reach the C++ kernels: not those of other backends and their simulators, of the build, of measurements,
+# nor those that watch the process's memory or bring an allocator of their own.
 SANITIZED := $(filter-out $(addprefix tests/test_,tpu_% neuron_% nki_sim_% old_neuron_% packaging.py benchmarks.py \
-  instructions.py),$(wildcard tests/test_*.py))
+  instructions.py faults_leaks.py faults_memory.py),$(wildcard tests/test_*.py))
 ASAN := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 ASAN_RUN = LD_PRELOAD="$(foreach name,asan ubsan,$$(g++ -print-file-name=lib$(name).so))" \
   ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=64:allocator_may_return_null=1
