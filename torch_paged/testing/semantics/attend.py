@@ -1,13 +1,14 @@
 """Attention small enough to be worked out by hand: one head, logits that are given, values that show the weights."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_paged.testing.backends import Backend
-from torch_paged.testing.cases import cumulative
+from torch_paged.testing.cases import AttentionCase, cumulative
 from torch_paged.testing.compare import assert_stats
 from torch_paged.testing.tensors import poison
 
@@ -19,6 +20,13 @@ _SCALES = (0.5, 0.25)
 def query_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of queries and new keys beside a cache of this one."""
     return torch.float32 if dtype.itemsize == 1 else dtype
+
+
+def typed(case: AttentionCase, dtype: torch.dtype) -> AttentionCase:
+    """Return a case with a cache of this dtype, and queries that go with it."""
+    if dtype.itemsize > 1:
+        return replace(case, dtype=dtype)
+    return replace(case, dtype=query_dtype(dtype), cache_dtype=dtype, scales_rank=1)
 
 
 def attend(

@@ -1,24 +1,14 @@
 """Lines 0 to 2, 6 and 7: heads, scale, the order of what becomes of a logit, masks and sinks."""
 
 import math
-from dataclasses import replace
 
 import torch
 
 from torch_paged.testing.backends import Backend
 from torch_paged.testing.cases import AttentionCase, build
 from torch_paged.testing.compare import assert_same, assert_stats
-from torch_paged.testing.semantics.attend import LANES, assert_seen, assert_weights, attend, query_dtype, seen
-from torch_paged.testing.semantics.registry import FLOATS, SOURCES, check
-
-PACKED = SOURCES[1:]
-
-
-def typed(case: AttentionCase, dtype: torch.dtype) -> AttentionCase:
-    """Return a case with a cache of this dtype, and queries that go with it."""
-    if dtype.itemsize > 1:
-        return replace(case, dtype=dtype)
-    return replace(case, dtype=query_dtype(dtype), cache_dtype=dtype, scales_rank=1)
+from torch_paged.testing.semantics.attend import LANES, assert_seen, assert_weights, attend, query_dtype, seen, typed
+from torch_paged.testing.semantics.registry import FLOATS, PACKED, SOURCES, check
 
 
 @check(0)

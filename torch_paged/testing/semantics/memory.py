@@ -12,8 +12,7 @@ from torch import Tensor
 from torch_paged.testing.backends import REFERENCE, Backend, NotRun
 from torch_paged.testing.cases import AttentionCase, build
 from torch_paged.testing.compare import assert_attention, assert_same
-from torch_paged.testing.semantics.attend import query_dtype
-from torch_paged.testing.semantics.logits import typed
+from torch_paged.testing.semantics.attend import query_dtype, typed
 from torch_paged.testing.semantics.registry import check
 
 _LARGE = 2**31

@@ -5,9 +5,8 @@ import torch
 from torch_paged.testing.backends import Backend
 from torch_paged.testing.cases import AttentionCase, build
 from torch_paged.testing.compare import assert_same
-from torch_paged.testing.semantics.attend import assert_seen, assert_weights, attend, seen
-from torch_paged.testing.semantics.logits import PACKED, typed
-from torch_paged.testing.semantics.registry import SOURCES, check
+from torch_paged.testing.semantics.attend import assert_seen, assert_weights, attend, seen, typed
+from torch_paged.testing.semantics.registry import PACKED, SOURCES, check
 
 
 @check(3, SOURCES)

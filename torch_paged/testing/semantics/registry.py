@@ -35,6 +35,8 @@ DTYPES = (*FLOATS, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 SOURCES = ("decode", "cache", "new", "both")
 """Where keys come from: the cache, with one query a sequence; or packed queries and cache, new keys, or both."""
 
+PACKED = SOURCES[1:]
+
 
 @dataclass(frozen=True)
 class Check:

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch_paged.testing.backends import Backend
 from torch_paged.testing.cases import AttentionCase, build
 from torch_paged.testing.compare import assert_stats
-from torch_paged.testing.semantics.attend import LANES, assert_weights, attend, query_dtype
-from torch_paged.testing.semantics.logits import typed
+from torch_paged.testing.semantics.attend import LANES, assert_weights, attend, query_dtype, typed
 from torch_paged.testing.semantics.registry import FLOATS, SOURCES, check
 
 _NOTHING = float("-inf")
