@@ -87,15 +87,17 @@ void merge_row(const MergeArgs& args, int64_t token, int64_t head) {
   const int64_t rows = args.num_tokens * args.num_heads, row = token * args.num_heads + head, dim = args.head_dim;
   const float sink = args.sinks ? args.sinks[head] : kNegInf;
   float top = sink, poison = 0.0f;
+  bool seen = false;
   for (int64_t p = 0; p < args.num_parts; ++p) {
     const float lse = args.lses[p * rows + row];
+    seen = seen || lse != kNegInf;
     if (lse != lse) poison = lse;
     if (lse > top) top = lse;
   }
   const float base = top == kNegInf ? 0.0f : top;
   float total = (args.sinks ? exp1(sink - base) : 0.0f) + poison;
   for (int64_t p = 0; p < args.num_parts; ++p) total += exp1(args.lses[p * rows + row] - base);
-  args.lse[row] = total == 0.0f ? kNegInf : base + __builtin_logf(total);
+  args.lse[row] = seen ? base + __builtin_logf(total) : sink;
   constexpr int64_t kLanes = 8 * W;  // of the sums that share one weight
   for (int64_t begin = 0; begin < dim; begin += kLanes) {
     const int64_t end = begin + kLanes < dim ? begin + kLanes : dim;
@@ -111,7 +113,7 @@ void merge_row(const MergeArgs& args, int64_t token, int64_t head) {
     }
     const vf* sum = sums;
     for (int64_t i = begin; i < end; i += W, ++sum)
-      store_lanes(args.dtype, args.out, row * dim + i, total == 0.0f ? vf{} : *sum / total, lanes_left(dim, i));
+      store_lanes(args.dtype, args.out, row * dim + i, seen ? *sum / total : vf{}, lanes_left(dim, i));
   }
 }
 

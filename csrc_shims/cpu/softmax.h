@@ -165,12 +165,12 @@ TP_INLINE void put_row(const float* acc, float factor, int64_t dim, char* out) {
 // Writes the statistics of a row; returns the factor that makes its accumulator the output.
 TP_INLINE float finish_row(const AttentionArgs& args, int64_t token, int64_t head, float max, float sum) {
   const float sink = args.sinks ? args.sinks[head] : kNegInf;
-  const float top = max > sink ? max : sink;
   const int64_t row = token * args.num_heads + head;
-  float factor = 0.0f, lse = top;
-  if (top != kNegInf || sum != 0.0f) {  // sum != 0 with no max: NaN, which stays visible
+  float factor = 0.0f, lse = sink;
+  if (max != kNegInf || sum != 0.0f) {  // sum != 0 with no max: NaN, which stays visible
+    const float top = max > sink ? max : sink;
     const float base = top == kNegInf ? 0.0f : top;
-    const float shrink = max == top ? 1.0f : max == kNegInf ? (sum != 0.0f ? 1.0f : 0.0f) : exp1(max - base);
+    const float shrink = max == top ? 1.0f : exp1(max - base);
     const float total = sum * shrink + (args.sinks ? exp1(sink - base) : 0.0f);
     factor = shrink / total;
     if (args.lse) lse = base + __builtin_logf(total);
