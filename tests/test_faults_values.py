@@ -1,4 +1,7 @@
-"""Live data at the ends of a dtype: subnormal numbers, and infinite queries (keys and values: test_hidden_keys.py)."""
+"""Live data at the ends of a dtype: subnormal numbers, infinite queries, sinks and slopes.
+
+Keys and values that are not finite: test_hidden_keys.py.
+"""
 
 from dataclasses import replace
 
@@ -7,8 +10,8 @@ import torch
 from torch import Tensor
 
 from torch_paged.backends.cpu.support import isa
-from torch_paged.testing import AttentionCase, assert_attention, assert_same, build
-from torch_paged.testing.backends import Backend
+from torch_paged.testing import AttentionCase, MergeCase, assert_attention, assert_same, build
+from torch_paged.testing.backends import Backend, backends_here
 
 CASES = (
     AttentionCase("ends_decode", (100, 17, 1)),
@@ -87,3 +90,52 @@ def test_an_infinite_query_spoils_its_own_rows(
     others[token, head] = False
     for actual, wanted in zip(results, expected, strict=True):
         assert_same(actual[others], wanted[others])
+
+
+on_cpu = pytest.mark.parametrize("backend", [b for b in backends_here() if b.name == "cpu"], ids=lambda b: b.name)
+
+
+@on_cpu
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "case",
+    [
+        AttentionCase("no_keys_decode", (0, 9, 0), sinks=True),
+        AttentionCase("no_keys_few", (0, 9, 0), (2, 3, 1), sinks=True),
+        AttentionCase("no_keys_prefill", (0, 60, 0), (40, 50, 20), sinks=True),
+    ],
+    ids=lambda case: case.name,
+)
+def test_a_sink_that_is_no_number_leaves_rows_without_keys_zero(
+    backend: Backend, case: AttentionCase, bad: float
+) -> None:
+    arguments = build(case)
+    arguments["sinks"][:] = bad
+    out, lse, max_logits = backend(case.op, arguments, stats=True)
+    nothing = max_logits == float("-inf")
+    assert 0 < nothing.sum() < nothing.numel()
+    assert (out[nothing] == 0).all()
+    assert_same(lse[nothing], torch.full_like(lse[nothing], bad))
+    assert out[~nothing].isnan().all()
+
+
+@on_cpu
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_sink_that_is_no_number_leaves_merged_rows_without_keys_zero(backend: Backend, bad: float) -> None:
+    arguments = build(MergeCase("no keys", parts=3, sinks=True, empty=True))
+    arguments["sinks"][:] = bad
+    out, lse = backend("merge_attention_states", arguments)
+    nothing = (arguments["lses"] == float("-inf")).all(0)
+    assert 0 < nothing.sum() < nothing.numel()
+    assert (out[nothing] == 0).all()
+    assert_same(lse[nothing], torch.full_like(lse[nothing], bad))
+
+
+@on_cpu
+@pytest.mark.parametrize("slope", [1e30, 1e37, 1e38, 2e38, 3e38])
+@keys_and_queries
+def test_steep_slopes_leave_a_row_its_nearest_key(backend: Backend, case: AttentionCase, slope: float) -> None:
+    """Distances times slopes end within float32, beyond it, or so near to its end that base 2 does not hold them."""
+    arguments = build(replace(case, alibi=True))
+    arguments["alibi_slopes"][:] = slope
+    assert_attention(case.op, arguments, *backend(case.op, arguments, stats=True))
