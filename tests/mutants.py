@@ -42,7 +42,9 @@ CACHE = (
     "tests/test_merge_attention_states.py",
 )
 CAP = "    if (rule.cap != 0.0f) x = rule.cap * vtanh(x / rule.cap);\n"
-ALIBI = "    if (row.slope != 0.0f) x = x - row.slope * vabs((float)(row.distance - i) - lanes);\n"
+ALIBI = (
+    "    if (row.slope != 0.0f) x = vmax(set1(kLeastLogit), x - row.slope * vabs((float)(row.distance - i) - lanes));\n"
+)
 MASK = "    x = select_bits((uint32_t)(row.bits >> i), x, set1(kNegInf));\n"
 FAR_FUTURE = time.time() + 10**8
 
@@ -83,7 +85,8 @@ MUTANTS = [
            "block.key0 + (i > block.split ? i - 1 : i) - seq.context_len : 0;"),
     Mutant("sink counted twice", SOFTMAX, "(args.sinks ? exp1(sink - base) : 0.0f)",
            "(args.sinks ? 2.0f * exp1(sink - base) : 0.0f)"),
-    Mutant("max_logits includes the sink", SOFTMAX, "args.max_logits[row] = max;", "args.max_logits[row] = top;"),
+    Mutant("max_logits includes the sink", SOFTMAX, "args.max_logits[row] = max;",
+           "args.max_logits[row] = max > sink ? max : sink;"),
     Mutant("lse in base 2", SOFTMAX, "lse = base + __builtin_logf(total);", "lse = base + __builtin_log2f(total);"),
     Mutant("scale of the wrong head", KEYS, "cache.scales + head * cache.scale_stride_head",
            "cache.scales + (head ? head - 1 : 0) * cache.scale_stride_head"),
@@ -92,6 +95,8 @@ MUTANTS = [
     Mutant("cap after mask", SOFTMAX, CAP + ALIBI + MASK, ALIBI + MASK + CAP),
     Mutant("ALiBi without the absolute value", SOFTMAX, "vabs((float)(row.distance - i) - lanes)",
            "((float)(row.distance - i) - lanes)"),
+    Mutant("steep slopes leave float32 in base 2", SOFTMAX, "x = vmax(set1(kLeastLogit), x - row.slope",
+           "x = (x - row.slope", ("tests/test_faults_values.py",)),
     Mutant("mask of the wrong head", KEYS, "args.mask_heads == args.num_heads ? query_head : kv_head",
            "args.mask_heads == args.num_heads ? kv_head : kv_head"),
     Mutant("mask read one column late", KEYS, "+ row * args.mask_stride_row + key0;",
@@ -142,6 +147,10 @@ MUTANTS = [
     Mutant("gather ignores the left padding", "cache_ops.cpp", "args.starts ? args.starts[seq] : 0", "0", CACHE),
     Mutant("merge forgets the sink", "row_kernel.h", "(args.sinks ? exp1(sink - base) : 0.0f) + poison", "poison",
            CACHE),
+    Mutant("a sink spoils rows without keys", SOFTMAX, "if (max != kNegInf || sum != 0.0f) {",
+           "if (max != kNegInf || sum != 0.0f || args.sinks) {", ("tests/test_faults_values.py",)),
+    Mutant("a sink spoils merged rows without keys", "row_kernel.h", "seen ? *sum / total : vf{}", "*sum / total",
+           ("tests/test_faults_values.py",)),
 ]  # fmt: skip
 
 
