@@ -41,6 +41,8 @@ void copy_elements(const HostTensor& to, const HostTensor& from, int64_t dim, in
 
 int omp_in_parallel() { return 0; }
 int omp_get_max_threads() { return threads_now; }
+int omp_get_thread_num() { return 0; }
+int omp_get_num_threads() { return 1; }
 
 #define TYPE(NAME, CODE) \
   int32_t aoti_torch_dtype_##NAME() { return CODE; }

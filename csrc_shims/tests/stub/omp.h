@@ -4,3 +4,5 @@
 
 extern "C" int omp_in_parallel();
 extern "C" int omp_get_max_threads();
+extern "C" int omp_get_thread_num();
+extern "C" int omp_get_num_threads();
