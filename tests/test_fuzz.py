@@ -1,8 +1,10 @@
 """Hostile calls, a few of the many that ``make fuzz`` makes: the reference's results, or its sentence and no byte."""
 
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import fuzz
@@ -145,3 +147,11 @@ print('{{"begins": 7}}\\n{{"end": "matched"}}\\n{{"begins": 8}}', flush=True)
     assert ended == [7, 8]
     assert report.findings == [says]
     assert report.ends == {"matched": 1, "FINDING": 1}
+
+
+def test_targets_without_openmp_have_all_of_it_that_the_kernels_call() -> None:
+    """The sanitized targets of ``make fuzz-kernels`` and ``make tsan``, which are built without it."""
+    shims = Path(__file__).parents[1] / "csrc_shims"
+    called = {name for path in (shims / "cpu").iterdir() for name in re.findall(r"\bomp_\w+(?=\()", path.read_text())}
+    declared = re.findall(r"omp_\w+(?=\()", (shims / "tests" / "stub" / "omp.h").read_text())
+    assert called == set(declared)
