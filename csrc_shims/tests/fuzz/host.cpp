@@ -64,6 +64,8 @@ TYPE(int16, 68)
 TYPE(complex32, 69)
 TYPE(complex64, 70)
 TYPE(complex128, 71)
+TYPE(float8_e4m3fnuz, 72)
+TYPE(float8_e5m2fnuz, 73)
 #undef TYPE
 
 int32_t aoti_torch_device_type_cpu() { return 0; }
@@ -71,6 +73,10 @@ int32_t aoti_torch_device_type_cuda() { return 1; }
 int32_t aoti_torch_device_type_meta() { return 2; }
 int32_t aoti_torch_device_type_xpu() { return 3; }
 
+AOTITorchError aoti_torch_is_defined(AtenTensorHandle, bool* defined) {
+  *defined = true;
+  return 0;
+}
 AOTITorchError aoti_torch_get_dim(AtenTensorHandle t, int64_t* dim) {
   *dim = host(t)->rank;
   return 0;
