@@ -197,6 +197,7 @@ void gather_cache(const GatherArgs& args) {
   const Cache& cache = args.cache;
   const bool quantized = is_quantized(cache.dtype);
   const int64_t out_row_bytes = cache.stored_dim * (quantized ? 4 : element_size(cache.dtype));
+  if (args.max_len * out_row_bytes == 0) return;  // the results have no memory
   const int parts = cache.latent ? 1 : 2;
   const int64_t units = args.num_seqs * cache.num_kv_heads;
   parallel_for(units, threads_for(units * args.max_len * out_row_bytes * parts), [&](int64_t unit) {
