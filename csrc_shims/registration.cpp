@@ -192,6 +192,8 @@ void run_write(const char* op, Tensor& key, Tensor& value, const Tensor& kv_cach
   key.make_unit_last_stride();
   value.make_unit_last_stride();
   slot_mapping.make_contiguous();
+  slot_mapping.make_apart_from(kv_cache);
+  slot_mapping.make_apart_from(kv_scales);
   CacheWriteArgs args;
   args.num_tokens = shapes[Dim::T];
   args.head_dim = shapes[Dim::D];

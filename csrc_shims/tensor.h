@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/dense.h"
 #include "cpu/params.h"
 
 namespace torch_paged {
@@ -45,6 +46,21 @@ struct TypeTable {
   }
   void set(int32_t code, Type value) { type[static_cast<size_t>(code)] = value; }
 };
+
+inline int64_t bytes_of(Type type) {
+  switch (type) {
+    case Type::i64:
+      return 8;
+    case Type::f32:
+    case Type::i32:
+      return 4;
+    case Type::bf16:
+    case Type::f16:
+      return 2;
+    default:
+      return 1;
+  }
+}
 
 inline Type type_of(int32_t code) {
   static const TypeTable table;
@@ -125,14 +141,14 @@ class Tensor {
 
   // A read-only argument that the kernels cannot walk in place is copied once.
   void make_contiguous() {
-    if (!defined() || is_contiguous()) return;
-    Tensor copy = empty(sizes, rank, type_code);
-    shim(aoti_torch_copy_(copy.handle_, handle_, 0), "copy_");
-    copy.name = name;
-    *this = std::move(copy);
+    if (defined() && !is_contiguous()) become_dense();
   }
   void make_unit_last_stride() {
     if (defined() && !has_unit_last_stride()) make_contiguous();
+  }
+  // What is read while the other tensor is written.
+  void make_apart_from(const Tensor& written) {
+    if (defined() && written.defined() && begin() < written.end() && written.begin() < end()) become_dense();
   }
 
   AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
@@ -152,6 +168,23 @@ class Tensor {
     shim(aoti_torch_empty_strided(rank, sizes, strides.data(), type_code, aoti_torch_device_type_cpu(), 0, &handle),
          "empty_strided");
     return Tensor("", handle);
+  }
+
+  const char* begin() const { return data<char>(); }
+  const char* end() const {
+    int64_t reach = 1;
+    for (int64_t d = 0; d < rank; ++d) {
+      if (sizes[d] == 0) return begin();
+      reach += (sizes[d] - 1) * strides[d];
+    }
+    return begin() + reach * bytes_of(type);
+  }
+
+  void become_dense() {
+    Tensor copy = empty(sizes, rank, type_code);
+    copy_dense(rank, sizes, strides, bytes_of(type), data<char>(), copy.data<char>());
+    copy.name = name;
+    *this = std::move(copy);
   }
 
   // A None given for a tensor that is not optional arrives as a handle of nothing.

@@ -67,6 +67,36 @@ def test_writers_and_readers_share_a_cache() -> None:
     assert_same(keys, rows.transpose(1, 2).contiguous())
 
 
+def test_slots_within_the_cache_are_read_before_it_is_written() -> None:
+    memory = torch.zeros(2 * 6 * 2 * 4 * 8)
+    slots = memory.view(torch.int64)[:40]
+    slots.copy_(torch.arange(40) % 24)
+    key = torch.full((40, 2, 8), 1e30)  # as slots these are far outside the cache
+    torch_paged.reshape_and_cache(key, key, memory.view(2, 6, 2, 4, 8), slots)
+    assert (memory == 1e30).all()
+
+
+def test_all_threads_treat_subnormal_numbers_as_the_caller_does() -> None:
+    assert run_python(FLUSH, OMP_NUM_THREADS="2").stdout.split() == ["True", "0.0"]
+
+
+FLUSH = """
+import torch, torch_paged
+from torch_paged.testing import AttentionCase, build
+torch.set_num_threads(2)
+arguments = build(AttentionCase("subnormal", (64,) * 64))
+arguments["kv_cache"][1] *= 1e-39
+out = torch_paged.paged_attention(**arguments)  # by threads that know no other mode
+assert 0 < out.abs().max() < 1e-37
+assert torch.set_flush_denormal(True)
+outs = []
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    outs.append(torch_paged.paged_attention(**arguments))
+print(torch.equal(*outs), float(outs[1].abs().max()))
+"""
+
+
 def test_other_python_threads_run_meanwhile() -> None:
     tokens = 3072
     query, rows = torch.ones(tokens, 8, 128), torch.ones(tokens, 2, 128)
@@ -93,7 +123,17 @@ import torch, torch_paged
 from torch_paged.testing.every_op import build_every_op, digests
 
 torch.set_num_threads(2)
-first, second = build_every_op(), build_every_op()  # by torch, whose own threads the child lacks too
+WRITTEN = ("kv_cache", "kv_scales")
+
+def strided():  # whatever may be is copied by the call, and is large enough for threads to share
+    calls = build_every_op()
+    for arguments in calls.values():
+        for name, x in arguments.items():
+            if isinstance(x, torch.Tensor) and name not in WRITTEN:
+                arguments[name] = torch.stack([x, x], -1)[..., 0]
+    return calls
+
+first, second = build_every_op(), strided()  # by torch, whose own threads the child lacks too
 expected = digests()
 busy = threading.Event()
 

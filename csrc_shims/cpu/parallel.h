@@ -5,6 +5,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -60,6 +61,21 @@ class Stop {
   std::condition_variable someone_left_;
 };
 
+// What the calling thread makes of subnormal numbers and of rounding, the others do too, so that bits do not depend on
+// who computes them; afterwards each goes on as before.
+class FloatModeOf {
+ public:
+  explicit FloatModeOf(const std::fenv_t& caller) {
+    std::fegetenv(&own_);
+    std::fesetenv(&caller);
+  }
+  ~FloatModeOf() { std::fesetenv(&own_); }
+  FloatModeOf(const FloatModeOf&) = delete;
+
+ private:
+  std::fenv_t own_;
+};
+
 // For a call that is over soon.
 struct NoStop {
   static constexpr bool look() { return false; }
@@ -89,7 +105,10 @@ void parallel_for(int64_t count, int threads, const Body& body, AnyStop&& stop =
       if (!error) error = std::current_exception();
     }
   };
+  std::fenv_t caller;
+  std::fegetenv(&caller);
   const auto member = [&](int thread, int team) {
+    const FloatModeOf mode(caller);
     guarded([&] {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count && !stop.look();) body(i);
     });

@@ -27,16 +27,6 @@ constexpr int64_t kMostBytes = 1 << 24;  // of a tensor
 
 HostTensor* host(AtenTensorHandle handle) { return reinterpret_cast<HostTensor*>(handle); }
 
-void copy_elements(const HostTensor& to, const HostTensor& from, int64_t dim, int64_t to_place, int64_t from_place) {
-  if (dim < from.rank) {
-    for (int64_t i = 0; i < from.sizes[dim]; ++i)
-      copy_elements(to, from, dim + 1, to_place + i * to.strides[dim], from_place + i * from.strides[dim]);
-    return;
-  }
-  const int64_t bytes = torch_paged::fuzz::bytes_of(from.type);
-  std::memcpy(to.data() + to_place * bytes, from.data() + from_place * bytes, bytes);
-}
-
 }  // namespace
 
 int omp_in_parallel() { return 0; }
@@ -110,10 +100,6 @@ AOTITorchError aoti_torch_empty_strided(int64_t rank, const int64_t* sizes, cons
   std::copy_n(strides, rank, t->strides.begin());
   if (!t->allocate()) return 1;
   *result = reinterpret_cast<AtenTensorHandle>(t.release());
-  return 0;
-}
-AOTITorchError aoti_torch_copy_(AtenTensorHandle to, AtenTensorHandle from, int32_t) {
-  copy_elements(*host(to), *host(from), 0, 0, 0);
   return 0;
 }
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle t) {
