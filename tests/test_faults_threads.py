@@ -77,23 +77,24 @@ def test_slots_within_the_cache_are_read_before_it_is_written() -> None:
 
 
 def test_all_threads_treat_subnormal_numbers_as_the_caller_does() -> None:
-    assert run_python(FLUSH, OMP_NUM_THREADS="2").stdout.split() == ["True", "0.0"]
+    assert run_python(FLUSH, OMP_NUM_THREADS="2").stdout.split() == ["True"]
 
 
 FLUSH = """
 import torch, torch_paged
 from torch_paged.testing import AttentionCase, build
 torch.set_num_threads(2)
-arguments = build(AttentionCase("subnormal", (64,) * 64))
+arguments = build(AttentionCase("subnormal", (300,) * 64, num_kv_heads=4, group=4))
 arguments["kv_cache"][1] *= 1e-39
 out = torch_paged.paged_attention(**arguments)  # by threads that know no other mode
 assert 0 < out.abs().max() < 1e-37
 assert torch.set_flush_denormal(True)
-outs = []
-for threads in (1, 2):
+largest = []
+for threads in (1, 2, 2, 2, 2, 2):
     torch.set_num_threads(threads)
-    outs.append(torch_paged.paged_attention(**arguments))
-print(torch.equal(*outs), float(outs[1].abs().max()))
+    bits = torch_paged.paged_attention(**arguments).view(torch.int32)
+    largest.append(int((bits & 0x7FFFFFFF).max()))
+print(set(largest) == {0})
 """
 
 
