@@ -13,7 +13,7 @@ from torch_paged.testing.backends import REFERENCE, Backend, NotRun
 from torch_paged.testing.cases import AttentionCase, build, cumulative
 from torch_paged.testing.compare import assert_attention, assert_same
 from torch_paged.testing.semantics.attend import query_dtype, typed
-from torch_paged.testing.semantics.registry import check
+from torch_paged.testing.semantics.registry import LONG, check
 
 _LARGE = 2**31
 _MEMORY_LIMIT_BYTES = 2**28
@@ -147,7 +147,16 @@ def a_sequence_gives_equal_bits_in_any_batch(
     backend: Backend, dtype: torch.dtype, queries: tuple[int, ...] | None
 ) -> None:
     """Alone, reordered, on one thread and on two."""
-    case = AttentionCase("alone", query_lens=queries, context_lens=(5, 1100, 600, 0), sinks=True)
+    case = AttentionCase("alone", query_lens=queries, context_lens=(37, 0, 20, 300), sinks=True)
+    backend.check_batch_invariance(typed(case, dtype))
+
+
+@check(13, dtypes=LONG, queries=(None, (5, 17, 3)))
+def a_long_sequence_gives_equal_bits_in_any_batch(
+    backend: Backend, dtype: torch.dtype, queries: tuple[int, ...] | None
+) -> None:
+    """Where kernels split it into parts."""
+    case = AttentionCase("long", query_lens=queries, context_lens=(1100, 5, 600), num_kv_heads=1)
     backend.check_batch_invariance(typed(case, dtype))
 
 
