@@ -1,5 +1,8 @@
 """The conformance suite itself: it passes what is right, and sees each fault in the line that it breaks."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -241,10 +244,44 @@ def test_kernels_from_elsewhere() -> None:
 
 
 def test_names_that_are_no_backend() -> None:
-    with pytest.raises(ValueError, match=r"check_backend: name must be one of .*cpu.*reference, got 'gpu'"):
+    with pytest.raises(
+        ValueError, match=r"^check_backend: name must be one of cpu, neuron, reference, tpu, got 'gpu'$"
+    ):
         check_backend("gpu")
     with pytest.raises(ValueError, match=r"^check_backend: backend 'neuron' is off here: \w"):
         check_backend("neuron")
+
+
+def test_kernels_that_cannot_be_judged() -> None:
+    with pytest.raises(ValueError, match=r"^check_backend: name must be none of .*tpu with kernels, got 'tpu'$"):
+        check_backend("tpu", KERNELS)
+    some = {name: kernel for name, kernel in KERNELS.items() if name not in ("copy_blocks", "gather_cache")}
+    with pytest.raises(ValueError, match=r"^check_backend: kernels must .*, got none for copy_blocks, gather_cache$"):
+        check_backend("mine", some)
+
+
+def test_bad_input_may_be_refused_in_words_of_its_own() -> None:
+    def checking(name: str, arguments: Arguments) -> Results:
+        for option in ("sliding_window", "attention_chunk"):
+            if arguments.get(option) in (0, -1):
+                raise ValueError("mine: that is no size")
+        return KERNELS[name](**arguments)
+
+    checks = [check for check in CHECKS if check.name.startswith("window_and_chunk_are_none_or_positive")]
+    assert len(checks) == 4
+    for check in checks:
+        check.run(_mine(checking), torch.float32)
+
+
+def test_a_setting_that_cannot_be_served_is_one_sentence() -> None:
+    environment = os.environ | {"TORCH_PAGED_BACKEND": "foo"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch_paged.testing"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout.startswith("torch_paged: TORCH_PAGED_BACKEND must be one of ")
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,11 +92,13 @@ def what_reaches_beyond_the_keys_hides_nothing(
 
 @check(4, of_ops=True, option=("sliding_window", "attention_chunk"), value=(0, -1))
 def window_and_chunk_are_none_or_positive(backend: Backend, dtype: torch.dtype, option: str, value: int) -> None:
-    """0 and -1 do not mean off."""
+    """0 and -1 do not mean off; kernels from elsewhere may say so in words of their own."""
     said = "nothing"
     try:
         seen(backend, dtype, 2, 2, "cache", **{option: value})
     except ValueError as error:
+        if backend.info is None:
+            return
         said = str(error)
     fits = said.startswith(f"flash_attn_varlen: {option} must ") and said.endswith(f"got {value}")
     assert fits, f"{option}={value} must raise ValueError in the contract's words, raised {said}"
