@@ -206,6 +206,30 @@ def test_bits_that_depend_on_the_batch_in_long_contexts_are_seen() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("reshape_and_cache", "slot_mapping"),
+        ("quantize_and_cache", "slot_mapping"),
+        ("paged_attention.with_stats", "block_tables"),
+        ("flash_attn_varlen.with_stats", "block_tables"),
+        ("copy_blocks", "dst_blocks"),
+        ("gather_cache", "block_tables"),
+    ],
+)
+def test_offsets_that_wrap_at_two_to_the_31_are_seen(op: str, name: str) -> None:
+    def kernel(called: str, arguments: Arguments) -> Results:
+        if called == op:
+            _, _, heads, block_size, lanes = arguments["kv_cache"].shape
+            rows = 2**31 // (heads * lanes) // (1 if name == "slot_mapping" else block_size)
+            arguments[name] = arguments[name] % rows
+        return KERNELS[called](**arguments)
+
+    (check,) = (check for check in CHECKS if check.line == 12)
+    with pytest.raises(AssertionError):
+        check.run(_mine(kernel), torch.int8)
+
+
 @pytest.mark.parametrize("op", ["reshape_and_cache", "quantize_and_cache", "copy_blocks"])
 def test_an_op_that_writes_nothing_is_seen(op: str) -> None:
     def kernel(name: str, arguments: Arguments) -> Results:

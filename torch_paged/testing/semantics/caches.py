@@ -9,10 +9,8 @@ from torch_paged.testing.backends import Backend
 from torch_paged.testing.cache_cases import CopyCase, GatherCase, MergeCase, WriteCase
 from torch_paged.testing.cases import AttentionCase
 from torch_paged.testing.semantics.attend import LANES, assert_weights, attend, query_dtype, sourced, typed
-from torch_paged.testing.semantics.registry import DTYPES, FLOATS, QUANTIZED, SOURCES, check
+from torch_paged.testing.semantics.registry import DTYPES, FLOATS, QUANTIZED, SIZES, SOURCES, check
 from torch_paged.testing.tensors import poison
-
-_CACHED = ("decode", "cache", "both")
 
 
 @check(0)
@@ -39,20 +37,20 @@ def a_kv_head_has_its_own_keys_and_values(backend: Backend, dtype: torch.dtype, 
     assert_weights(weights[0], [0.0, 2.0, 1.0])
 
 
-@check(0, _CACHED)
+@check(0, ("decode", "cache", "both"))
 def a_latent_cache_holds_the_value_in_the_key(backend: Backend, dtype: torch.dtype, source: str) -> None:
     """Its first lanes; one side, one kv head, and values of fewer lanes."""
     case = AttentionCase("latent", latent=True, head_dim=96, value_dim=64, num_kv_heads=1)
     backend.check(sourced(typed(case, dtype), source))
 
 
-@check(0, _CACHED, dtypes=QUANTIZED, rank=(1, 2, 4))
+@check(0, ("decode", "both"), QUANTIZED, rank=(1, 2, 4))
 def scales_belong_to_a_side_a_head_or_a_token(backend: Backend, dtype: torch.dtype, source: str, rank: int) -> None:
     """What is read is q * scale."""
     backend.check(sourced(replace(typed(AttentionCase("scaled"), dtype), scales_rank=rank), source))
 
 
-@check(0, ("decode", "cache"), layout=("nhd", "strided"))
+@check(0, ("decode", "cache"), SIZES, layout=("nhd", "strided"))
 def caches_and_rows_may_be_views(backend: Backend, dtype: torch.dtype, source: str, layout: str) -> None:
     """Tokens before heads, gaps between blocks, queries that are slices of a larger buffer."""
     backend.check(sourced(typed(AttentionCase("views", layout=layout, fused_rows=True), dtype), source))

@@ -8,7 +8,7 @@ from torch_paged.testing.backends import Backend
 from torch_paged.testing.cases import AttentionCase, build
 from torch_paged.testing.compare import assert_same, assert_stats
 from torch_paged.testing.semantics.attend import LANES, assert_seen, assert_weights, attend, seen, typed
-from torch_paged.testing.semantics.registry import FLOATS, PACKED, SOURCES, check
+from torch_paged.testing.semantics.registry import FLOATS, PACKED, SIZES, SOURCES, check
 
 
 @check(1, SOURCES)
@@ -62,7 +62,7 @@ def mask_columns_are_key_positions_in_decode(backend: Backend, dtype: torch.dtyp
     assert_seen(seen(backend, dtype, 2, 4, "decode", attn_mask=mask), ["1010", "0110"])
 
 
-@check(6, PACKED, heads=(2, 4))
+@check(6, PACKED, SIZES, heads=(2, 4))
 def a_mask_may_differ_between_heads(backend: Backend, dtype: torch.dtype, source: str, heads: int) -> None:
     """A mask for each kv head, and for each head."""
     mask = torch.tensor([[1, 0, 1, 1, 1], [0, 1, 1, 0, 1]]).bool()

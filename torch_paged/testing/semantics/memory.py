@@ -13,7 +13,7 @@ from torch_paged.testing.backends import REFERENCE, Backend, NotRun
 from torch_paged.testing.cases import AttentionCase, build, cumulative
 from torch_paged.testing.compare import assert_attention, assert_same
 from torch_paged.testing.semantics.attend import query_dtype, typed
-from torch_paged.testing.semantics.registry import LONG, check
+from torch_paged.testing.semantics.registry import SIZES, check
 
 _LARGE = 2**31
 _MEMORY_LIMIT_BYTES = 2**28
@@ -151,7 +151,7 @@ def a_sequence_gives_equal_bits_in_any_batch(
     backend.check_batch_invariance(typed(case, dtype))
 
 
-@check(13, dtypes=LONG, queries=(None, (5, 17, 3)))
+@check(13, dtypes=SIZES, queries=(None, (5, 17, 3)))
 def a_long_sequence_gives_equal_bits_in_any_batch(
     backend: Backend, dtype: torch.dtype, queries: tuple[int, ...] | None
 ) -> None:

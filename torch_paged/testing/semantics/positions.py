@@ -6,7 +6,7 @@ from torch_paged.testing.backends import Backend
 from torch_paged.testing.cases import AttentionCase, build
 from torch_paged.testing.compare import assert_same
 from torch_paged.testing.semantics.attend import assert_seen, assert_weights, attend, seen, sourced, typed
-from torch_paged.testing.semantics.registry import LONG, PACKED, SOURCES, check
+from torch_paged.testing.semantics.registry import PACKED, SIZES, SOURCES, check
 
 
 @check(3, SOURCES)
@@ -69,7 +69,7 @@ _LONG = (1100, 5, 70, 600)
 """Keys in the cache: one to three tiles, or parts, of most kernels."""
 
 
-@check(4, ("decode", "cache", "both"), LONG, window=(45, 700))
+@check(4, ("decode", "both"), SIZES, window=(45, 700))
 def windows_hold_in_long_contexts(backend: Backend, dtype: torch.dtype, source: str, window: int) -> None:
     """With all weights equal, so that lse counts the keys."""
     case = AttentionCase("far", _LONG, group=2, sliding_window=window, softmax_scale=0.0)
@@ -119,8 +119,8 @@ def the_chunk_of_a_negative_position_is_floored(backend: Backend, dtype: torch.d
     assert_seen(rows, ["0000", "0000", "1100"])
 
 
-@check(5, ("decode", "both"), LONG, chunk=(45, 700))
-def chunks_hold_in_long_contexts(backend: Backend, dtype: torch.dtype, source: str, chunk: int) -> None:
+@check(5, ("decode", "both"), SIZES)
+def chunks_hold_in_long_contexts(backend: Backend, dtype: torch.dtype, source: str) -> None:
     """With all weights equal, so that lse counts the keys."""
-    case = AttentionCase("far", _LONG, group=2, attention_chunk=chunk, softmax_scale=0.0)
+    case = AttentionCase("far", _LONG, group=2, attention_chunk=700, softmax_scale=0.0)
     backend.check(sourced(typed(case, dtype), source))

@@ -25,7 +25,7 @@ LINES = {
     12: "more than 2^31 elements",
     13: "equal bits in any batch",
     14: "no backward",
-    15: "what the other ops write and return",
+    15: "writes, copies, gathers, merges",
 }
 """The contract's lines by number; 0 is what stands before them, of the tensors, 15 what stands behind, of the ops."""
 
@@ -39,8 +39,8 @@ SOURCES = ("decode", "cache", "new", "both")
 
 PACKED = SOURCES[1:]
 
-LONG = (torch.float32, torch.bfloat16, torch.int8)
-"""What checks of long contexts are about: the slowest, where kernels are interpreted."""
+SIZES = (torch.float32, torch.bfloat16, torch.int8)
+"""A dtype of each size: for checks that are slow where kernels are interpreted, or where only the size could matter."""
 
 
 @dataclass(frozen=True)
