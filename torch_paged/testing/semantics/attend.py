@@ -46,12 +46,12 @@ def sourced(case: AttentionCase, source: str) -> AttentionCase:
     if source == "decode":
         return case
     queries = (5, 0, 17, 3)
-    lengths: dict[str, Any] = {
+    lengths: dict[str, dict[str, Any]] = {
         "cache": {},
         "new": {"context_lens": None, "new_lens": case.context_lens},
         "both": {"new_lens": queries},
-    }[source]
-    return replace(case, query_lens=queries, **lengths)
+    }
+    return replace(case, query_lens=queries, **lengths[source])
 
 
 def attend(
@@ -101,7 +101,7 @@ def attend(
         lengths = torch.tensor([len(_FRONT), *range(keys - queries + 1, keys + 1)], dtype=torch.int32).clamp(min=0)
     else:
         new = [sequence[:, length:] for sequence, length in zip(tokens, cached, strict=True)]
-        packed: tuple[Tensor | None, Tensor | None] = (None, None)
+        packed: tuple[Tensor | None, ...] = (None, None)
         if source != "cache":
             packed = torch.cat(new, 1).unbind()
         arguments |= {
