@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 # While Python looks for the module after -m it imports this package first, with "-m" as the program's name.
-if sys.argv[:1] == ["-m"] and "torch_paged.collect_env" in sys.orig_argv:
+if sys.argv[:1] == ["-m"] and {"torch_paged.collect_env", "torch_paged.testing"} & set(sys.orig_argv):
     _dispatch.register_for_report()
 else:
     _dispatch.register()

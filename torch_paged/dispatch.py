@@ -62,7 +62,7 @@ def register_for_report() -> None:
 
 
 def failure() -> str | None:
-    """Return why ``import torch_paged`` fails here, known only in ``python -m torch_paged.collect_env``, or None."""
+    """Return why ``import torch_paged`` fails here, or None; known only to the modules that ``python -m`` runs."""
     return _failure
 
 

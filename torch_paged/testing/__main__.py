@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from torch_paged import dispatch
 from torch_paged.testing.semantics import DTYPES
 from torch_paged.testing.suite import FAILED, NOT_RUN, PASSED, UNSUPPORTED, Outcome, check_backend
 
@@ -48,14 +49,18 @@ def table(name: str, outcomes: Iterable[Outcome]) -> Table:
 def main(arguments: list[str] | None = None) -> int:
     """Print the table, then a reason for what did not pass; return 1 where a check failed, 2 without a backend."""
     parser = argparse.ArgumentParser(prog="python -m torch_paged.testing", description=__doc__)
-    parser.add_argument("--backend", default="cpu", help="cpu, tpu, neuron, reference or a backend's folder")
+    parser.add_argument(
+        "--backend", default="cpu", help="cpu, tpu, neuron, a backend's folder; reference: the bare functions"
+    )
     parser.add_argument("--cases", action="store_true", help="run the named cases of all ops as well")
     given = parser.parse_args(arguments)
     console = Console()
     try:
+        if reason := dispatch.failure():
+            raise ValueError(reason)
         outcomes = check_backend(given.backend, cases=given.cases)
     except ValueError as error:
-        console.print(str(error), markup=False)
+        console.print(str(error), markup=False, soft_wrap=True)
         return 2
     done = list(track(outcomes, f"{given.backend}: checking", console=Console(stderr=True), transient=True))
     console.print(table(given.backend, done))

@@ -157,6 +157,28 @@ ATTENTION_CASES: tuple[AttentionCase, ...] = (
     ),
     *(case for chunk in (1, 5, 16, 1000) for case in _sources(f"chunk_{chunk}", attention_chunk=chunk, block_size=3)),
     *(
+        AttentionCase(
+            f"long_{option}_{size}_{name}",
+            context_lens=(1100, 5, 70, 720),
+            query_lens=queries,
+            num_kv_heads=1,
+            dtype=dtype,
+            sliding_window=size if option == "window" else None,
+            attention_chunk=size if option == "chunk" else None,
+        )
+        for option in ("window", "chunk")
+        for size, dtype in ((100, torch.float32), (700, torch.bfloat16))
+        for name, queries in (("decode", None), ("cache", (5, 0, 17, 3)))
+    ),
+    AttentionCase(
+        "long_window_not_causal",
+        context_lens=(1100,),
+        query_lens=(40,),
+        positions="anywhere",
+        sliding_window=700,
+        causal=False,
+    ),
+    *(
         case
         for power in (33, 62)
         for case in (

@@ -10,6 +10,7 @@ import torch
 
 import torch_paged  # noqa: F401  (defines the ops)
 from torch_paged import backends, dispatch
+from torch_paged.contract.schema import SCHEMAS
 from torch_paged.testing.backends import REFERENCE, Backend, NotRun, Refused, threads_of
 from torch_paged.testing.named import ATTENTION_CASES, COPY_CASES, GATHER_CASES, MERGE_CASES, WRITE_CASES
 from torch_paged.testing.semantics import CHECKS, LINES
@@ -43,22 +44,28 @@ def find_backend(
     """Return the backend of this name, to be checked.
 
     Args:
-        name: ``"cpu"``, ``"tpu"``, ``"neuron"``, any folder of ``torch_paged.backends``; ``"reference"``: the functions
-            that say what the ops mean; or, with ``kernels``, any name.
-        kernels: a function for each op that takes its arguments by name, ``"paged_attention.with_stats"`` and
-            ``"flash_attn_varlen.with_stats"`` among them; what they cannot do they refuse by NotImplementedError.
+        name: ``"cpu"``, ``"tpu"``, ``"neuron"``, any folder of ``torch_paged.backends``; ``"reference"``: the bare
+            functions that say what the ops mean, without the checks of the ops; or, with ``kernels``, any other name.
+        kernels: a function for each name in ``torch_paged.contract.schema.SCHEMAS`` that takes the op's arguments by
+            name; what they cannot do they refuse by NotImplementedError.
         device: where tensors are handed to ``kernels``; None: ``"cpu"``.
 
     Raises:
-        ValueError: no backend has this name, or it is off here, with the reason.
+        ValueError: no backend has this name, or it is off here, with the reason; or an op has no kernel, or the name of
+            kernels is that of a backend, which would be judged by what that backend refuses.
     """
+    known = backends.availability()
     if kernels is not None:
+        if name in known:
+            raise ValueError(f"check_backend: name must be none of {', '.join(known)} with kernels, got {name!r}")
+        missing = [op for op in SCHEMAS if op not in kernels]
+        if missing:
+            raise ValueError(f"check_backend: kernels must have one for each op, got none for {', '.join(missing)}")
         return Backend(name, torch.device(device or "cpu"), kernels=kernels)
     if name == "reference":
         return REFERENCE
-    known = backends.availability()
     if name not in known:
-        raise ValueError(f"check_backend: name must be one of {', '.join((*known, 'reference'))}, got {name!r}")
+        raise ValueError(f"check_backend: name must be one of {', '.join(known)}, got {name!r}")
     served = [device_type for device_type, by in dispatch.served().items() if by == name]
     if not served:
         reason = known[name] or f"another backend serves its devices; set {dispatch.VARIABLE}={name}"
@@ -82,7 +89,7 @@ def check_backend(
         an iterator that runs a check for each outcome that is taken from it.
 
     Raises:
-        ValueError: no backend has this name, or it is off here, with the reason.
+        ValueError: as ``find_backend``, before anything is checked.
     """
     return _outcomes(find_backend(name, kernels, device), cases)
 

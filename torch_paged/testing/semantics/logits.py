@@ -1,4 +1,4 @@
-"""Lines 0 to 2, 6 and 7: heads, scale, the order of what becomes of a logit, masks and sinks."""
+"""Lines 1, 2, 6 and 7: scale, the order of what becomes of a logit, masks and sinks."""
 
 import math
 
@@ -7,25 +7,8 @@ import torch
 from torch_paged.testing.backends import Backend
 from torch_paged.testing.cases import AttentionCase, build
 from torch_paged.testing.compare import assert_same, assert_stats
-from torch_paged.testing.semantics.attend import LANES, assert_seen, assert_weights, attend, query_dtype, seen, typed
-from torch_paged.testing.semantics.registry import FLOATS, PACKED, SOURCES, check
-
-
-@check(0)
-def query_heads_read_the_kv_head_of_their_group(backend: Backend, dtype: torch.dtype) -> None:
-    """Head h reads kv head h // G."""
-    cache = torch.zeros(2, 1, 2, 1, LANES).to(dtype)
-    cache[1, 0, 0], cache[1, 0, 1] = 1.0, 2.0
-    arguments = {
-        "query": torch.zeros(1, 6, LANES, dtype=query_dtype(dtype)),
-        "kv_cache": cache.repeat(1, 1, 1, backend.block_size(1), 1),
-        "block_tables": torch.zeros(1, 1, dtype=torch.int32),
-        "context_lens": torch.ones(1, dtype=torch.int32),
-    }
-    if dtype.itemsize == 1:
-        arguments["kv_scales"] = torch.ones(2)
-    heads = backend("paged_attention", arguments)[0, :, 0].tolist()
-    assert heads == [1.0, 1.0, 1.0, 2.0, 2.0, 2.0], f"the heads read {heads}"
+from torch_paged.testing.semantics.attend import LANES, assert_seen, assert_weights, attend, seen, typed
+from torch_paged.testing.semantics.registry import FLOATS, PACKED, SIZES, SOURCES, check
 
 
 @check(1, SOURCES)
@@ -77,6 +60,13 @@ def mask_columns_are_key_positions_in_decode(backend: Backend, dtype: torch.dtyp
     """A row of the mask for each sequence."""
     mask = torch.tensor([[1, 0, 1, 1, 1], [0, 1, 1, 0, 1]]).bool()
     assert_seen(seen(backend, dtype, 2, 4, "decode", attn_mask=mask), ["1010", "0110"])
+
+
+@check(6, PACKED, SIZES, heads=(2, 4))
+def a_mask_may_differ_between_heads(backend: Backend, dtype: torch.dtype, source: str, heads: int) -> None:
+    """A mask for each kv head, and for each head."""
+    mask = torch.tensor([[1, 0, 1, 1, 1], [0, 1, 1, 0, 1]]).bool()
+    assert_seen(seen(backend, dtype, 2, 4, source, attn_mask=mask, mask_heads=heads), ["1011", "0110"])
 
 
 @check(6, heads=("shared", "kv_heads", "heads"))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from torch_paged.testing.backends import REFERENCE, Backend, NotRun
-from torch_paged.testing.cases import AttentionCase, build
+from torch_paged.testing.cases import AttentionCase, build, cumulative
 from torch_paged.testing.compare import assert_attention, assert_same
 from torch_paged.testing.semantics.attend import query_dtype, typed
-from torch_paged.testing.semantics.registry import check
+from torch_paged.testing.semantics.registry import SIZES, check
 
 _LARGE = 2**31
 _MEMORY_LIMIT_BYTES = 2**28
@@ -69,14 +69,13 @@ def unused_entries_may_hold_anything(backend: Backend, dtype: torch.dtype, queri
 
 @check(12, dtypes=(torch.bfloat16, torch.int8), of_ops=True)
 def blocks_behind_two_to_the_31_are_reached(backend: Backend, dtype: torch.dtype) -> None:
-    """Writes, copies, gathers and attends there; only blocks that are touched take memory."""
+    """Writes, quantises, copies, gathers and attends there; only blocks that are touched take memory."""
     if backend.device.type != "cpu" or backend.interprets(AttentionCase("any")):
         raise NotRun("a cache of more than 2^31 elements would be copied")
     heads, block_size, head_dim, length = 1, 16, 128, 40
     num_blocks = _LARGE // (heads * block_size * head_dim) + 5  # each side alone is beyond 2^31 elements
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    shape = (2, num_blocks, heads, block_size, head_dim)
-    cache = torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+    cache = _untouched((2, num_blocks, heads, block_size, head_dim), dtype)
     scales = torch.tensor([0.03, 0.02]) if dtype.itemsize == 1 else None
     last = num_blocks - 1
     tables = torch.tensor([[last, 3, last - 1]], dtype=torch.int32)
@@ -96,6 +95,16 @@ def blocks_behind_two_to_the_31_are_reached(backend: Backend, dtype: torch.dtype
     query = {"query": torch.randn((1, 4, head_dim), generator=generator).to(rows)}
     results = backend("paged_attention", query | {"kv_cache": cache} | far, stats=True)
     assert_attention("paged_attention", query | {"kv_cache": small} | near, *results)
+    beside = {"key": key[:5], "value": value[:5], "cu_seqlens_k": cumulative((5,)), "max_seqlen_k": length + 5}
+    packed = {
+        "query": torch.randn((5, 4, head_dim), generator=generator).to(rows),
+        "cu_seqlens_q": cumulative((5,)),
+        "max_seqlen_q": 5,
+        "causal": True,
+    }
+    packed |= beside
+    results = backend("flash_attn_varlen", packed | {"kv_cache": cache} | far, stats=True)
+    assert_attention("flash_attn_varlen", packed | {"kv_cache": small} | near, *results)
 
     pair = {"src_blocks": torch.tensor([last]), "dst_blocks": torch.tensor([last - 2])}
     backend("copy_blocks", {"kv_cache": cache, "kv_scales": scales} | pair)
@@ -104,8 +113,33 @@ def blocks_behind_two_to_the_31_are_reached(backend: Backend, dtype: torch.dtype
     expected = REFERENCE("gather_cache", {"kv_cache": small} | near | {"max_len": length})
     for name, actual, wanted in zip(("key", "value"), dense, expected, strict=True):
         assert_same(actual, wanted, name)
+    if dtype.itemsize == 1:
+        _quantises_far(backend, write, tables)
     taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert taken < _MEMORY_LIMIT_BYTES, f"{taken} bytes of memory were touched"
+
+
+def _quantises_far(backend: Backend, write: dict[str, Any], tables: Tensor) -> None:
+    """Assert that rows written with scales of their own are found behind 2^31 elements."""
+    cache = write["kv_cache"]
+    scales = _untouched(cache.shape[:-1], torch.float32)
+    backend("quantize_and_cache", write | {"kv_scales": scales})
+    blocks = tables[0].long()
+    expected = write | {
+        "kv_cache": torch.empty_like(cache[:, blocks]),
+        "kv_scales": torch.empty_like(scales[:, blocks]),
+    }
+    expected["slot_mapping"] = torch.arange(write["key"].size(0))
+    REFERENCE("quantize_and_cache", expected)
+    written = expected["slot_mapping"].numel()
+    for name, whole in (("kv_cache", cache), ("kv_scales", scales)):
+        actual, wanted = (x.flatten(1, 3)[:, :written] for x in (whole[:, blocks], expected[name]))
+        assert_same(actual, wanted, name)
+
+
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return a tensor of zeros that takes memory only where it is written."""
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 @check(13, queries=_QUERIES)
@@ -114,6 +148,15 @@ def a_sequence_gives_equal_bits_in_any_batch(
 ) -> None:
     """Alone, reordered, on one thread and on two."""
     case = AttentionCase("alone", query_lens=queries, context_lens=(37, 0, 20, 300), sinks=True)
+    backend.check_batch_invariance(typed(case, dtype))
+
+
+@check(13, dtypes=SIZES, queries=(None, (5, 17, 3)))
+def a_long_sequence_gives_equal_bits_in_any_batch(
+    backend: Backend, dtype: torch.dtype, queries: tuple[int, ...] | None
+) -> None:
+    """Where kernels split it into parts."""
+    case = AttentionCase("long", query_lens=queries, context_lens=(1100, 5, 600), num_kv_heads=1)
     backend.check_batch_invariance(typed(case, dtype))
 
 

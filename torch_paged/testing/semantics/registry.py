@@ -10,7 +10,7 @@ import torch
 from torch_paged.testing.backends import Backend
 
 LINES = {
-    0: "query heads of a kv head",
+    0: "heads, cache layouts and scales",
     1: "default of softmax_scale",
     2: "scale, cap, ALiBi, mask, softmax",
     3: "positions and causality",
@@ -25,17 +25,22 @@ LINES = {
     12: "more than 2^31 elements",
     13: "equal bits in any batch",
     14: "no backward",
+    15: "writes, copies, gathers, merges",
 }
-"""The contract's lines by number; 0 is the mapping of heads, which stands before them."""
+"""The contract's lines by number; 0 is what stands before them, of the tensors, 15 what stands behind, of the ops."""
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-DTYPES = (*FLOATS, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+QUANTIZED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+DTYPES = (*FLOATS, *QUANTIZED)
 """What a cache may hold. Queries and new keys have the same dtype, or float32 beside a quantised cache."""
 
 SOURCES = ("decode", "cache", "new", "both")
 """Where keys come from: the cache, with one query a sequence; or packed queries and cache, new keys, or both."""
 
 PACKED = SOURCES[1:]
+
+SIZES = (torch.float32, torch.bfloat16, torch.int8)
+"""A dtype of each size: for checks that are slow where kernels are interpreted, or where only the size could matter."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Lines 8 to 10: rows without keys, statistics, and dtypes."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def a_row_without_keys_is_zero(backend: Backend, dtype: torch.dtype, source: str
     """Its lse is -inf, or the sink."""
     mask = torch.zeros(2, 4, dtype=torch.bool)
     for sink in (None, 0.75):
-        sinks = {} if sink is None else {"sinks": torch.tensor([sink])}
+        sinks: dict[str, Any] = {} if sink is None else {"sinks": torch.tensor([sink])}
         weights, lse, max_logits = attend(backend, dtype, [1.0] * 4, 2, source, attn_mask=mask, **sinks)
         assert (weights == 0).all(), f"out of rows without keys is {weights.tolist()}"
         wanted = _NOTHING if sink is None else sink
@@ -95,5 +96,5 @@ def lse_is_not_rounded_to_the_query_dtype(backend: Backend, dtype: torch.dtype) 
 @check(10, SOURCES, dtypes=FLOATS[:1])
 def float32_is_not_rounded(backend: Backend, dtype: torch.dtype, source: str) -> None:
     """Keys that bfloat16 cannot tell apart."""
-    weights, _, _ = attend(backend, dtype, [1.0 + 2.0**-12, 1.0], 1, source, softmax_scale=2.0**12)
+    weights, _, _ = attend(backend, dtype, [1.0 + 2.0**-12, 1.0], 1, source, False, softmax_scale=2.0**12)
     assert_weights(weights[0], [1.0, 0.0])
