@@ -228,7 +228,7 @@ asan: $(LIBRARY)
 tsan:
 	mkdir -p build
 	g++ -O1 -g1 -std=c++17 -fno-math-errno -fsanitize=thread -Icsrc_shims/tests/stub -Icsrc_shims/cpu \
-	  -o build/threads_test csrc_shims/tests/threads_test.cpp $(GENERIC)
+	  -DTORCH_PAGED_LONG_WORK_BYTES=0 -DTORCH_PAGED_POLL_MS=1 -o build/threads_test csrc_shims/tests/threads_test.cpp $(GENERIC)
 	build/threads_test
 	! build/threads_test race 2>build/planted_race
 	grep "data race" build/planted_race

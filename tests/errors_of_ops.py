@@ -322,10 +322,12 @@ CALLS = Group(
         Error(
             "ValueError",
             "<op>: every tensor must be dense (torch.strided) and plain, got <kind>",
-            "A tensor is sparse, quantised by torch, of MKL-DNN or of another kind without plain memory.",
-            "Pass `tensor.to_dense()`.",
+            "A tensor is sparse, quantised by torch, of MKL-DNN or of another kind without plain memory; or one that "
+            "is written has the negative bit, as `x.conj().imag` has.",
+            "Pass `tensor.to_dense()` or `tensor.resolve_neg()`.",
             (
                 with_changes("copy", "copy_blocks", kv_cache=lambda cache: cache.to_sparse()),
+                with_changes("copy", "copy_blocks", kv_cache=torch._neg_view),
                 with_changes("decode", "paged_attention", query=lambda query: query.to_mkldnn()),
             ),
         ),

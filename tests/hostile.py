@@ -21,13 +21,17 @@ WRITTEN = {
 }
 """Op -> the arguments that it writes."""
 
+ALIASED_INDICES_OF_WRITES = False
+"""Whether ops that write get index tensors in the cache's memory too: they would have to copy them first."""
+
 _SMALL = FACTORS | {
-    "contexts": ("short",),
-    "head_dim": (16, 1, 3, 8, 40),
+    "contexts": ("short",) * 15 + ("split",),
+    "head_dim": (16, 1, 3, 8, 40) * 3 + (64, 128),
     "heads": ((2, 4), (2, 1), (1, 8), (3, 3)),
     "block_size": (16, 1, 3, 4),
 }
 _STORAGE = [(dtype, rank) for dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2) for rank in (1, 2)]
+_CACHE_DTYPES = (*FACTORS["dtype"], torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 _DTYPES = tuple(value for value in vars(torch).values() if isinstance(value, torch.dtype))
 _ODD_INTS = (0, -1, 1, 2, -2, 7, 2**31 - 1, 2**31, -(2**31), 2**32, 2**62, 2**63 - 1, -(2**63))
 _ODD_REALS = (0.0, -0.0, 1.0, -1.0, 1e-46, 1e-40, 1e-38, 1e38, 1e39, 1e308, 5e-324)
@@ -324,6 +328,23 @@ def _alias(call: HostileCall, rng: random.Random) -> str:
     return _put(call, name, cache.view(-1)[: rows.numel()].view(rows.shape), "is a view of kv_cache")
 
 
+def _alias_index(call: HostileCall, rng: random.Random) -> str:
+    """Let an index tensor lie in the memory of the cache, with its values."""
+    if call.written and not ALIASED_INDICES_OF_WRITES:
+        return ""
+    cache = call.arguments.get("kv_cache")
+    names = [name for name in call.tensors() if call.arguments[name].dtype in (torch.int32, torch.int64)]
+    if not isinstance(cache, Tensor) or cache.dtype not in _CACHE_DTYPES or not cache.is_contiguous() or not names:
+        return ""
+    name = rng.choice(names)
+    index = call.arguments[name]
+    begin = cache.storage_offset() * cache.itemsize
+    if not 0 < index.nbytes <= cache.nbytes or begin % index.itemsize:
+        return ""
+    view = storage_of(cache)[begin : begin + index.nbytes].view(index.dtype).view(index.shape)
+    return _put(call, name, view.copy_(index), "lies in kv_cache")
+
+
 def _kind(call: HostileCall, rng: random.Random) -> str:
     name, tensor = _pick(call, rng)
     kind = rng.choice(("meta", "gradient", "gradient", "sparse", "mkldnn", "negated", "quantized"))
@@ -331,7 +352,7 @@ def _kind(call: HostileCall, rng: random.Random) -> str:
         if kind == "gradient":
             return _put(call, name, tensor.detach().requires_grad_(), "requires a gradient")
         if kind == "negated":
-            if call.written or tensor.dtype not in _NEGATED:  # torch copies what has the bit, and negates the copy
+            if tensor.dtype not in _NEGATED:  # torch copies what has the bit, and negates the copy
                 return ""
             return _put(call, name, torch._neg_view(tensor), "has the negative bit")
         if kind == "quantized":
@@ -345,7 +366,7 @@ def _kind(call: HostileCall, rng: random.Random) -> str:
 
 _IN_MEMORY = (
     *(_dtype, _rank, _size, _size, _strides, _strides, _strides),
-    *(_values, _values, _values, _values, _repeated, _option, _option, _option, _presence, _alias),
+    *(_values, _values, _values, _values, _repeated, _option, _option, _option, _presence, _alias, _alias_index),
 )
 _IN_KIND = (_kind, _kind, _kind, _type)
 

@@ -3,13 +3,18 @@
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from hostile import HostileCall, change, compiled_changes, isolate
 
+import torch_paged
 from torch_paged.testing.bad_input import BASE_OPS, BASES
 from torch_paged.testing.cases import AttentionCase, build
+
+_QUERY_LENS = (0, 1, 5, 16, 17, 40)
+_CONTEXT_LENS = _QUERY_LENS * 3 + (600, 2100)
 
 
 class CompiledShare:
@@ -42,10 +47,13 @@ class CompiledShare:
     def _compile(self, number: int) -> None:
         rng = random.Random(number)
         self._number, self._base = number, rng.choice(sorted(BASES))
-        packet = getattr(torch.ops.paged, BASE_OPS[self._base])
+        name = BASE_OPS[self._base]
+        packet, public = getattr(torch.ops.paged, name), rng.random() < 0.5
         stats = rng.random() < 0.3 and hasattr(packet, "with_stats")
-        op = packet.with_stats if stats else packet.default
-        self.way = "compiled, statistics" if stats else "compiled"
+        self.way = "compiled" + (", public" if public else "") + (", statistics" if stats else "")
+        op: Callable[..., Any] = packet.with_stats if stats else packet.default
+        if public:
+            op = partial(getattr(torch_paged, name), **({"return_stats": True} if stats else {}))
         torch.compiler.reset()
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
         backend = rng.choice(("inductor", "aot_eager"))
@@ -55,13 +63,13 @@ class CompiledShare:
 def _resized(case: AttentionCase, rng: random.Random) -> AttentionCase:
     """Return the case with other lengths of as many sequences."""
 
-    def drawn(lengths: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        return None if lengths is None else tuple(rng.choice((0, 1, 5, 16, 17, 40)) for _ in lengths)
+    def drawn(lengths: tuple[int, ...] | None, values: tuple[int, ...]) -> tuple[int, ...] | None:
+        return None if lengths is None else tuple(rng.choice(values) for _ in lengths)
 
-    queries = drawn(case.query_lens)
+    queries = drawn(case.query_lens, _QUERY_LENS)
     return replace(
         case,
-        context_lens=drawn(case.context_lens),
+        context_lens=drawn(case.context_lens, _CONTEXT_LENS),
         query_lens=queries,
         new_lens=None if case.new_lens is None else queries,
     )

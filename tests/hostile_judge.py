@@ -108,9 +108,10 @@ def verdict(call: HostileCall, data: bool = True) -> Expected:
     tensors = [arguments[name] for name in call.tensors()]
     if call.written and any(tensor.requires_grad for tensor in tensors):
         return Expected((NotImplementedError,), f"^{op}: the op has no backward and writes in place")
-    if not all(map(_is_plain, tensors)):
+    negated = any(name in call.written and call.arguments[name].is_neg() for name in call.tensors())
+    if negated or not all(map(_is_plain, tensors)):
         return Expected((ValueError,), rf"^{op}: every tensor must be dense \(torch.strided\) and plain, got ")
-    # Of what has the negative bit torch hands the op a copy, which is dense.
+    # Of what else has the negative bit the op gets a copy, which is dense.
     arguments = {name: x.resolve_neg() if isinstance(x, Tensor) and x.is_neg() else x for name, x in arguments.items()}
     try:
         validate(op, arguments)

@@ -203,3 +203,29 @@ def test_compile_rejects_what_eager_rejects(broken: Break, dynamic: bool) -> Non
     with pytest.raises(Exception, match="must") as caught:
         compiled(**arguments)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [("write", "kv_cache"), ("quantize", "kv_cache"), ("quantize", "kv_scales"), ("copy, int8", "kv_scales")],
+)
+def test_what_is_written_has_no_negative_bit(base: str, name: str) -> None:
+    """Torch itself would refuse such a call once the op has run, when the other tensor that it writes is written."""
+    op, arguments = BASE_OPS[base], build(BASES[base], 0)
+    before = stored(arguments)
+    negated = arguments | {name: torch._neg_view(arguments[name])}
+    said = message(lambda: raw(op, negated))
+    assert said == f"{op}: every tensor must be dense (torch.strided) and plain, got {name} with the negative bit"
+    assert message(lambda: getattr(torch_paged, op)(**negated)) == said
+    assert message(lambda: fake(op, negated)) == said
+    with torch.inference_mode():
+        assert message(lambda: raw(op, negated)) == said
+    assert all(map(torch.equal, stored(arguments), before))
+
+
+def test_what_is_read_may_have_the_negative_bit(backend: Backend) -> None:
+    arguments, negated = build(BASES["write"], 0), build(BASES["write"], 0)
+    negated["key"] = torch._neg_view(-negated["key"])
+    backend("reshape_and_cache", arguments)
+    backend("reshape_and_cache", negated)
+    assert torch.equal(stored(arguments)[0], stored(negated)[0])

@@ -15,21 +15,31 @@ pytestmark = pytest.mark.skipif(
 
 FAIL_EACH = """
 import ctypes, sys, threading
+from dataclasses import replace
 import torch, torch_paged
 from torch_paged.testing import build
-from torch_paged.testing.every_op import EVERY_OP, call, digest, digests, outcome, written
+from torch_paged.testing.every_op import EVERY_OP, call, digest, outcome, written
 
 fail_after = ctypes.CDLL(sys.argv[1]).fail_after
 fail_after.restype = ctypes.c_long
 fail_after.argtypes = (ctypes.c_long,)
-expected = digests()
+
+# Every tensor that a kernel may have to copy first occurs in one of the calls.
+MORE = {"beside": {"sinks": True, "mask": "shared", "positions": "shuffled"}, "gather": {"left_padded": True}}
+CASES = {name: (op, replace(case, **MORE.get(name, {}))) for name, (op, case) in EVERY_OP.items()}
+WALKED = ("kv_cache", "kv_scales")  # in place, whatever their strides
+expected = {name: digest(outcome(call, op, build(case))) for name, (op, case) in CASES.items()}
+
+def strided(arguments):
+    return {
+        name: torch.stack((x, x), -1)[..., 0] if isinstance(x, torch.Tensor) and name not in WALKED else x
+        for name, x in arguments.items()
+    }
 
 def attempt(name, allowed, threads):
     '''Return the name of what the call raised, of None too, or "" where no allocation failed.'''
-    op, case = EVERY_OP[name]
-    arguments = build(case)
-    if op != "copy_blocks":  # also what is copied before the kernel can walk it
-        arguments = {key: strided(value) if key in STRIDED else value for key, value in arguments.items()}
+    op, case = CASES[name]
+    arguments = strided(build(case))
     before = digest(written(op, arguments))
     torch.set_num_threads(threads)
     fail_after(allowed)
@@ -43,11 +53,6 @@ def attempt(name, allowed, threads):
     failed = fail_after(-1) < 0  # sorting does without a buffer too
     assert digest(outcome(lambda *_: results, op, arguments)) == expected[name], f"{name}: allocation {allowed}"
     return "None" if failed else ""
-
-STRIDED = ("query", "key", "value", "slot_mapping", "context_lens", "lses")
-
-def strided(x):
-    return None if x is None else torch.stack((x, x), -1)[..., 0]
 
 def sweep(name, threads):
     kinds, allowed = set(), 0
@@ -63,10 +68,20 @@ def sweep(name, threads):
         kinds.add(kind)
         allowed += 1
 
-for name in EVERY_OP:
+copied = {}
+for name, (op, case) in CASES.items():
+    copied[name] = {key for key, x in build(case).items() if isinstance(x, torch.Tensor)}.difference(WALKED)
     for threads in (1, 2):
         count, kinds = sweep(name, threads)
+        assert count >= len(copied[name]), f"{name}: {count} allocations, not one for each of {copied[name]}"
         print(name, threads, count, *sorted(kinds))
+tensors = {
+    argument.name
+    for op, _ in CASES.values()
+    for argument in getattr(torch.ops.paged, op).default._schema.arguments
+    if "Tensor" in str(argument.real_type)
+}
+assert tensors - set().union(*copied.values()) == {*WALKED}
 """
 
 

@@ -46,7 +46,10 @@ class Workspace {
   int64_t size_ = 0;
 };
 
-constexpr int64_t kLongWorkBytes = int64_t{1} << 28;  // that may take longer than a user waits: some 0.1 s at the worst
+#if !defined(TORCH_PAGED_LONG_WORK_BYTES)
+#define TORCH_PAGED_LONG_WORK_BYTES (int64_t{1} << 28)
+#endif
+constexpr int64_t kLongWorkBytes = TORCH_PAGED_LONG_WORK_BYTES;  // that may take longer than a user waits: 0.1 s
 
 struct Plan {
   std::vector<Sequence> sequences;

@@ -26,6 +26,10 @@
 #include <vector>
 #endif
 
+#if !defined(TORCH_PAGED_POLL_MS)
+#define TORCH_PAGED_POLL_MS 100
+#endif
+
 namespace torch_paged {
 
 // How many threads a call of that many bytes of work deserves. One in a forked child: the runtime would wait for
@@ -49,7 +53,7 @@ class Stop {
 
  private:
   using Clock = std::chrono::steady_clock;
-  static constexpr std::chrono::milliseconds kInterval{100};
+  static constexpr std::chrono::milliseconds kInterval{TORCH_PAGED_POLL_MS};
   static constexpr int kLooks = 8;  // from one look at the clock to the next
 
   void (*const poll_)();

@@ -1,5 +1,7 @@
 // The kernels' parallel loops, in calls that are large enough to be shared: the same bits with one thread and with
-// several, alone and from two threads of the program at once. For ThreadSanitizer: parallel.h then runs plain threads.
+// several, alone and from two threads of the program at once, also next to calls that a poll ends early and after them.
+// For ThreadSanitizer: parallel.h then runs plain threads. To be built so that every call of attention polls
+// (TORCH_PAGED_LONG_WORK_BYTES) and soon (TORCH_PAGED_POLL_MS).
 // With the argument "race" one call gives a slot to many tokens, which lets threads write the same bytes: what watches
 // the threads must report it.
 #include <omp.h>
@@ -12,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "parallel.h"
 #include "params.h"
 
 using namespace torch_paged;
@@ -25,6 +28,15 @@ constexpr int64_t kSlots = kBlocks * kBlockSize, kTokens = kSeqs * kContext, kPr
 using Floats = std::vector<float>;
 
 thread_local int threads_now = 1;
+
+// What a poll throws. Polls before it does, on this thread; negative: it never does.
+struct Ended {};
+thread_local int polls_left = -1;
+
+void poll() {
+  if (polls_left == 0) throw Ended();
+  if (polls_left > 0) --polls_left;
+}
 
 Floats numbers(int64_t count, unsigned seed) {
   std::mt19937 random(seed);
@@ -83,12 +95,13 @@ void attend(Shared& shared, bool decode, Floats& out, Floats& lse) {
   args.decode = decode;
   args.cu_seqlens_q = decode ? nullptr : shared.cu.data();
   args.causal = true;
+  args.poll = poll;
   attention(args);
 }
 
 // Every kernel once; returns all that they wrote.
 std::vector<Floats> run_all(Shared& shared) {
-  std::vector<Floats> results(9);
+  std::vector<Floats> results(11);
   attend(shared, true, results[0], results[1]);
   attend(shared, false, results[2], results[3]);
 
@@ -104,6 +117,24 @@ std::vector<Floats> run_all(Shared& shared) {
     write_cache(write);
   }
   copy_blocks(write.cache, shared.from.data(), shared.to.data(), static_cast<int64_t>(shared.from.size()));
+
+  results[9].assign(2 * kSlots * kKvHeads * kDim / sizeof(float), NAN);  // int8
+  results[10].assign(2 * kSlots * kKvHeads, NAN);
+  CacheWriteArgs quantize;
+  quantize.num_tokens = kTokens;
+  quantize.head_dim = quantize.value_dim = kDim;
+  quantize.key = quantize.value = {shared.rows.data(), kKvHeads * kDim, kDim};
+  quantize.slots = shared.slots.data();
+  quantize.cache = view(results[9]);
+  quantize.cache.dtype = DType::i8;
+  quantize.cache.scales = results[10].data();
+  quantize.cache.scales_rank = 4;
+  quantize.cache.scale_stride_token = 1;
+  quantize.cache.scale_stride_head = kBlockSize;
+  quantize.cache.scale_stride_block = kKvHeads * kBlockSize;
+  quantize.cache.scale_stride_kv = kSlots * kKvHeads;
+  quantize.compute_scales = true;
+  write_cache(quantize);
 
   GatherArgs gather;
   gather.cache = view(shared.cache);
@@ -133,6 +164,51 @@ bool same(const std::vector<Floats>& a, const std::vector<Floats>& b) {
   return true;
 }
 
+// Attention whose polls end it, the sooner the smaller `allowed`; returns whether they did.
+bool is_ended(Shared& shared, bool decode, int allowed) {
+  Floats out, lse;
+  polls_left = allowed;
+  bool ended = false;
+  try {
+    attend(shared, decode, out, lse);
+  } catch (const Ended&) {
+    ended = true;
+  }
+  polls_left = -1;
+  return ended;
+}
+
+// Whether what a piece of work throws on a thread of the team, any of them, reaches the one that called.
+bool reaches_the_caller(int thrower) {
+  Stop stop(poll);
+  try {
+    parallel_for(
+        64, threads_now,
+        [&](int64_t i) {
+          if (i == thrower) throw Ended();
+          std::this_thread::sleep_for(std::chrono::microseconds(300));
+        },
+        stop);
+  } catch (const Ended&) {
+    return stop.look();
+  }
+  return false;
+}
+
+// Calls that end early, with one thread and with four.
+bool end_early(Shared& shared) {
+  bool good = true;
+  for (int threads : {1, 4}) {
+    threads_now = threads;
+    int ended = 0;
+    for (int allowed : {0, 1, 3, 10}) ended += is_ended(shared, false, allowed);
+    is_ended(shared, true, 0);  // may be over before it polls
+    good = ended > 0 && good;
+  }
+  for (int thrower : {0, 1, 2, 3, 40}) good = reaches_the_caller(thrower) && good;
+  return good;
+}
+
 }  // namespace
 
 int omp_in_parallel() { return 0; }
@@ -147,13 +223,21 @@ int main(int argc, char** argv) {
   threads_now = 4;
   bool good = same(run_all(shared), expected);
   std::vector<Floats> other;
+  bool others_ended = false;
   std::thread beside([&] {
+    others_ended = end_early(shared);
     threads_now = 4;
     other = run_all(shared);
   });
   good = same(run_all(shared), expected) && good;
+  const bool ended = end_early(shared);
+  good = same(run_all(shared), expected) && good;
   beside.join();
   good = same(other, expected) && good;
+  if (!ended || !others_ended) {
+    std::printf("FAILED: calls that a poll or a piece of work ends did not end\n");
+    return 1;
+  }
   std::printf(good ? "the same bits with four threads, twice at once\n" : "FAILED: other bits with four threads\n");
   return good ? 0 : 1;
 }
