@@ -19,7 +19,8 @@ UNREACHABLE = {
 
 _REASONS = {"_unsupported", "why_off", "missing", "wrong_generation", "wrong_setting", "chip_refusal", "no_backend"}
 """Functions that return why something cannot be, which then is a part of an error."""
-_CPP_CALL = re.compile(r"\b(?:fail|throw std::\w+)\((.*?)\);", re.DOTALL)
+_CPP_COMMENT = re.compile(r"//.*")
+_CPP_CALL = re.compile(r'\b(?:fail\(|throw\s)((?:"(?:[^"\\]|\\.)*"|[^";])*);')
 _CPP_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 
@@ -96,9 +97,9 @@ def _pattern(node: ast.expr) -> str:
     return "(?s:.*)"
 
 
-def cpp_texts() -> Iterator[tuple[str, str]]:
-    """Yield the texts in every check of the C++ sources, each with its file."""
-    for path in sorted((ROOT / "csrc_shims").rglob("*")):
+def cpp_texts(folder: Path = ROOT / "csrc_shims") -> Iterator[tuple[str, str]]:
+    """Yield the texts in every check and every ``throw`` of the C++ sources, each with its file."""
+    for path in sorted(folder.rglob("*")):
         if path.suffix in (".h", ".cpp") and "tests" not in path.parts:
-            for call in _CPP_CALL.findall(path.read_text()):
+            for call in _CPP_CALL.findall(_CPP_COMMENT.sub("", path.read_text())):
                 yield from ((path.name, text) for text in _CPP_STRING.findall(call) if " " in text.strip())

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from torch_paged.testing.bad_input import BASES, STATIC, VALUES, Break
 from torch_paged.testing.cases import build
+from torch_paged.testing.processes import run_python
 
 _PAIR = "pass both or neither"
 _RULES: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
@@ -315,6 +316,24 @@ def _too_large() -> None:
     call("gather_cache", build(BASES["gather"], 0) | {"max_len": 2**45})
 
 
+_LITTLE_MEMORY = """
+import resource, torch, torch_paged
+one_row = torch.zeros(8).expand(2, 1, 64, 2**31 - 1, 8)
+arguments = torch.zeros(1, 64, 8), one_row, torch.zeros(1, 1, dtype=torch.int32), torch.tensor([2**31 - 1]).int()
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**27, resource.getrlimit(resource.RLIMIT_AS)[1]))
+try:
+    torch_paged.paged_attention(*arguments)
+except MemoryError as error:
+    print(error)
+"""
+
+
+def _no_workspace() -> Exception:
+    """Attend to more keys than this process has memory for their partial results."""
+    return MemoryError(run_python(_LITTLE_MEMORY).stdout.strip())
+
+
 RULES = Group("Arguments of the ops", tuple(_of_rule(*rule) for rule in _RULES))
 CALLS = Group(
     "Calls of the ops",
@@ -350,6 +369,14 @@ CALLS = Group(
             "The call is inside `torch.func.jvp` or `forward_ad`.",
             "Take the op out of it.",
             (_tangent,),
+        ),
+        Error(
+            "MemoryError",
+            "torch_paged: out of memory",
+            "The machine, or the limit of the process, has too little memory for what a kernel keeps during a call: "
+            "its plan and partial results. Caches are unchanged.",
+            "Ask for less: fewer tokens or sequences at a time.",
+            (_no_workspace,),
         ),
         Error(
             "RuntimeError",

@@ -85,6 +85,14 @@ def test_an_error_that_is_not_listed_is_seen(tmp_path: Path) -> None:
     ]
 
 
+def test_every_throw_in_cpp_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "new.h").write_text(
+        '#include <new>\n// may throw; "not this"\nthrow;\nthrow std::bad_alloc();\n'
+        'throw Raised(type,\n  "torch_paged: no luck");\nfail(op, "key", "be a key; or", got);\n'
+    )
+    assert [text for _, text in cpp_texts(tmp_path)] == ["torch_paged: no luck", "be a key; or"]
+
+
 @pytest.mark.parametrize(
     ("text", "said", "matches"),
     [
