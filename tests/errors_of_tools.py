@@ -109,6 +109,12 @@ ALLOCATOR = Group(
             _use("allocate", ["a"]),
         ),
         _error(
+            "allocate: salt must be bytes or a str, got <value>",
+            "Blocks are found by a hash of the salt's bytes.",
+            "Name the tenant, adapter or image by a string, such as `str(number)`.",
+            _use("allocate", [1], salt=5),
+        ),
+        _error(
             "fork: seq must have its block copied and its slots written (take_copies), got <value>",
             "The last append of the sequence waits for a copy of its block.",
             "Call `copy_blocks(kv_cache, *allocator.take_copies())` and write the tokens first.",

@@ -112,7 +112,7 @@ class BlockAllocator:
         self._pool.grow(num_blocks)
         self.num_blocks = num_blocks
 
-    def allocate(self, prompt: Sequence[int] = (), *, salt: bytes = b"") -> int:
+    def allocate(self, prompt: Sequence[int] = (), *, salt: bytes | str = b"") -> int:
         """Start a sequence; with prefix reuse, on the published blocks that already hold the start of its prompt.
 
         Append ``prompt[context_len(seq):]`` next. The last token of a prompt is never reused: its query has to run.
@@ -120,15 +120,16 @@ class BlockAllocator:
         Args:
             prompt: token ids. Empty: nothing to reuse.
             salt: what besides the ids decides a token's key and value (adapter, image, tenant); only equal salts share.
+                A str stands for its UTF-8 bytes.
 
         Returns:
             The sequence's number, never used again.
 
         Raises:
-            ValueError: a token id that is not an int of 64 bits.
+            ValueError: a token id that is not an int of 64 bits, a salt that is neither bytes nor a str.
         """
         ids = _token_ids("allocate", "prompt", prompt)
-        sequence = _Sequence(root=hashlib.sha256(salt).digest())
+        sequence = _Sequence(root=_root(salt))
         if self.prefix_reuse:
             for start in range(0, len(ids) - self.block_size, self.block_size):
                 digest = self._digest(sequence, ids[start : start + self.block_size])
@@ -383,6 +384,16 @@ class BlockAllocator:
 def _check_count(function: str, name: str, count: int) -> None:
     if not is_int(count) or count < 0:
         raise ValueError(f"{function}: {name} must be an int >= 0, got {count!r}")
+
+
+def _root(salt: bytes | str) -> bytes:
+    """Return the digest before a sequence's first token."""
+    if isinstance(salt, str):
+        salt = salt.encode(errors="surrogatepass")
+    if not isinstance(salt, bytes):
+        raise ValueError(f"allocate: salt must be bytes or a str, got {salt!r}")
+    # Hashed twice: what a digest of blocks is made of is longer than a digest, so that no salt can stand for tokens.
+    return hashlib.sha256(hashlib.sha256(salt).digest()).digest()
 
 
 def _token_ids(function: str, name: str, tokens: Sequence[int]) -> "array[int]":
