@@ -316,6 +316,29 @@ def _too_large() -> None:
     call("gather_cache", build(BASES["gather"], 0) | {"max_len": 2**45})
 
 
+def _wrong_type_for_overloads() -> None:
+    torch.ops.paged.paged_attention(**build(BASES["decode, no options"], 0) | {"softmax_scale": "1"})
+
+
+def _negated() -> None:
+    with_changes("copy", "copy_blocks", kv_cache=torch._neg_view)()
+
+
+def _nested(layout: torch.layout) -> Callable[[], Any]:
+    def provoke() -> None:
+        rows = [torch.ones(2, 8), torch.ones(2, 8)]
+        arguments = build(BASES["merge"], 0)
+        call("merge_attention_states", arguments | {"outs": torch.nested.nested_tensor(rows, layout=layout)})
+
+    return provoke
+
+
+def _mapped_write() -> None:
+    arguments = build(BASES["write"], 0)
+    slots = arguments["slot_mapping"].expand(2, -1)
+    torch.func.vmap(lambda mapped: call("reshape_and_cache", arguments | {"slot_mapping": mapped}))(slots)
+
+
 _LITTLE_MEMORY = """
 import resource, torch, torch_paged
 one_row = torch.zeros(8).expand(2, 1, 64, 2**31 - 1, 8)
@@ -386,11 +409,46 @@ CALLS = Group(
             (_too_large,),
         ),
         Error(
+            "ValueError",
+            "<op>: <argument> must not be a negated view, it is written, got one (is_neg())",
+            "The tensor is negated lazily, as `z.conj().imag` is: what would be written is not what is read back.",
+            "Pass a tensor with memory of its own, such as `tensor.resolve_neg()`.",
+            (_negated,),
+        ),
+        Error(
+            "NotImplementedError",
+            "Could not run 'paged::<op>' with arguments from the '<kind>' backend.<more>",
+            "Torch's own text: a tensor is nested.",
+            "Pack the rows of all sequences into one tensor; `cu_seqlens_q` tells where each starts.",
+            (_nested(torch.strided),),
+        ),
+        Error(
+            "NotImplementedError",
+            "paged.<op>.default",
+            "Torch's own text: a tensor is nested, of the layout `torch.jagged`.",
+            "Pass `tensor.values()`, and `tensor.offsets()` as `cu_seqlens_q`.",
+            (_nested(torch.jagged),),
+        ),
+        Error(
+            "RuntimeError",
+            "Batching rule not implemented for paged::<op>; the fallback path doesn't work on out= or view ops.",
+            "Torch's own text: an op that writes was called within `torch.vmap`.",
+            "Make the batch a part of the tokens: one call writes any number of them.",
+            (_mapped_write,),
+        ),
+        Error(
             "RuntimeError",
             "paged::<op>() Expected a value of type <type> for argument <name> but instead found type <type>.<more>",
             "Torch's own check of the call: an argument is of another Python type, or an int has more than 64 bits.",
             "Compare the call with the declaration that follows in the text.",
             (functools.partial(call, "merge_attention_states", {"outs": "text", "lses": torch.ones(1)}),),
+        ),
+        Error(
+            "RuntimeError",
+            "Overloaded torch operator invoked from Python failed to match any schema:<more>",
+            "The same check of `torch.ops.paged.paged_attention` and `flash_attn_varlen`, which have two overloads.",
+            "Compare the call with the declarations that follow, or call `torch_paged.paged_attention`.",
+            (_wrong_type_for_overloads,),
         ),
     ),
 )

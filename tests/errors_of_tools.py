@@ -67,6 +67,26 @@ def _three_tensors() -> None:
     from_layout(cache, "jax")
 
 
+def _no_tensors() -> None:
+    cache: Any = [1, 2]
+    from_layout(cache, "jax")
+
+
+def _to_layout_of_no_tensor() -> None:
+    cache: Any = _allocate()
+    to_layout(cache, "jax")
+
+
+def _tree_of_a_list() -> None:
+    parents: Any = [-1, 0]
+    tree_mask(parents, _ints(0, 2), _ints(4))
+
+
+def _moba_of_a_list() -> None:
+    query: Any = [[1.0]]
+    moba_mask(query, _KEY, _ints(0, 2), _ints(6), chunk_size=2, top_k=1)
+
+
 ALLOCATOR = Group(
     "BlockAllocator",
     (
@@ -84,6 +104,13 @@ ALLOCATOR = Group(
             partial(BlockAllocator, 0, 4),
         ),
         _error(
+            "<function>: num_blocks must be < 2^31, as block tables are int32, got <value>",
+            "The ids of so many blocks have no room in a block table.",
+            "Pass the number of blocks of the cache; `blocks_that_fit` counts them.",
+            partial(BlockAllocator, 2**40, 4),
+            _use("grow", 2**31),
+        ),
+        _error(
             "grow: num_blocks must be an int >= <n>, got <value>",
             "A pool cannot shrink.",
             "Pass the new total of blocks.",
@@ -94,6 +121,7 @@ ALLOCATOR = Group(
             "The sequence was freed or is of another allocator.",
             "Keep the number that `allocate` or `fork` returned until `free`.",
             _use("append", 7, 1),
+            _use("append", [0], 1),
             _use("free", 7),
         ),
         _error(
@@ -133,6 +161,13 @@ ALLOCATOR = Group(
             _truncate_behind_the_window,
         ),
         _error(
+            "batch: <argument> must be a list of ints, got <value>",
+            "It is None or a single number.",
+            "Pass one entry for each sequence, in a list, also of one.",
+            _use("batch", [0], None),
+            _use("batch", 0, [1]),
+        ),
+        _error(
             "batch: query_lens must have one entry for each of <n> sequences, got <n>",
             "The lists differ in length.",
             "Pass 0 for a sequence without tokens in this step.",
@@ -155,6 +190,28 @@ ALLOCATOR = Group(
 CACHES = Group(
     "Allocating and converting caches",
     (
+        Error(
+            "MemoryError",
+            "allocate_kv_cache: no memory for <n> bytes; use fewer blocks",
+            "The cache and its scales need more bytes than the system gives, or than 63 bits can count.",
+            "`blocks_that_fit` returns the number of blocks for a number of bytes.",
+            (
+                partial(_allocate, num_blocks=2**45),
+                partial(_allocate, num_blocks=2**45, huge_pages=False),
+                partial(_allocate, num_blocks=2**62),
+            ),
+        ),
+        Error(
+            "RuntimeError",
+            "Expected one of <devices> device type at start of device string: <value>",
+            "Torch's own check of a device that is given by name, here and in every function that takes a device.",
+            "Pass a device that torch knows, such as `'cpu'`.",
+            (
+                partial(_allocate, device="mars"),
+                _use("batch", [0], [1], device="mars"),
+                partial(torch_paged.explain, "merge_attention_states", outs=_QUERY, lses=_QUERY, device="mars"),
+            ),
+        ),
         _error(
             "<function>: <argument> must be an int >= 1, got <value>",
             "A size is 0, negative, a float or a bool.",
@@ -207,6 +264,12 @@ CACHES = Group(
             partial(from_layout, torch.ones(1), "jax"),
         ),
         _error(
+            "from_layout: cache must be a tensor or a pair of tensors, got <value>",
+            "It is neither, such as an array of numpy.",
+            "Convert it, by `torch.from_numpy` for one.",
+            _no_tensors,
+        ),
+        _error(
             "from_layout: cache must be <what> for '<layout>', got <n> tensors",
             "The layout has another number of tensors.",
             "Pass one tensor or a pair, as the layout has it.",
@@ -232,6 +295,12 @@ CACHES = Group(
             partial(from_layout, torch.ones(1, 1, 3, 4), "rpa_v2"),
         ),
         _error(
+            "to_layout: kv_cache must be a tensor, got <value>",
+            "It is something else, such as the `KVCache` that `allocate_kv_cache` returns.",
+            "Pass its `kv_cache`.",
+            _to_layout_of_no_tensor,
+        ),
+        _error(
             "to_layout: kv_cache must be <shape> for '<layout>', got <shape>",
             "The cache has no such form: a latent cache is 'mla' alone, and 'mla' is latent.",
             "Choose another layout.",
@@ -250,13 +319,14 @@ MASKS = Group(
     (
         _error(
             "<function>: <argument> must have <n> dimension of int32 or int64, got <tensor>",
-            "The tensor is no vector of ints.",
+            "It is no tensor, or no vector of ints.",
             "Convert or flatten it.",
             partial(tree_mask, _ints(-1, 0).float(), _ints(0, 2), _ints(4)),
+            _tree_of_a_list,
         ),
         _error(
             "<function>: <argument> must have <n> dimensions of int32 or int64, got <tensor>",
-            "The tensor is no matrix of ints.",
+            "It is no tensor, or no matrix of ints.",
             "Convert or reshape it.",
             partial(image_block_mask, _ints(1), _ints(0, 1), _ints(1)),
         ),
@@ -325,6 +395,12 @@ MASKS = Group(
             "A size is 0, negative, a float or a bool.",
             "`top_k=1` is the own chunk alone.",
             partial(moba_mask, _QUERY, _KEY, _ints(0, 2), _ints(6), chunk_size=0, top_k=1),
+        ),
+        _error(
+            "moba_mask: <argument> must be a tensor, got <value>",
+            "It is a list or None.",
+            "Pass the packed queries, and what `gather_cache` returns.",
+            _moba_of_a_list,
         ),
         _error(
             "moba_mask: key must be (B, KH, C, D') for query (T, H, D), with H % KH == 0 and D' >= D, got <shapes>",

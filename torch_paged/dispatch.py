@@ -9,7 +9,7 @@ import torch
 
 from torch_paged import backends
 from torch_paged.backends import BackendInfo
-from torch_paged.contract import autograd, fake
+from torch_paged.contract import autograd, fake, negated
 from torch_paged.contract.schema import NAMESPACE, SCHEMAS, define_ops
 
 VARIABLE = "TORCH_PAGED_BACKEND"
@@ -43,6 +43,7 @@ def register() -> None:
         library.impl(name, _no_backend_kernel(name), "CompositeExplicitAutograd")
     fake.register(library)
     autograd.register(library)
+    negated.register(library)
     _library = library
     for device_type, info in chosen.items():
         _bind(info, device_type, library)
