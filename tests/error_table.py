@@ -79,11 +79,15 @@ def page(groups: Iterable[Group]) -> str:
     sections = []
     for group in groups:
         entries = [
-            f"- **`{error.text}`** ({error.kind})\n  *Cause:* {error.cause} *Remedy:* {error.remedy}"
+            f"- **{_code(error.text)}** ({error.kind})\n  *Cause:* {error.cause} *Remedy:* {error.remedy}"
             for error in group.errors
         ]
         sections.append("\n".join([f"## {group.title}", "", *entries, ""]))
     return HEAD + "\n" + "\n".join(sections)
+
+
+def _code(text: str) -> str:
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 @functools.cache
