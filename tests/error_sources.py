@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from error_table import PACKAGE, ROOT, Said
+from error_table import PACKAGE, ROOT, SETUP, Said
 
 UNREACHABLE = {
     "Unreadable('libtpu made asynchronous operations that this jaxlib cannot read')": "a tool of the tests raises it",
@@ -51,10 +51,12 @@ class Source:
 
 
 def python_sources(package: Path = PACKAGE) -> Iterator[Source]:
-    """Yield every error that the package makes, ``testing`` aside, whose errors are those of tests."""
+    """Yield every error that the package and its build make, ``testing`` aside, whose errors are those of tests."""
     for path in sorted(package.rglob("*.py")):
         if "testing" not in path.relative_to(package).parts:
             yield from _of_file(path)
+    if package == PACKAGE:
+        yield from _of_file(SETUP)
 
 
 def _of_file(path: Path) -> Iterator[Source]:

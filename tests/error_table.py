@@ -10,6 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "torch_paged"
+SETUP = ROOT / "setup.py"
 PAGE = ROOT / "docs" / "errors.md"
 HEAD = """# Errors
 
@@ -26,7 +27,7 @@ _ONE_WORD = ("op", "argument", "function")  # placeholders for a name; others ma
 
 @dataclass(frozen=True)
 class Said:
-    """What a provoked call raised, and where: file and line below the package."""
+    """What a provoked call raised, and where: file and line of the package or of ``setup.py``."""
 
     kind: str
     text: str
@@ -103,7 +104,11 @@ def _said(provoke: Callable[[], Any]) -> Said:
 
 
 def said_of(error: BaseException) -> Said:
-    """Return what an exception says, and the last line below the package on its way."""
-    where = [frame for frame in traceback.extract_tb(error.__traceback__) if PACKAGE in Path(frame.filename).parents]
+    """Return what an exception says, and the last line of the package or of ``setup.py`` on its way."""
+    where = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if PACKAGE in Path(frame.filename).parents or Path(frame.filename) == SETUP
+    ]
     file, line = (str(Path(where[-1].filename).relative_to(ROOT)), where[-1].lineno or 0) if where else ("", 0)
     return Said(type(error).__name__, str(error), file, line)

@@ -7,6 +7,7 @@ import pytest
 from error_sources import UNREACHABLE, Source, cpp_texts, python_sources
 from error_table import PAGE, Error, Group, Said, page
 from errors_of_backends import DEVICES
+from errors_of_building import BUILDING
 from errors_of_import import IMPORT
 from errors_of_ops import CALLS, RULES, break_rule
 from errors_of_packing import PACKED
@@ -20,7 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),  # of kinds of tensors that torch is giving up
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
 ]
-GROUPS = (RULES, CALLS, IMPORT, DEVICES, ALLOCATOR, CACHES, MASKS, EXPLAIN, PATCHING, CACHE, PACKED)
+GROUPS = (RULES, CALLS, BUILDING, IMPORT, DEVICES, ALLOCATOR, CACHES, MASKS, EXPLAIN, PATCHING, CACHE, PACKED)
 ERRORS = [error for group in GROUPS for error in group.errors]
 
 
