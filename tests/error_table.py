@@ -14,9 +14,14 @@ SETUP = ROOT / "setup.py"
 PAGE = ROOT / "docs" / "errors.md"
 HEAD = """# Errors
 
-Every error that a call, a setting or an install can raise: its text, why it is raised, what to do. `<words>` stand for
-values. Search the page for a part of the text. Each entry is provoked by the tests, which also write this page:
-`python -m pytest tests/test_errors.py --write-errors`.
+Every error that the package and its build make, and some that torch and transformers make within our calls: each text,
+why it is raised, what to do. Not listed is what else these two and Python raise: for an argument of a wrong type or
+name that no rule here names, a value that transformers does not check, a device that is not there, and within the model
+itself; nor are the errors of `torch_paged.testing`, which are those of tests.
+
+`<words>` stand for values. Search the page for a part of the text. Each entry is provoked by the tests, which also
+write this page: `python -m pytest tests/test_errors.py --write-errors`. They search the sources, in Python and in C++,
+for errors that are not listed.
 
 `ValueError` is wrong input, and nothing was written. `NotImplementedError` is something that a backend or a model
 cannot do. Within `torch.compile` the same text arrives inside a `TorchRuntimeError`. Which backends are on, and why the

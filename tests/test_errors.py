@@ -8,12 +8,14 @@ from error_sources import UNREACHABLE, Source, cpp_texts, python_sources
 from error_table import PAGE, Error, Group, Said, page
 from errors_of_backends import DEVICES
 from errors_of_building import BUILDING
+from errors_of_caches import ALLOCATOR, CACHES
+from errors_of_calls import CALLS
 from errors_of_import import IMPORT
-from errors_of_ops import CALLS, RULES, break_rule
+from errors_of_ops import RULES, break_rule
 from errors_of_packing import PACKED
 from errors_of_paged_cache import CACHE
 from errors_of_patching import PATCHING
-from errors_of_tools import ALLOCATOR, CACHES, EXPLAIN, MASKS
+from errors_of_tools import EXPLAIN, MASKS
 
 from torch_paged.testing.bad_input import STATIC, VALUES
 
