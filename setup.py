@@ -41,7 +41,10 @@ OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() > 0 
 
 
 def no_extension() -> bool:
-    return os.environ.get("TORCH_PAGED_NO_EXT", "0") == "1"
+    asked = os.environ.get("TORCH_PAGED_NO_EXT", "")
+    if asked not in ("", "0", "1"):
+        raise SetupError(f"torch_paged: TORCH_PAGED_NO_EXT must be 0 or 1, got {asked!r}.")
+    return asked == "1"
 
 
 def torch_paths() -> tuple[Path, Path]:

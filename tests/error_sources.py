@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from error_table import PACKAGE, ROOT, Said
+from error_table import PACKAGE, ROOT, SETUP, Said
 
 UNREACHABLE = {
     "Unreadable('libtpu made asynchronous operations that this jaxlib cannot read')": "a tool of the tests raises it",
@@ -19,7 +19,8 @@ UNREACHABLE = {
 
 _REASONS = {"_unsupported", "why_off", "missing", "wrong_generation", "wrong_setting", "chip_refusal", "no_backend"}
 """Functions that return why something cannot be, which then is a part of an error."""
-_CPP_CALL = re.compile(r"\b(?:fail|throw std::\w+)\((.*?)\);", re.DOTALL)
+_CPP_COMMENT = re.compile(r"//.*")
+_CPP_CALL = re.compile(r'\b(?:fail\(|throw\s)((?:"(?:[^"\\]|\\.)*"|[^";])*);')
 _CPP_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 
@@ -50,10 +51,12 @@ class Source:
 
 
 def python_sources(package: Path = PACKAGE) -> Iterator[Source]:
-    """Yield every error that the package makes, ``testing`` aside, whose errors are those of tests."""
+    """Yield every error that the package and its build make, ``testing`` aside, whose errors are those of tests."""
     for path in sorted(package.rglob("*.py")):
         if "testing" not in path.relative_to(package).parts:
             yield from _of_file(path)
+    if package == PACKAGE:
+        yield from _of_file(SETUP)
 
 
 def _of_file(path: Path) -> Iterator[Source]:
@@ -96,9 +99,9 @@ def _pattern(node: ast.expr) -> str:
     return "(?s:.*)"
 
 
-def cpp_texts() -> Iterator[tuple[str, str]]:
-    """Yield the texts in every check of the C++ sources, each with its file."""
-    for path in sorted((ROOT / "csrc_shims").rglob("*")):
+def cpp_texts(folder: Path = ROOT / "csrc_shims") -> Iterator[tuple[str, str]]:
+    """Yield the texts in every check and every ``throw`` of the C++ sources, each with its file."""
+    for path in sorted(folder.rglob("*")):
         if path.suffix in (".h", ".cpp") and "tests" not in path.parts:
-            for call in _CPP_CALL.findall(path.read_text()):
+            for call in _CPP_CALL.findall(_CPP_COMMENT.sub("", path.read_text())):
                 yield from ((path.name, text) for text in _CPP_STRING.findall(call) if " " in text.strip())

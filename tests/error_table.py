@@ -10,12 +10,18 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "torch_paged"
+SETUP = ROOT / "setup.py"
 PAGE = ROOT / "docs" / "errors.md"
 HEAD = """# Errors
 
-Every error that a call, a setting or an install can raise: its text, why it is raised, what to do. `<words>` stand for
-values. Search the page for a part of the text. Each entry is provoked by the tests, which also write this page:
-`python -m pytest tests/test_errors.py --write-errors`.
+Every error that the package and its build make, and some that torch and transformers make within our calls: each text,
+why it is raised, what to do. Not listed is what else these two and Python raise: for an argument of a wrong type or
+name that no rule here names, a value that transformers does not check, a device that is not there, and within the model
+itself; nor are the errors of `torch_paged.testing`, which are those of tests.
+
+`<words>` stand for values. Search the page for a part of the text. Each entry is provoked by the tests, which also
+write this page: `python -m pytest tests/test_errors.py --write-errors`. They search the sources, in Python and in C++,
+for errors that are not listed.
 
 `ValueError` is wrong input, and nothing was written. `NotImplementedError` is something that a backend or a model
 cannot do. Within `torch.compile` the same text arrives inside a `TorchRuntimeError`. Which backends are on, and why the
@@ -26,7 +32,7 @@ _ONE_WORD = ("op", "argument", "function")  # placeholders for a name; others ma
 
 @dataclass(frozen=True)
 class Said:
-    """What a provoked call raised, and where: file and line below the package."""
+    """What a provoked call raised, and where: file and line of the package or of ``setup.py``."""
 
     kind: str
     text: str
@@ -79,11 +85,15 @@ def page(groups: Iterable[Group]) -> str:
     sections = []
     for group in groups:
         entries = [
-            f"- **`{error.text}`** ({error.kind})\n  *Cause:* {error.cause} *Remedy:* {error.remedy}"
+            f"- **{_code(error.text)}** ({error.kind})\n  *Cause:* {error.cause} *Remedy:* {error.remedy}"
             for error in group.errors
         ]
         sections.append("\n".join([f"## {group.title}", "", *entries, ""]))
     return HEAD + "\n" + "\n".join(sections)
+
+
+def _code(text: str) -> str:
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 @functools.cache
@@ -99,7 +109,11 @@ def _said(provoke: Callable[[], Any]) -> Said:
 
 
 def said_of(error: BaseException) -> Said:
-    """Return what an exception says, and the last line below the package on its way."""
-    where = [frame for frame in traceback.extract_tb(error.__traceback__) if PACKAGE in Path(frame.filename).parents]
+    """Return what an exception says, and the last line of the package or of ``setup.py`` on its way."""
+    where = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if PACKAGE in Path(frame.filename).parents or Path(frame.filename) == SETUP
+    ]
     file, line = (str(Path(where[-1].filename).relative_to(ROOT)), where[-1].lineno or 0) if where else ("", 0)
     return Said(type(error).__name__, str(error), file, line)

@@ -124,6 +124,13 @@ IMPORT = Group(
         ),
         Error(
             "ImportError",
+            "torch_paged: <setting> must be 0 or 1, got <value>",
+            "`TORCH_PAGED_DEBUG` or `TORCH_PAGED_LOG` has another value, such as `true`.",
+            "Set it to 1 to switch it on; 0, an empty value and none switch it off.",
+            (chosen(TORCH_PAGED_DEBUG="true"), chosen(TORCH_PAGED_LOG=" 1")),
+        ),
+        Error(
+            "ImportError",
             "torch_paged: <setting> and <setting> contradict each other: unset one of them",
             "Two settings ask for different backends of one device.",
             "Keep one of them.",

@@ -1,15 +1,12 @@
-"""The errors of the ops: every rule of the contract, broken, and what the dispatcher refuses."""
+"""The errors of the ops' arguments: every rule of the contract, broken."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from error_table import Error, Group
-from torch.autograd import forward_ad
 
-from torch_paged.testing.bad_input import BASES, STATIC, VALUES, Break
-from torch_paged.testing.cases import build
+from torch_paged.testing.bad_input import STATIC, VALUES, Break
 
 _PAIR = "pass both or neither"
 _RULES: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
@@ -254,16 +251,6 @@ def call(op: str, arguments: dict[str, Any]) -> Any:
     return getattr(torch.ops.paged, op).default(**arguments)
 
 
-def with_changes(base: str, op: str, **changes: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Any]:
-    """Return a call of one of ``BASES`` with changed tensors."""
-
-    def provoke() -> Any:
-        arguments = build(BASES[base], 0)
-        return call(op, arguments | {name: changed(arguments[name]) for name, changed in changes.items()})
-
-    return provoke
-
-
 def break_rule(broken: Break) -> Any:
     """Break a rule of the contract."""
     return call(broken.op, broken.arguments())
@@ -289,83 +276,4 @@ def _sentence(broken: Break) -> str:
     return ""
 
 
-def _backward() -> None:
-    arguments = build(BASES["decode, no options"], 0)
-    arguments["query"].requires_grad_()
-    call("paged_attention", arguments).sum().backward()
-
-
-def _write_with_gradient() -> None:
-    with_changes("write", "reshape_and_cache", key=lambda key: key.requires_grad_())()
-
-
-def _tangent() -> None:
-    arguments = build(BASES["decode, no options"], 0)
-    with forward_ad.dual_level():
-        arguments["query"] = forward_ad.make_dual(arguments["query"], torch.ones_like(arguments["query"]))
-        call("paged_attention", arguments)
-
-
-def _transformed() -> None:
-    arguments = build(BASES["decode, no options"], 0)
-    torch.func.grad(lambda query: call("paged_attention", arguments | {"query": query}).sum())(arguments["query"])
-
-
-def _too_large() -> None:
-    call("gather_cache", build(BASES["gather"], 0) | {"max_len": 2**45})
-
-
 RULES = Group("Arguments of the ops", tuple(_of_rule(*rule) for rule in _RULES))
-CALLS = Group(
-    "Calls of the ops",
-    (
-        Error(
-            "ValueError",
-            "<op>: every tensor must be dense (torch.strided) and plain, got <kind>",
-            "A tensor is sparse, quantised by torch, of MKL-DNN or of another kind without plain memory; or one that "
-            "is written has the negative bit, as `x.conj().imag` has.",
-            "Pass `tensor.to_dense()` or `tensor.resolve_neg()`.",
-            (
-                with_changes("copy", "copy_blocks", kv_cache=lambda cache: cache.to_sparse()),
-                with_changes("copy", "copy_blocks", kv_cache=torch._neg_view),
-                with_changes("decode", "paged_attention", query=lambda query: query.to_mkldnn()),
-            ),
-        ),
-        Error(
-            "NotImplementedError",
-            "<op>: the op has no backward; run it under torch.no_grad() or detach its inputs, and train densely",
-            "A gradient of an op was asked for; these are ops for inference.",
-            "Run under `torch.no_grad()`, or train with dense attention.",
-            (_backward, _transformed),
-        ),
-        Error(
-            "NotImplementedError",
-            "<op>: the op has no backward and writes in place, so that no gradient could flow through the cache; run "
-            "it under torch.no_grad() or detach its inputs",
-            "What is written to the cache requires a gradient.",
-            "Run under `torch.no_grad()`.",
-            (_write_with_gradient,),
-        ),
-        Error(
-            "NotImplementedError",
-            "<op>: the op has no forward-mode derivative; pass tensors without a tangent",
-            "The call is inside `torch.func.jvp` or `forward_ad`.",
-            "Take the op out of it.",
-            (_tangent,),
-        ),
-        Error(
-            "RuntimeError",
-            "torch_paged: torch failed in <what>",
-            "Torch could not allocate a result or a copy: the machine has too little memory. Caches are unchanged.",
-            "Ask for less: a smaller `max_len`, fewer tokens at a time.",
-            (_too_large,),
-        ),
-        Error(
-            "RuntimeError",
-            "paged::<op>() Expected a value of type <type> for argument <name> but instead found type <type>.<more>",
-            "Torch's own check of the call: an argument is of another Python type, or an int has more than 64 bits.",
-            "Compare the call with the declaration that follows in the text.",
-            (functools.partial(call, "merge_attention_states", {"outs": "text", "lses": torch.ones(1)}),),
-        ),
-    ),
-)

@@ -49,6 +49,10 @@ def _configured(**options: Any) -> Callable[[], Any]:
     return _request(GenerationRequest([5], GenerationConfig(**options)))
 
 
+def _any(value: Any) -> Any:
+    return value
+
+
 def _most_tokens(count: int) -> AbstractContextManager[Any]:
     return patch(f"{PARTS}.batch_generator.most_packed_tokens", lambda config: count)
 
@@ -62,26 +66,79 @@ def _packed() -> PackedCache:
     return PackedCache(patched().config, num_blocks=4)
 
 
+_REFUSED_BY_TRANSFORMERS: tuple[dict[str, Any], ...] = (
+    {"max_new_tokens": -1},
+    {"do_sample": True, "temperature": -1.0},
+    {"do_sample": True, "top_k": -3},
+    {"do_sample": True, "min_p": 7.0},
+    {"do_sample": True, "typical_p": -1.0},
+    {"repetition_penalty": -1.0},
+    {"bad_words_ids": 5},
+)
+
 PACKED = Group(
     "transformers: generate_batch and BatchGenerator",
     (
         value_error(
-            "BatchGenerator: <argument> must be >= 1, got <value>",
-            "A size is 0 or negative.",
+            "BatchGenerator: <argument> must be an int >= 1, got <value>",
+            "A size is 0 or negative, a float or a string.",
             "Leave it out.",
             lambda: BatchGenerator(patched(), max_batch_tokens=0),
         ),
         value_error(
-            "PackedCache: num_blocks must be >= 1, got <value>",
+            "PackedCache: num_blocks must be an int >= 1, got <value>",
             "A cache has at least one block.",
             "Pass None for a cache that grows.",
             lambda: BatchGenerator(patched(), num_blocks=0),
+            lambda: BatchGenerator(patched(), num_blocks=_any("8")),
         ),
         value_error(
             "generate_batch: a prompt must have at least 1 token, got none",
             "A prompt is empty.",
             "Begin with the bos token.",
             _request([]),
+        ),
+        value_error(
+            "generate_batch: a prompt must be a list of token ids, got <value>",
+            "A prompt is None or a single number.",
+            "Pass a list or a vector of ids for each prompt.",
+            _request(None),
+            _request(torch.tensor(5)),
+        ),
+        value_error(
+            "generate_batch: <argument> must be a <type>, got <value>",
+            "A setting of a request is of another kind: a dict for a GenerationConfig, a function for a list of such.",
+            "Pass `GenerationConfig(...)`, `LogitsProcessorList([...])`, `StoppingCriteriaList([...])`.",
+            _request([5], generation_config={"max_new_tokens": 3}),
+            _request(GenerationRequest([5], generation_config=_any("greedy"))),
+            _request(GenerationRequest([5], logits_processor=_any(5))),
+            _request(GenerationRequest([5], stopping_criteria=_any(5))),
+        ),
+        value_error(
+            "generate_batch: streamer must have put() and end(), got <value>",
+            "The object cannot be told of tokens.",
+            "Pass a streamer of transformers, or an object with both methods.",
+            _request(GenerationRequest([5], streamer=_any(3))),
+        ),
+        value_error(
+            "generate_batch: seed must be an int of 64 bits, got <value>",
+            "The seed is a float, a string or too large.",
+            "Pass an int from 0 to 2^64 - 1.",
+            _request(GenerationRequest([5], seed=2**70)),
+        ),
+        value_error(
+            "`<option>` <rule>",
+            "Transformers' own check of an option of generation: max_new_tokens `must be greater than 0`, temperature "
+            "`has to be a strictly positive float`, top_k `a strictly positive integer`, min_p `a float in the [0, 1] "
+            "interval`, and more.",
+            "Do what the text says: it names the option and what it may be.",
+            *(_request([5], **options) for options in _REFUSED_BY_TRANSFORMERS),
+        ),
+        value_error(
+            "There are one or more stop strings, <more> could not locate a tokenizer. <more>",
+            "Transformers' own check: `stop_strings` are compared with what the tokens decode to.",
+            "Pass `tokenizer=` to `generate_batch` or `BatchGenerator`.",
+            _request([5], stop_strings=["end"]),
         ),
         value_error(
             "generate_batch: token ids must be ints in [0, <n>], got <value> at index <i>",

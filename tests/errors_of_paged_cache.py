@@ -164,14 +164,44 @@ def _part_of_a_packed_row() -> None:
     attention._step_of_last(SimpleNamespace(max_seqlen_q=2, context_lens=lengths), 1, 1)  # type: ignore[arg-type]
 
 
+def _row_that_is_not_there(method: str) -> Callable[[], Any]:
+    def provoke() -> None:
+        model = patched()
+        cache = new_cache(model)
+        forward(model, past_key_values=cache)
+        getattr(cache, method)(torch.tensor([5]))
+
+    return provoke
+
+
 CACHE = Group(
     "transformers: PagedCache and attention",
     (
         value_error(
-            "PagedCache: <argument> must be >= 1, got <value>",
-            "A size is 0 or negative.",
-            "Pass None or leave it out.",
+            "PagedCache: <argument> must be an int >= 1, got <value>",
+            "A size is 0 or negative, a float or a string.",
+            "Leave it out.",
             lambda: new_cache(block_size=0),
+            lambda: new_cache(max_cache_length=1.5),
+        ),
+        value_error(
+            "PagedCache: config must be that of a transformers model, got <type>",
+            "It is the model, a dict or None.",
+            "Pass `model.config`.",
+            lambda: PagedCache(patched()),
+        ),
+        value_error(
+            "PagedCache: layer_idx must be < <n>, the layers of the config that the cache was made of, got <n>",
+            "The cache was made for a model with fewer layers.",
+            "Make it of this model's config.",
+            lambda: new_cache().update(torch.ones(1, 2, 3, 16), torch.ones(1, 2, 3, 16), 99),
+        ),
+        value_error(
+            "PagedCache: rows must be in [0, <n>), got <n>",
+            "`reorder_cache` or `batch_select_indices` names a row that the cache does not have.",
+            "Name rows of the batch that was cached.",
+            _row_that_is_not_there("reorder_cache"),
+            _row_that_is_not_there("batch_select_indices"),
         ),
         value_error(
             "PagedCache: dtype must be None, int8, float8_e4m3fn or float8_e5m2, got <dtype>",

@@ -31,6 +31,8 @@ from transformers_provocations import (
 )
 
 from torch_paged.integrations.transformers import (
+    BatchGenerator,
+    generate_batch,
     patch_model,
     versions,
 )
@@ -104,16 +106,20 @@ PATCHING = Group(
             (partial(versions.check_version, "4.56.2"),),
         ),
         value_error(
-            "patch_model: model must be a transformers PreTrainedModel, got <type>",
+            "<function>: model must be a transformers PreTrainedModel, got <type>",
             "Only models of transformers can be patched; wrappers of peft are seen through.",
             "Pass the model itself.",
             lambda: patch_model(nn.Linear(1, 1)),
+            lambda: BatchGenerator(None),
+            lambda: generate_batch(None, [[5]]),
         ),
         value_error(
-            "patch_model: block_size must be >= 1, got <value>",
+            "patch_model: block_size must be an int >= 1, got <value>",
             "A block holds at least one token.",
             "Pass 16, or leave it out.",
             lambda: patch_model(make_model("llama"), block_size=0),
+            _patch_under(block_size="16"),
+            _patch_under(block_size=None),
         ),
         not_supported(
             "patch_model: <model> cannot generate; load it with AutoModelForCausalLM",

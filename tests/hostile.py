@@ -21,9 +21,6 @@ WRITTEN = {
 }
 """Op -> the arguments that it writes."""
 
-ALIASED_INDICES_OF_WRITES = False
-"""Whether ops that write get index tensors in the cache's memory too: they would have to copy them first."""
-
 _SMALL = FACTORS | {
     "contexts": ("short",) * 15 + ("split",),
     "head_dim": (16, 1, 3, 8, 40) * 3 + (64, 128),
@@ -330,8 +327,6 @@ def _alias(call: HostileCall, rng: random.Random) -> str:
 
 def _alias_index(call: HostileCall, rng: random.Random) -> str:
     """Let an index tensor lie in the memory of the cache, with its values."""
-    if call.written and not ALIASED_INDICES_OF_WRITES:
-        return ""
     cache = call.arguments.get("kv_cache")
     names = [name for name in call.tensors() if call.arguments[name].dtype in (torch.int32, torch.int64)]
     if not isinstance(cache, Tensor) or cache.dtype not in _CACHE_DTYPES or not cache.is_contiguous() or not names:

@@ -1,6 +1,8 @@
 """The block allocator step by step: slots, copy-on-write, windows, prefix reuse, batches, errors, and real tensors."""
 
 import copy
+import hashlib
+from array import array
 from typing import Any
 
 import pytest
@@ -193,6 +195,26 @@ def test_prefix_reuse_shares_full_blocks_but_never_the_last_token() -> None:
     assert allocator.context_len(allocator.allocate([9, 1, 2, 3, 4, 5, 6, 7, 8])) == 0
     assert allocator.context_len(allocator.allocate([4, 5, 6, 7, 8])) == 0, "the same block after another prefix"
     assert allocator.context_len(allocator.allocate(list(range(10)), salt=b"adapter")) == 0
+
+
+def test_only_equal_salts_share() -> None:
+    allocator = BlockAllocator(16, 4, prefix_reuse=True)
+    prompt = list(range(9))
+    publish_prompt(allocator, prompt, "tenant é".encode())
+    assert allocator.context_len(allocator.allocate(prompt, salt="tenant é")) == 8
+    for salt in ("", "tenant", "tenant e", "\ud800", b"tenant"):
+        assert allocator.context_len(allocator.allocate(prompt, salt=salt)) == 0
+    with pytest.raises(ValueError, match=r"^allocate: salt must be bytes or a str, got 5$"):
+        allocator.allocate(prompt, salt=5)  # type: ignore[arg-type]
+
+
+def test_a_salt_cannot_stand_for_the_start_of_a_prompt() -> None:
+    allocator = BlockAllocator(16, 4, prefix_reuse=True)
+    publish_prompt(allocator, list(range(9)))
+    first_block = array("q", range(4)).tobytes()
+    for salt in (b"", hashlib.sha256(b"").digest(), hashlib.sha256(hashlib.sha256(b"").digest()).digest()):
+        forged = allocator.allocate(list(range(4, 9)), salt=salt + first_block)
+        assert allocator.context_len(forged) == 0
 
 
 def test_nothing_is_reused_before_it_is_published_or_without_ids() -> None:

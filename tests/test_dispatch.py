@@ -67,6 +67,17 @@ def test_discovery_finds_the_folders() -> None:
         assert info.name == name
 
 
+@pytest.mark.parametrize("variable", ["TORCH_PAGED_DEBUG", "TORCH_PAGED_LOG"])
+def test_a_switch_is_0_or_1(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("", "0", "1"):
+        monkeypatch.setenv(variable, value)
+        assert dispatch._chosen_backends()
+    for value in ("true", "yes", "2", " 1", "on"):
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(ImportError, match=f"^torch_paged: {variable} must be 0 or 1, got '{value}'$"):
+            dispatch._chosen_backends()
+
+
 def test_the_reference_is_chosen_by_name() -> None:
     code = DECODE.format(block=0) + "from torch_paged import dispatch; print(dispatch.served(), out.shape)"
     assert run_python(code, TORCH_PAGED_BACKEND="reference").stdout.strip() == (

@@ -7,12 +7,15 @@ import pytest
 from error_sources import UNREACHABLE, Source, cpp_texts, python_sources
 from error_table import PAGE, Error, Group, Said, page
 from errors_of_backends import DEVICES
+from errors_of_building import BUILDING
+from errors_of_caches import ALLOCATOR, CACHES
+from errors_of_calls import CALLS
 from errors_of_import import IMPORT
-from errors_of_ops import CALLS, RULES, break_rule
+from errors_of_ops import RULES, break_rule
 from errors_of_packing import PACKED
 from errors_of_paged_cache import CACHE
 from errors_of_patching import PATCHING
-from errors_of_tools import ALLOCATOR, CACHES, EXPLAIN, MASKS
+from errors_of_tools import EXPLAIN, MASKS
 
 from torch_paged.testing.bad_input import STATIC, VALUES
 
@@ -20,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),  # of kinds of tensors that torch is giving up
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
 ]
-GROUPS = (RULES, CALLS, IMPORT, DEVICES, ALLOCATOR, CACHES, MASKS, EXPLAIN, PATCHING, CACHE, PACKED)
+GROUPS = (RULES, CALLS, BUILDING, IMPORT, DEVICES, ALLOCATOR, CACHES, MASKS, EXPLAIN, PATCHING, CACHE, PACKED)
 ERRORS = [error for group in GROUPS for error in group.errors]
 
 
@@ -83,6 +86,14 @@ def test_an_error_that_is_not_listed_is_seen(tmp_path: Path) -> None:
         "return 'the moon is full'",
         "ValueError(f'call: x is {x}')",
     ]
+
+
+def test_every_throw_in_cpp_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "new.h").write_text(
+        '#include <new>\n// may throw; "not this"\nthrow;\nthrow std::bad_alloc();\n'
+        'throw Raised(type,\n  "torch_paged: no luck");\nfail(op, "key", "be a key; or", got);\n'
+    )
+    assert [text for _, text in cpp_texts(tmp_path)] == ["torch_paged: no luck", "be a key; or"]
 
 
 @pytest.mark.parametrize(

@@ -72,16 +72,18 @@ def test_ctrl_c_ends_a_prefill() -> None:
 
 @contextmanager
 def handled(handler: Callable[[], None], first_s: float = 0.05, then_s: float = 0.0) -> Iterator[None]:
-    """Let an alarm call the handler once, or again and again."""
+    """Let an alarm call the handler once, or again so long after each time."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         handler()
+        signal.setitimer(signal.ITIMER_REAL, then_s)
 
     before = signal.signal(signal.SIGALRM, handle)
-    signal.setitimer(signal.ITIMER_REAL, first_s, then_s)
+    signal.setitimer(signal.ITIMER_REAL, first_s)
     try:
         yield
     finally:
+        then_s = 0.0  # off, also for a handler that is about to run
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 

@@ -373,5 +373,5 @@ def test_another_device_is_refused_when_patching(device: str) -> None:
 def test_what_is_no_transformers_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"patch_model: model must be a transformers PreTrainedModel, got Linear"):
         patch_model(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"patch_model: block_size must be >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"patch_model: block_size must be an int >= 1, got 0"):
         patch_model(LlamaForCausalLM(LlamaConfig(**TINY)), block_size=0)

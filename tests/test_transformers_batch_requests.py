@@ -151,7 +151,7 @@ def test_an_unknown_option_is_refused(llama: Any) -> None:
 
 @pytest.mark.parametrize("option", ["num_blocks", "block_size", "max_batch_tokens", "max_requests_per_batch"])
 def test_sizes_are_checked(llama: Any, option: str) -> None:
-    with pytest.raises(ValueError, match=f"{option} must be >= 1, got 0"):
+    with pytest.raises(ValueError, match=f"{option} must be an int >= 1, got 0"):
         run(llama, [[5]], **{option: 0})
 
 

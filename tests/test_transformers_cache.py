@@ -267,9 +267,9 @@ def test_options_without_a_paged_form_are_refused(
 
 
 def test_sizes_below_one_are_refused(model: Any) -> None:
-    with pytest.raises(ValueError, match=r"PagedCache: max_cache_length must be >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"PagedCache: max_cache_length must be an int >= 1, got 0"):
         PagedCache(model.config, max_cache_length=0)
-    with pytest.raises(ValueError, match=r"PagedCache: block_size must be >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"PagedCache: block_size must be an int >= 1, got 0"):
         PagedCache(model.config, block_size=0)
 
 

@@ -13,6 +13,8 @@ from torch_paged.contract import autograd, fake, negated
 from torch_paged.contract.schema import NAMESPACE, SCHEMAS, define_ops
 
 VARIABLE = "TORCH_PAGED_BACKEND"
+SWITCHES = ("TORCH_PAGED_DEBUG", "TORCH_PAGED_LOG")
+"""Variables that are 0 or 1; unset and empty mean 0."""
 
 overloads = SimpleNamespace()
 """Op -> its overload, ``<op>_with_stats`` too: a look-up through ``torch.ops`` costs each call more."""
@@ -87,6 +89,9 @@ def no_backend(op: str, device_type: str) -> str:
 
 def _chosen_backends() -> dict[str, BackendInfo]:
     """Return which backend is to serve each device type: the one that a setting asks for, else the device's own."""
+    for name in SWITCHES:
+        if (asked := os.environ.get(name, "")) not in ("", "0", "1"):
+            raise ImportError(f"torch_paged: {name} must be 0 or 1, got {asked!r}")
     known = backends.discover()
     wanted = os.environ.get(VARIABLE, "auto") or "auto"
     if wanted not in ("auto", *known):

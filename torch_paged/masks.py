@@ -282,6 +282,9 @@ def moba_mask(
     for name, size in (("chunk_size", chunk_size), ("top_k", top_k)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"moba_mask: {name} must be an int >= 1, got {size!r}")
+    for name, value in (("query", query), ("key", key)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"moba_mask: {name} must be a tensor, got {value!r}")
     if (
         query.dim() != 3
         or key.dim() != 4
@@ -380,10 +383,11 @@ def _floor_div(x: Tensor, size: int) -> Tensor:
 
 
 def _check_ints(function: str, name: str, tensor: Tensor, rank: int) -> None:
-    if tensor.dim() != rank or tensor.dtype not in (torch.int32, torch.int64):
+    is_tensor = isinstance(tensor, Tensor)
+    if not is_tensor or tensor.dim() != rank or tensor.dtype not in (torch.int32, torch.int64):
+        got = f"{tuple(tensor.shape)} {tensor.dtype}" if is_tensor else repr(tensor)
         raise ValueError(
-            f"{function}: {name} must have {rank} dimension{'s' * (rank > 1)} of int32 or int64, "
-            f"got {tuple(tensor.shape)} {tensor.dtype}"
+            f"{function}: {name} must have {rank} dimension{'s' * (rank > 1)} of int32 or int64, got {got}"
         )
 
 

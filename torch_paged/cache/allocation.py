@@ -39,6 +39,10 @@ class _Shapes:
     cache: tuple[int, ...]
     scales: tuple[int, ...] | None
 
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        scale_bytes = 0 if self.scales is None else math.prod(self.scales) * torch.float32.itemsize
+        return math.prod(self.cache) * dtype.itemsize + scale_bytes
+
 
 def allocate_kv_cache(
     num_blocks: int,
@@ -81,6 +85,7 @@ def allocate_kv_cache(
     Raises:
         ValueError: a size below 1, a dtype that no cache has, scales missing for a quantised cache or given for
             another, a backend that does not exist.
+        MemoryError: more bytes than can be counted or, on the CPU, than there are.
 
     Source:
         Transparent Hugepage Support, https://docs.kernel.org/admin-guide/mm/transhuge.html
@@ -96,11 +101,19 @@ def allocate_kv_cache(
         "allocate_kv_cache", num_blocks, num_kv_heads, block_size, head_dim, dtype, latent, scales, backend
     )
     device = torch.device(device)
-    kv_scales = None if shapes.scales is None else torch.ones(shapes.scales, dtype=torch.float32, device=device)
-    if device.type == "cpu" and huge_pages and math.prod(shapes.cache) * dtype.itemsize >= HUGE_PAGE_BYTES:
-        kv_cache, advised = _mapped_zeros(shapes.cache, dtype)
-        return KVCache(kv_cache, kv_scales, advised)
-    return KVCache(torch.zeros(shapes.cache, dtype=dtype, device=device), kv_scales, False)
+    num_bytes = shapes.num_bytes(dtype)
+    if num_bytes >= 2**63:
+        raise _no_memory(num_bytes)
+    try:
+        kv_scales = None if shapes.scales is None else torch.ones(shapes.scales, dtype=torch.float32, device=device)
+        if device.type == "cpu" and huge_pages and math.prod(shapes.cache) * dtype.itemsize >= HUGE_PAGE_BYTES:
+            kv_cache, advised = _mapped_zeros(shapes.cache, dtype)
+            return KVCache(kv_cache, kv_scales, advised)
+        return KVCache(torch.zeros(shapes.cache, dtype=dtype, device=device), kv_scales, False)
+    except (OSError, RuntimeError) as error:  # of mmap, of torch
+        if device.type != "cpu":
+            raise
+        raise _no_memory(num_bytes) from error
 
 
 def cache_bytes(
@@ -134,8 +147,7 @@ def cache_bytes(
     """
     shapes = _shapes("cache_bytes", num_blocks, num_kv_heads, block_size, head_dim, dtype, latent, scales, backend)
     _check_positive("cache_bytes", "num_layers", num_layers)
-    scale_bytes = 0 if shapes.scales is None else math.prod(shapes.scales) * torch.float32.itemsize
-    return num_layers * (math.prod(shapes.cache) * dtype.itemsize + scale_bytes)
+    return num_layers * shapes.num_bytes(dtype)
 
 
 def blocks_that_fit(
@@ -219,6 +231,10 @@ def _shapes(
 def _check_positive(function: str, name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{function}: {name} must be an int >= 1, got {value!r}")
+
+
+def _no_memory(num_bytes: int) -> MemoryError:
+    return MemoryError(f"allocate_kv_cache: no memory for {num_bytes} bytes; use fewer blocks")
 
 
 def _mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, bool]:

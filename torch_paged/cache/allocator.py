@@ -42,7 +42,7 @@ class BlockAllocator:
     sequence that is freed within a step takes its unwritten slots with it.
 
     Args:
-        num_blocks: N of the cache, >= 1.
+        num_blocks: N of the cache, >= 1 and < 2^31, as block tables are int32.
         block_size: S of the cache, tokens, >= 1.
         sliding_window: tokens; blocks that no coming query can see are freed by ``append``, their table entries become
             -1. Only where *all* layers that use the table have this window. None: keep everything.
@@ -50,7 +50,7 @@ class BlockAllocator:
         prefix_reuse: True to let ``allocate`` share published blocks.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1, or more blocks than int32 can name.
 
     Source:
         Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, arXiv 2309.06180.
@@ -83,6 +83,7 @@ class BlockAllocator:
         for name, size in {**sizes, **{name: size for name, size in options.items() if size is not None}}.items():
             if not is_int(size) or size < 1:
                 raise ValueError(f"BlockAllocator: {name} must be an int >= 1, got {size!r}")
+        _check_ids("BlockAllocator", num_blocks)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.sliding_window = sliding_window
@@ -105,14 +106,15 @@ class BlockAllocator:
             num_blocks: N of the larger cache.
 
         Raises:
-            ValueError: no int, or fewer blocks than there are.
+            ValueError: no int, fewer blocks than there are, or more than int32 can name.
         """
         if not is_int(num_blocks) or num_blocks < self.num_blocks:
             raise ValueError(f"grow: num_blocks must be an int >= {self.num_blocks}, got {num_blocks!r}")
+        _check_ids("grow", num_blocks)
         self._pool.grow(num_blocks)
         self.num_blocks = num_blocks
 
-    def allocate(self, prompt: Sequence[int] = (), *, salt: bytes = b"") -> int:
+    def allocate(self, prompt: Sequence[int] = (), *, salt: bytes | str = b"") -> int:
         """Start a sequence; with prefix reuse, on the published blocks that already hold the start of its prompt.
 
         Append ``prompt[context_len(seq):]`` next. The last token of a prompt is never reused: its query has to run.
@@ -120,15 +122,16 @@ class BlockAllocator:
         Args:
             prompt: token ids. Empty: nothing to reuse.
             salt: what besides the ids decides a token's key and value (adapter, image, tenant); only equal salts share.
+                A str stands for its UTF-8 bytes.
 
         Returns:
             The sequence's number, never used again.
 
         Raises:
-            ValueError: a token id that is not an int of 64 bits.
+            ValueError: a token id that is not an int of 64 bits, a salt that is neither bytes nor a str.
         """
         ids = _token_ids("allocate", "prompt", prompt)
-        sequence = _Sequence(root=hashlib.sha256(salt).digest())
+        sequence = _Sequence(root=_root(salt))
         if self.prefix_reuse:
             for start in range(0, len(ids) - self.block_size, self.block_size):
                 digest = self._digest(sequence, ids[start : start + self.block_size])
@@ -327,6 +330,7 @@ class BlockAllocator:
         Raises:
             ValueError: an unknown sequence, query_lens of another length or outside [0, context_len], a size too small.
         """
+        seqs, query_lens = _as_list("seqs", seqs), _as_list("query_lens", query_lens)
         sequences = [self._get("batch", seq) for seq in seqs]
         if len(query_lens) != len(sequences):
             raise ValueError(
@@ -375,14 +379,37 @@ class BlockAllocator:
         return hashlib.sha256(parent + ids.tobytes()).digest()
 
     def _get(self, function: str, seq: int) -> _Sequence:
-        if seq not in self._sequences:
-            raise ValueError(f"{function}: seq must be an allocated sequence, got {seq!r}")
-        return self._sequences[seq]
+        try:
+            return self._sequences[seq]
+        except (KeyError, TypeError):
+            raise ValueError(f"{function}: seq must be an allocated sequence, got {seq!r}") from None
+
+
+def _check_ids(function: str, num_blocks: int) -> None:
+    if num_blocks >= 2**31:
+        raise ValueError(f"{function}: num_blocks must be < 2^31, as block tables are int32, got {num_blocks}")
 
 
 def _check_count(function: str, name: str, count: int) -> None:
     if not is_int(count) or count < 0:
         raise ValueError(f"{function}: {name} must be an int >= 0, got {count!r}")
+
+
+def _as_list(name: str, values: Sequence[int]) -> list[int]:
+    try:
+        return list(values)
+    except TypeError:
+        raise ValueError(f"batch: {name} must be a list of ints, got {values!r}") from None
+
+
+def _root(salt: bytes | str) -> bytes:
+    """Return the digest before a sequence's first token."""
+    if isinstance(salt, str):
+        salt = salt.encode(errors="surrogatepass")
+    if not isinstance(salt, bytes):
+        raise ValueError(f"allocate: salt must be bytes or a str, got {salt!r}")
+    # Hashed twice: what a digest of blocks is made of is longer than a digest, so that no salt can stand for tokens.
+    return hashlib.sha256(hashlib.sha256(salt).digest()).digest()
 
 
 def _token_ids(function: str, name: str, tokens: Sequence[int]) -> "array[int]":

@@ -122,6 +122,8 @@ def to_layout(kv_cache: Tensor, layout: str, *, contiguous: bool = False) -> Con
         (torch.Size([8, 10, 16, 64]), True)
     """
     rule = _rule("to_layout", layout)
+    if not isinstance(kv_cache, Tensor):
+        raise ValueError(f"to_layout: kv_cache must be a tensor, got {kv_cache!r}")
     sides = 1 if layout == "mla" else 2
     if kv_cache.dim() != 5 or kv_cache.size(0) != sides or (sides == 1 and kv_cache.size(2) != 1):
         legend = "(1, N, 1, S, DS)" if sides == 1 else "(2, N, KH, S, DS)"
@@ -145,6 +147,8 @@ def _named(cache: Tensor | tuple[Tensor, Tensor], rule: Layout, layout: str) -> 
         if rule.pair:
             raise ValueError(f"from_layout: cache must be a pair (keys, values) for '{layout}', got one tensor")
         return [("cache", cache)]
+    if not isinstance(cache, tuple | list) or not all(isinstance(part, Tensor) for part in cache):
+        raise ValueError(f"from_layout: cache must be a tensor or a pair of tensors, got {cache!r}")
     if not rule.pair or len(cache) != 2:
         wanted = "a pair (keys, values)" if rule.pair else "one tensor"
         raise ValueError(f"from_layout: cache must be {wanted} for '{layout}', got {len(cache)} tensors")

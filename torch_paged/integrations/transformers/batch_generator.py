@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from torch_paged.integrations.transformers.checks import check_model, check_sizes
 from torch_paged.integrations.transformers.packed_cache import PackedCache
 from torch_paged.integrations.transformers.packed_prefill import takes_positions
 from torch_paged.integrations.transformers.patch import patch_report
-from torch_paged.integrations.transformers.request import GenerationOutput, GenerationRequest
+from torch_paged.integrations.transformers.request import (
+    GenerationOutput,
+    GenerationRequest,
+    check_settings,
+    list_of_ids,
+)
 from torch_paged.integrations.transformers.rope import depends_on_others, most_packed_tokens
 from torch_paged.integrations.transformers.sampling import Sampler, probabilities_of_alike
 from torch_paged.integrations.transformers.scheduler import QueuedRequest, Scheduler, end_request
@@ -74,12 +80,8 @@ class BatchGenerator:
         prefix_reuse: bool = True,
         tokenizer: Any = None,
     ) -> None:
-        for name, size in (
-            ("max_batch_tokens", max_batch_tokens),
-            ("max_requests_per_batch", max_requests_per_batch),
-        ):
-            if size < 1:
-                raise ValueError(f"BatchGenerator: {name} must be >= 1, got {size}")
+        check_model("BatchGenerator", model)
+        check_sizes("BatchGenerator", max_batch_tokens=max_batch_tokens, max_requests_per_batch=max_requests_per_batch)
         self.model = model
         self.outputs: dict[int, GenerationOutput] = {}
         self._next_number = 0
@@ -147,6 +149,7 @@ class BatchGenerator:
         self._next_number += 1
         self.outputs[number] = output
         try:
+            check_settings(request, generation_config)
             output.prompt_ids = self._prompt_ids(request)
             sampler = Sampler(
                 self.model,
@@ -165,7 +168,7 @@ class BatchGenerator:
         return number
 
     def _prompt_ids(self, request: GenerationRequest) -> list[int]:
-        ids = request.input_ids.tolist() if isinstance(request.input_ids, Tensor) else list(request.input_ids)
+        ids = list_of_ids(request.input_ids)
         if not ids:
             raise ValueError("generate_batch: a prompt must have at least 1 token, got none")
         for index, token in enumerate(ids):

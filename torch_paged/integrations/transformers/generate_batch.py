@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from torch_paged.integrations.transformers.attention import ATTENTION_NAME
 from torch_paged.integrations.transformers.batch_generator import BatchGenerator
+from torch_paged.integrations.transformers.checks import check_model
 from torch_paged.integrations.transformers.patch import patch_model, patch_report, unpatch_model
 from torch_paged.integrations.transformers.request import GenerationOutput, GenerationRequest
 
@@ -52,7 +53,7 @@ def generate_batch(
         One ``GenerationOutput`` for each prompt, in their order. Look at ``error`` of each.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1, or something else than a model of transformers.
         NotImplementedError: a model that the paged cache cannot serve.
 
     Example:
@@ -67,6 +68,7 @@ def generate_batch(
         >>> outputs[2].error
         ValueError('generate_batch: a prompt must have at least 1 token, got none')
     """
+    check_model("generate_batch", model)
     with _patched(model):
         batch = BatchGenerator(
             model,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torch_paged.cache import OutOfBlocks
 from torch_paged.integrations.transformers.block_group import BlockGroup
+from torch_paged.integrations.transformers.checks import check_sizes
 from torch_paged.integrations.transformers.paged_cache import PagedCache
 from torch_paged.integrations.transformers.paged_layer import PagedLayer
 from torch_paged.integrations.transformers.step import Step
@@ -54,8 +55,7 @@ class PackedCache(PagedCache):
         device: torch.device | str = "cpu",
         prefix_reuse: bool = False,
     ) -> None:
-        if num_blocks < 1:
-            raise ValueError(f"PackedCache: num_blocks must be >= 1, got {num_blocks}")
+        check_sizes("PackedCache", num_blocks=num_blocks)
         super().__init__(config, block_size=block_size, device=device, prefix_reuse=prefix_reuse)
         for index, layer in enumerate(self.layers):
             if layer in self.kept_layers and type(layer).__name__ != "DummyLayer":

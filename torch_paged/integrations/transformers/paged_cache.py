@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from torch_paged.integrations.transformers.attention import ATTENTION_NAME
 from torch_paged.integrations.transformers.block_group import BlockGroup
+from torch_paged.integrations.transformers.checks import check_rows, check_sizes
 from torch_paged.integrations.transformers.columns import (
     ColumnMap,
     column_map,
@@ -81,9 +82,10 @@ class PagedCache(PoolSizes, DynamicCache):
         dtype: torch.dtype | None = None,
         prefix_reuse: bool = False,
     ) -> None:
-        for name, value in (("max_cache_length", max_cache_length), ("block_size", block_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"PagedCache: {name} must be >= 1, got {value}")
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"PagedCache: config must be that of a transformers model, got {type(config).__name__}")
+        lengths = {} if max_cache_length is None else {"max_cache_length": max_cache_length}
+        check_sizes("PagedCache", block_size=block_size, **lengths)
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"PagedCache: dtype must be None, int8, float8_e4m3fn or float8_e5m2, got {dtype}")
         self._model_type = "encoder-decoder" if config.is_encoder_decoder else config.model_type
@@ -385,15 +387,40 @@ class PagedCache(PoolSizes, DynamicCache):
             layer.reset()
         self._forget()
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of a layer, and return what its attention takes for them.
+
+        Raises:
+            ValueError: the cache was made of the config of a model with fewer layers.
+        """
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"PagedCache: layer_idx must be < {len(self.layers)}, the layers of the config that the cache was made "
+                f"of, got {layer_idx}"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let every row continue the row that ``beam_idx`` names; shared blocks are copied when they are written."""
+        """Let every row continue the row that ``beam_idx`` names; shared blocks are copied when they are written.
+
+        Raises:
+            ValueError: there is no such row.
+        """
+        beam_idx = torch.as_tensor(beam_idx)
         self._select(beam_idx.tolist())
         for layer in self.kept_layers:
             layer.reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the named rows, ids or a bool mask."""
-        self._select(torch.arange(len(self.lengths))[indices.cpu()].tolist())
+        """Keep the named rows, ids or a bool mask.
+
+        Raises:
+            ValueError: there is no such row.
+        """
+        indices = torch.as_tensor(indices)
+        self._select((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
         for layer in self.kept_layers:
             layer.batch_select_indices(indices)
 
@@ -411,6 +438,7 @@ class PagedCache(PoolSizes, DynamicCache):
             self._columns = self._packed_tokens = None
 
     def _select(self, rows: list[int]) -> None:
+        check_rows(rows, len(self.lengths))
         self._finish_step()
         self._forget_preparation()
         for group in self.groups.values():

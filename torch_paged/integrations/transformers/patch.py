@@ -6,13 +6,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from torch_paged import dispatch
 from torch_paged.integrations.transformers import packed_prefill, static_shapes
 from torch_paged.integrations.transformers.attention import ATTENTION_NAME
 from torch_paged.integrations.transformers.bind import bind, unbind
+from torch_paged.integrations.transformers.checks import check_model, check_sizes, inside
 from torch_paged.integrations.transformers.latent import LATENT_ATTENTION_NAME, keep_handle
 from torch_paged.integrations.transformers.layer_plan import PatchReport, Reach, Way, plan_layers
 from torch_paged.integrations.transformers.own_config import take_own_config
@@ -83,15 +83,13 @@ def patch_model(
         >>> model.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0).shape
         torch.Size([1, 7])
     """
-    _patch(_inside(model), model, {"block_size": block_size, "dtype": dtype}, gather, prefix_reuse)
+    _patch(inside(model), model, {"block_size": block_size, "dtype": dtype}, gather, prefix_reuse)
     return model
 
 
 def _patch(model: Any, holder: nn.Module, options: dict[str, Any], gather: bool, prefix_reuse: bool) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"patch_model: model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    if options["block_size"] < 1:
-        raise ValueError(f"patch_model: block_size must be >= 1, got {options['block_size']}")
+    check_model("patch_model", model)
+    check_sizes("patch_model", block_size=options["block_size"])
     name = type(model).__name__
     if not model.can_generate():
         raise NotImplementedError(f"patch_model: {name} cannot generate; load it with AutoModelForCausalLM")
@@ -157,7 +155,7 @@ def unpatch_model(model: Model) -> Model:
     Returns:
         The same model, with the attention implementation that it had.
     """
-    _unpatch(_inside(model))
+    _unpatch(inside(model))
     return model
 
 
@@ -180,16 +178,8 @@ def _unpatch(model: Any) -> None:
 
 def patch_report(model: nn.Module) -> PatchReport | None:
     """Return what ``patch_model`` did to a model, None where it did nothing."""
-    patch: _Patch | None = getattr(_inside(model), _PATCH, None)
+    patch: _Patch | None = getattr(inside(model), _PATCH, None)
     return None if patch is None else patch.report
-
-
-def _inside(model: nn.Module) -> Any:
-    """Return the model inside of what ``torch.compile`` and adapters of peft put around it, else the model itself."""
-    inside = getattr(model, "_orig_mod", None)
-    if inside is None and hasattr(model, "get_base_model"):
-        inside = model.get_base_model()  # type: ignore[operator]
-    return model if inside is None else _inside(inside)
 
 
 def _why_gathered(model: Any, config: PreTrainedConfig) -> str:

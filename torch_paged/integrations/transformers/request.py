@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+
+from torch_paged.cache.batch import is_int
 
 
 @dataclass(eq=False)
@@ -61,3 +64,31 @@ class GenerationOutput:
     def sequence(self) -> list[int]:
         """Prompt and new tokens."""
         return self.prompt_ids + self.generated_tokens
+
+
+def check_settings(request: GenerationRequest, generation_config: Any) -> None:
+    """Raise ValueError where a setting of a request, or the configuration of its call, is of a wrong kind."""
+    for name, kind, value in (
+        ("generation_config", GenerationConfig, generation_config),
+        ("generation_config", GenerationConfig, request.generation_config),
+        ("logits_processor", list, request.logits_processor),
+        ("stopping_criteria", list, request.stopping_criteria),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"generate_batch: {name} must be a {kind.__name__}, got {value!r}")
+    if request.streamer is not None and not (hasattr(request.streamer, "put") and hasattr(request.streamer, "end")):
+        raise ValueError(f"generate_batch: streamer must have put() and end(), got {request.streamer!r}")
+    if request.seed is not None and not (is_int(request.seed) and -(2**63) <= request.seed < 2**64):
+        raise ValueError(f"generate_batch: seed must be an int of 64 bits, got {request.seed!r}")
+
+
+def list_of_ids(prompt: Any) -> list[Any]:
+    """Return the ids of a prompt.
+
+    Raises:
+        ValueError: it holds none, because it is no list.
+    """
+    try:
+        return list(prompt.tolist() if isinstance(prompt, Tensor) else prompt)
+    except TypeError:
+        raise ValueError(f"generate_batch: a prompt must be a list of token ids, got {prompt!r}") from None
