@@ -1,5 +1,5 @@
-// Stands in for OpenMP's header where the iterations of a loop are run in order (fuzz targets, with loops cut for as many
-// threads as an input says) or by plain threads (ThreadSanitizer). The program defines the functions.
+// Stands in for OpenMP's header where the iterations of a loop are run in order (fuzz targets, with loops cut for as
+// many threads as an input says) or by plain threads (ThreadSanitizer). The program defines the functions.
 #pragma once
 
 extern "C" int omp_in_parallel();
