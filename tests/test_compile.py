@@ -105,7 +105,7 @@ def test_generated_code_writes_the_cache_in_place() -> None:
     query, key, value, slots, tables, lens = step_arguments(0, block_tables)
     compiled = torch.compile(decode_step, fullgraph=True)
     _, (code,) = run_and_get_code(compiled, query, key, value, kv_cache, slots, tables, lens)
-    call = code[code.index("def call(") : code.index("def get_args")]
+    (call,) = re.findall(r"def call\(.*?^(?=def )", code, re.DOTALL | re.MULTILINE)
     cache_name = re.search(r"reshape_and_cache\.default\(\w+, \w+, (\w+),", call)
     assert cache_name is not None
     assert re.search(rf"paged_attention\.default\(\w+, {cache_name[1]},", call)
