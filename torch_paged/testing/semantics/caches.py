@@ -91,7 +91,7 @@ def quantising_rounds_ties_to_even(backend: Backend, dtype: torch.dtype) -> None
     }
     backend("quantize_and_cache", arguments)
     expected = torch.stack([torch.stack([stored, stored, 0 * stored]), torch.stack([stored, -stored, stored])])
-    actual = arguments["kv_cache"].flatten(1, 3)[:, slots].float()
+    actual = arguments["kv_cache"].float().flatten(1, 3)[:, slots]
     assert (actual == expected).all(), f"stored are {actual.tolist()}, expected {expected.tolist()}"
     scales = arguments["kv_scales"].flatten(1)[:, slots].tolist()
     assert scales == [[1.0, 2.0, 1.0], [0.25, 1.0, 8.0]], f"kv_scales are {scales}"
