@@ -206,6 +206,15 @@ def test_rows_can_be_selected(model: Any, cache: PagedCache) -> None:
     assert torch.equal(forward(model, step, past_key_values=cache), forward(model, step, past_key_values=fresh))
 
 
+def test_a_mask_selects_rows_only_if_it_has_one_entry_for_each(model: Any, cache: PagedCache) -> None:
+    forward(model, torch.cat([PROMPT, PROMPT + 40, PROMPT + 90]), past_key_values=cache)
+    with pytest.raises(IndexError):
+        cache.batch_select_indices(torch.tensor([True, False]))
+    assert cache.batch_size == 3
+    cache.batch_select_indices(torch.tensor([True, False, True]))
+    assert cache.batch_size == 2
+
+
 def test_a_copied_handle_raises(model: Any, cache: PagedCache, monkeypatch: pytest.MonkeyPatch) -> None:
     update = PagedCache.update
 

@@ -420,7 +420,9 @@ class PagedCache(PoolSizes, DynamicCache):
             ValueError: there is no such row.
         """
         indices = torch.as_tensor(indices)
-        self._select((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
+        # Indexing refuses a mask of another length, which would leave rows out unseen.
+        rows = torch.arange(len(self.lengths))[indices.cpu()] if indices.dtype == torch.bool else indices
+        self._select(rows.tolist())
         for layer in self.kept_layers:
             layer.batch_select_indices(indices)
 
