@@ -17,7 +17,7 @@ from torch_paged.contract.bounds import check_values
 from torch_paged.contract.validate import validate
 from torch_paged.testing import assert_close, assert_same, assert_stats, oracle, plain_attention
 
-_LARGEST_LOGIT = 300  # beyond it the CPU's float32 logits in base 2 are rounded by more than the tolerance rule allows
+_LARGEST_LOGIT = 1e4  # beyond it float32 rounds logits so far that any key may win
 _LARGEST_RESULT = 2**38  # elements: no machine of the tests has room for them
 _UNNAMED_DTYPES = ("float8_e8m0fnu", "float4_e2m1fn_x2")  # the stable ABI of torch 2.9 has no names for them
 ATTENTION = ("paged_attention", "flash_attn_varlen")

@@ -100,18 +100,21 @@ TP_INLINE float hmax(vf x) {
 #endif
 }
 
-// 2^x for x < 128: 2^n times a degree-5 polynomial on [-1/2, 1/2], fitted for the least relative error (1e-7) with
-// p(0) = 1. Results below the smallest normal number are 0 or, on AVX-512, subnormal; 0 is exact for -inf, NaN stays.
-TP_INLINE vf vexp2(vf x) {
+constexpr float kLog2E = 1.44269504088896341f;
+
+// e^x for x < 88: 2^n times a degree-5 polynomial in r = x / ln 2 - n on [-1/2, 1/2], fitted for the least relative
+// error (1e-7) with p(0) = 1. Results below the smallest normal number are 0 or, on AVX-512, subnormal; 0 is exact for
+// -inf, NaN stays.
+TP_INLINE vf vexp(vf x) {
 #if defined(__AVX512F__)
-  x = _mm512_max_ps(set1(-200.0f), x);  // the second operand wins when it is NaN
-  const vf n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  x = _mm512_max_ps(set1(-140.0f), x);  // the second operand wins when it is NaN
+  const vf n = _mm512_roundscale_ps(x * kLog2E, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const vf shifted = (x < -127.0f ? set1(-127.0f) : x) + magic;
+  const vf shifted = (x < -88.0f ? set1(-88.0f) : x) * kLog2E + magic;
   const vf n = shifted - magic;
 #endif
-  const vf r = x - n;
+  const vf r = x * kLog2E - n;
   vf y = r * 1.3264727e-3f + 9.6715130e-3f;
   y = y * r + 5.5507336e-2f;
   y = y * r + 2.4022242e-1f;
@@ -121,13 +124,9 @@ TP_INLINE vf vexp2(vf x) {
   return _mm512_scalef_ps(y, n);
 #else
   y = y * (vf)(((vi)shifted << 23) + 0x3f800000);
-  return x < -126.0f ? vf{} : y;
+  return x < -87.33f ? vf{} : y;
 #endif
 }
-
-constexpr float kLog2E = 1.44269504088896341f;
-
-TP_INLINE vf vexp(vf x) { return vexp2(x * kLog2E); }
 
 // tanh: an odd polynomial near 0 (Cephes tanhf), 1 - 2 / (exp(2|x|) + 1) elsewhere, so that small logits keep their
 // bits.

@@ -20,9 +20,9 @@ struct RowSight {
   float slope;       // ALiBi
 };
 
-constexpr float kLeastLogit = -2.3e38f;  // in base 2 it is a float32 still
+constexpr float kLeastLogit = -0x1.fffffep127f;  // with -inf the key would be hidden
 
-// Logits of one row in base 2, stored to s; returns their maximum a lane.
+// Logits of one row, stored to s; returns their maximum a lane.
 TP_INLINE vf masked_logits(const LogitRule& rule, const RowSight& row, int count, float* s) {
   const vf lanes = __builtin_convertvector(lane_index(), vf);
   vf top = set1(kNegInf);
@@ -33,14 +33,15 @@ TP_INLINE vf masked_logits(const LogitRule& rule, const RowSight& row, int count
     if (row.slope != 0.0f) x = vmax(set1(kLeastLogit), x - row.slope * vabs((float)(row.distance - i) - lanes));
     x = select_bits((uint32_t)(row.bits >> i), x, set1(kNegInf));
     top = vmax(top, x);
-    storeu(s + i, x * kLog2E);
+    storeu(s + i, x);
   }
   return top;
 }
 
 // Logits of RG rows and a block become probabilities, and each row's running max, sum and accumulator move to the new
 // max. The sum is a vector per row, whose lanes are added up at the end. The usual case, nothing but a scale and all
-// keys visible, needs one pass to find the maximum.
+// keys visible, needs one pass to find the maximum. The maximum leaves a logit before anything else rounds it: a weight
+// is as exact for large logits as for small ones.
 template <int RG>
 TP_INLINE void softmax_rows(const LogitRule& rule, const RowSight* rows, int count, float* s, float* max, float* sum,
                             float* acc, int64_t acc_lanes) {
@@ -61,21 +62,21 @@ TP_INLINE void softmax_rows(const LogitRule& rule, const RowSight* rows, int cou
   float block_max[RG];
   TP_UNROLL
   for (int g = 0; g < RG; ++g) block_max[g] = hmax(top[g]);
-  const float factor = plain ? rule.scale * kLog2E : 1.0f;
+  const float factor = plain ? rule.scale : 1.0f;
   for (int g = 0; g < RG; ++g) {
     if (block_max[g] > max[g]) {
       if (max[g] != kNegInf) {
-        const vf shrink = vexp2(set1((max[g] - block_max[g]) * kLog2E));
+        const vf shrink = vexp(set1(max[g] - block_max[g]));
         storeu(sum + g * W, loadu(sum + g * W) * shrink);
         for (int64_t i = 0; i < acc_lanes; i += W)
           storeu(acc + g * acc_lanes + i, loadu(acc + g * acc_lanes + i) * shrink);
       }
       max[g] = block_max[g];
     }
-    const float base = max[g] == kNegInf ? 0.0f : max[g] * kLog2E;
+    const float base = max[g] == kNegInf ? 0.0f : max[g];
     vf total = loadu(sum + g * W);
     for (int i = 0; i < count; i += W) {
-      vf p = vexp2(loadu(s + g * 64 + i) * factor - base);
+      vf p = vexp(loadu(s + g * 64 + i) * factor - base);
       total = total + p;
       if (rule.value_scale) p = select_bits((uint32_t)(rows[g].bits >> i), p * loadu(rule.value_scale + i), vf{});
       storeu(s + g * 64 + i, p);

@@ -31,9 +31,9 @@ TP_INLINE void largest_lanes(const vf* x, vf* largest) {
 #endif
 }
 
-// Logits (MR, 64) become probabilities: exp2 of factor * logit less the running maximum, which moves on first; the
-// factors by which that shrinks earlier sums are left in `shrink`. top: largest logits of each lane, in base e. A row's
-// sum is kept in W lanes.
+// Logits (MR, 64) become probabilities: exp of factor * logit less the running maximum, which moves on first; the
+// factors by which that shrinks earlier sums are left in `shrink`. top: largest logits of each lane. A row's sum is
+// kept in W lanes.
 template <class Kernel, int MR, bool kAll>
 TP_INLINE void exponentiate(const float* s, const vf* top, float factor, const float* value_scale, const uint64_t* bits,
                             int begin, int end, bool first, float* max, float* shrink, float* sum, uint32_t* p) {
@@ -48,8 +48,8 @@ TP_INLINE void exponentiate(const float* s, const vf* top, float factor, const f
     const vf now = select_bits((uint32_t)(low_bits(MR) >> i * W), larger, old);
     const vf finite = now == kNegInf ? vf{} : now;
     storeu(max + i * W, now);
-    storeu(base + i * W, finite * kLog2E);
-    storeu(shrink + i * W, vexp2((old - finite) * kLog2E));  // exactly 1 where the maximum stays
+    storeu(base + i * W, finite);
+    storeu(shrink + i * W, vexp(old - finite));  // exactly 1 where the maximum stays
   }
   vf total[MR];
   TP_UNROLL
@@ -59,7 +59,7 @@ TP_INLINE void exponentiate(const float* s, const vf* top, float factor, const f
     TP_UNROLL
     for (int m = 0; m < MR; ++m) {
       const vf x = loadu(s + m * 64 + i) * factor - base[m];
-      vf e = vexp2(kAll ? x : select_bits((uint32_t)(bits[m] >> i), x, set1(kNegInf)));
+      vf e = vexp(kAll ? x : select_bits((uint32_t)(bits[m] >> i), x, set1(kNegInf)));
       total[m] = total[m] + e;
       if (value_scale) e = select_bits((uint32_t)(bits[m] >> i), e * loadu(value_scale + i), vf{});
       Kernel::put_probabilities(p + m * (64 / Kernel::kLanesPerWord), i, e);
@@ -86,7 +86,7 @@ TP_INLINE void plain_softmax(float scale, const uint64_t* bits, int begin, int e
   }
   TP_UNROLL
   for (int m = 0; m < MR; ++m) top[m] = top[m] * scale;
-  exponentiate<Kernel, MR, kAll>(s, top, scale * kLog2E, nullptr, bits, begin, end, first, max, shrink, sum, p);
+  exponentiate<Kernel, MR, kAll>(s, top, scale, nullptr, bits, begin, end, first, max, shrink, sum, p);
 }
 
 }  // namespace

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from torch_paged.testing.backends import Backend
 from torch_paged.testing.cases import AttentionCase, build
-from torch_paged.testing.compare import assert_stats
-from torch_paged.testing.semantics.attend import LANES, assert_weights, attend, query_dtype, typed
+from torch_paged.testing.compare import assert_attention, assert_stats
+from torch_paged.testing.semantics.attend import LANES, assert_weights, attend, query_dtype, sourced, typed
 from torch_paged.testing.semantics.registry import FLOATS, SOURCES, check
 
 _NOTHING = float("-inf")
@@ -98,3 +98,21 @@ def float32_is_not_rounded(backend: Backend, dtype: torch.dtype, source: str) ->
     """Keys that bfloat16 cannot tell apart."""
     weights, _, _ = attend(backend, dtype, [1.0 + 2.0**-12, 1.0], 1, source, False, softmax_scale=2.0**12)
     assert_weights(weights[0], [1.0, 0.0])
+
+
+@check(10, SOURCES, dtypes=FLOATS[:1], common=(500.0, 5000.0), mask=(None, "shared"))
+def what_logits_have_in_common_costs_no_accuracy(
+    backend: Backend, dtype: torch.dtype, source: str, common: float, mask: str | None
+) -> None:
+    """Logits that float32 holds exactly, over several blocks of keys; a weight depends on their differences alone."""
+    name = f"common {common:g}"
+    case = AttentionCase(name, (1100, 0, 63, 1), num_kv_heads=1, dtype=dtype, softmax_scale=1.0, mask=mask)
+    case = backend.served(sourced(case, source))
+    arguments = build(case)
+    arguments["query"] = torch.zeros_like(arguments["query"])
+    arguments["query"][..., 0] = 1
+    cached = None if arguments["kv_cache"] is None else arguments["kv_cache"][0]
+    for keys in (cached, arguments.get("key")):
+        if keys is not None:
+            keys[..., 0] = (keys[..., 0] * 16).round() / 16 + common
+    assert_attention(case.op, arguments, *backend(case.op, arguments, stats=True))
