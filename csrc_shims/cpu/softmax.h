@@ -20,8 +20,6 @@ struct RowSight {
   float slope;       // ALiBi
 };
 
-constexpr float kLeastLogit = -0x1.fffffep127f;  // with -inf the key would be hidden
-
 // Logits of one row, stored to s; returns their maximum a lane.
 TP_INLINE vf masked_logits(const LogitRule& rule, const RowSight& row, int count, float* s) {
   const vf lanes = __builtin_convertvector(lane_index(), vf);
@@ -30,7 +28,7 @@ TP_INLINE vf masked_logits(const LogitRule& rule, const RowSight& row, int count
     vf x = loadu(s + i) * rule.scale;
     if (rule.key_scale) x = x * loadu(rule.key_scale + i);
     if (rule.cap != 0.0f) x = rule.cap * vtanh(x / rule.cap);
-    if (row.slope != 0.0f) x = vmax(set1(kLeastLogit), x - row.slope * vabs((float)(row.distance - i) - lanes));
+    if (row.slope != 0.0f) x = x - row.slope * vabs((float)(row.distance - i) - lanes);
     x = select_bits((uint32_t)(row.bits >> i), x, set1(kNegInf));
     top = vmax(top, x);
     storeu(s + i, x);
