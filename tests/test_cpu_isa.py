@@ -27,6 +27,7 @@ from torch_paged.backends.cpu.support import isa
 from torch_paged.testing import AttentionCase, assert_merged, assert_same, build, option_pairs, random_case
 from torch_paged.testing.backends import REFERENCE, backends_here
 from torch_paged.testing.named import ATTENTION_CASES, GATHER_CASES, MERGE_CASES, WRITE_CASES
+from torch_paged.testing.semantics import CHECKS
 
 torch.set_num_threads(1)
 assert isa() == sys.argv[1], isa()
@@ -45,6 +46,10 @@ for dtype, cache_dtype, rank in (
 torch.set_num_threads(1)
 for case in (*GATHER_CASES, *WRITE_CASES, *MERGE_CASES):
     backend.check(case)
+for check in CHECKS:
+    if check.line == 10:
+        for dtype in check.dtypes:
+            check.run(backend, dtype)
 print("checked", isa())
 """
 ONE_CALL = """

@@ -10,7 +10,7 @@ from torch_paged.testing.backends import Backend
 from torch_paged.testing.cases import AttentionCase, build
 from torch_paged.testing.compare import assert_attention, assert_stats
 from torch_paged.testing.semantics.attend import LANES, assert_weights, attend, query_dtype, sourced, typed
-from torch_paged.testing.semantics.registry import FLOATS, SOURCES, check
+from torch_paged.testing.semantics.registry import FLOATS, QUANTIZED, SOURCES, check
 
 _NOTHING = float("-inf")
 
@@ -100,19 +100,20 @@ def float32_is_not_rounded(backend: Backend, dtype: torch.dtype, source: str) ->
     assert_weights(weights[0], [1.0, 0.0])
 
 
-@check(10, SOURCES, dtypes=FLOATS[:1], common=(500.0, 5000.0), mask=(None, "shared"))
+@check(10, SOURCES, dtypes=(torch.float32, *QUANTIZED), mask=(None, "shared"))
 def what_logits_have_in_common_costs_no_accuracy(
-    backend: Backend, dtype: torch.dtype, source: str, common: float, mask: str | None
+    backend: Backend, dtype: torch.dtype, source: str, mask: str | None
 ) -> None:
-    """Logits that float32 holds exactly, over several blocks of keys; a weight depends on their differences alone."""
-    name = f"common {common:g}"
-    case = AttentionCase(name, (1100, 0, 63, 1), num_kv_heads=1, dtype=dtype, softmax_scale=1.0, mask=mask)
+    """Logits near 5000 that float32 holds exactly, over several blocks of keys: weights depend on their differences."""
+    case = typed(AttentionCase("common", (1100, 0, 63, 1), num_kv_heads=1, softmax_scale=1.0, mask=mask), dtype)
     case = backend.served(sourced(case, source))
     arguments = build(case)
     arguments["query"] = torch.zeros_like(arguments["query"])
-    arguments["query"][..., 0] = 1
-    cached = None if arguments["kv_cache"] is None else arguments["kv_cache"][0]
-    for keys in (cached, arguments.get("key")):
+    arguments["query"][..., 0], arguments["query"][..., 1] = 5000, 0.8125
+    if case.scales_rank:
+        arguments["kv_scales"] = torch.ones(2)
+    for keys in (None if source == "new" else arguments["kv_cache"][0], arguments.get("key")):
         if keys is not None:
-            keys[..., 0] = (keys[..., 0] * 16).round() / 16 + common
+            keys[..., 0] = 1
+            keys[..., 1] = keys[..., 1].float().round().clamp(-8, 8).to(keys.dtype)
     assert_attention(case.op, arguments, *backend(case.op, arguments, stats=True))
