@@ -139,3 +139,19 @@ def test_steep_slopes_leave_a_row_its_nearest_key(backend: Backend, case: Attent
     arguments = build(replace(case, alibi=True))
     arguments["alibi_slopes"][:] = slope
     assert_attention(case.op, arguments, *backend(case.op, arguments, stats=True))
+
+
+@pytest.mark.parametrize("size", [1e7, 1e10, 1e20, 1e30])
+@pytest.mark.parametrize("mask", [None, "shared"])
+@keys_and_queries
+def test_huge_logits_leave_a_row_its_best_key(
+    backend: Backend, case: AttentionCase, mask: str | None, size: float
+) -> None:
+    """Keys are so far apart that one of them has all the weight; the scale is no power of two."""
+    arguments = build(backend.served(replace(case, mask=mask, softmax_scale=0.1)))
+    for name in ("query", "key", "kv_cache"):
+        tensor = arguments.get(name)
+        if tensor is not None:
+            tensor = tensor[0] if name == "kv_cache" else tensor
+            tensor *= size**0.5
+    assert_attention(case.op, arguments, *backend(case.op, arguments, stats=True))

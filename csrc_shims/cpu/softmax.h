@@ -36,10 +36,17 @@ TP_INLINE vf masked_logits(const LogitRule& rule, const RowSight& row, int count
   return top;
 }
 
+// Where a product times the scale less the maximum is rounded once, the largest key is not at 0: the maximum was
+// rounded before. From here on that could leave the range of exp, so products become logits first.
+constexpr float kLargeLogit = 0x1p20f;
+
+__attribute__((noinline, cold)) void scale_products(float* s, int count, float scale) {
+  for (int i = 0; i < count; i += W) storeu(s + i, loadu(s + i) * scale);
+}
+
 // Logits of RG rows and a block become probabilities, and each row's running max, sum and accumulator move to the new
 // max. The sum is a vector per row, whose lanes are added up at the end. The usual case, nothing but a scale and all
-// keys visible, needs one pass to find the maximum. The maximum leaves a logit before anything else rounds it: a weight
-// is as exact for large logits as for small ones.
+// keys visible, needs one pass to find the maximum.
 template <int RG>
 TP_INLINE void softmax_rows(const LogitRule& rule, const RowSight* rows, int count, float* s, float* max, float* sum,
                             float* acc, int64_t acc_lanes) {
@@ -60,7 +67,6 @@ TP_INLINE void softmax_rows(const LogitRule& rule, const RowSight* rows, int cou
   float block_max[RG];
   TP_UNROLL
   for (int g = 0; g < RG; ++g) block_max[g] = hmax(top[g]);
-  const float factor = plain ? rule.scale : 1.0f;
   for (int g = 0; g < RG; ++g) {
     if (block_max[g] > max[g]) {
       if (max[g] != kNegInf) {
@@ -72,6 +78,11 @@ TP_INLINE void softmax_rows(const LogitRule& rule, const RowSight* rows, int cou
       max[g] = block_max[g];
     }
     const float base = max[g] == kNegInf ? 0.0f : max[g];
+    float factor = plain ? rule.scale : 1.0f;
+    if (plain && __builtin_fabsf(block_max[g]) > kLargeLogit) {
+      scale_products(s + g * 64, count, factor);
+      factor = 1.0f;
+    }
     vf total = loadu(sum + g * W);
     for (int i = 0; i < count; i += W) {
       vf p = vexp(loadu(s + g * 64 + i) * factor - base);

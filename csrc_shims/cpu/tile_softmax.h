@@ -35,21 +35,27 @@ TP_INLINE void largest_lanes(const vf* x, vf* largest) {
 // factors by which that shrinks earlier sums are left in `shrink`. top: largest logits of each lane. A row's sum is
 // kept in W lanes.
 template <class Kernel, int MR, bool kAll>
-TP_INLINE void exponentiate(const float* s, const vf* top, float factor, const float* value_scale, const uint64_t* bits,
+TP_INLINE void exponentiate(float* s, const vf* top, float factor, const float* value_scale, const uint64_t* bits,
                             int begin, int end, bool first, float* max, float* shrink, float* sum, uint32_t* p) {
   constexpr int kVectors = (MR + W - 1) / W;
   alignas(64) float base[kVectors * W];
   vf largest[kVectors];
   largest_lanes<MR>(top, largest);
+  vf size = vf{};
   TP_UNROLL
   for (int i = 0; i < kVectors; ++i) {
     const vf old = loadu(max + i * W);
     const vf larger = vmax(largest[i], old);  // the old one where the new one is NaN
     const vf now = select_bits((uint32_t)(low_bits(MR) >> i * W), larger, old);
     const vf finite = now == kNegInf ? vf{} : now;
+    size = vmax(size, select_bits((uint32_t)(low_bits(MR) >> i * W), vabs(finite), vf{}));
     storeu(max + i * W, now);
     storeu(base + i * W, finite);
     storeu(shrink + i * W, vexp(old - finite));  // exactly 1 where the maximum stays
+  }
+  if (factor != 1.0f && hmax(size) > kLargeLogit) {
+    for (int m = 0; m < MR; ++m) scale_products(s + m * 64 + begin, end - begin, factor);
+    factor = 1.0f;
   }
   vf total[MR];
   TP_UNROLL
@@ -71,8 +77,8 @@ TP_INLINE void exponentiate(const float* s, const vf* top, float factor, const f
 
 // Logits that are products times a scale > 0 and nothing more.
 template <class Kernel, int MR, bool kAll>
-TP_INLINE void plain_softmax(float scale, const uint64_t* bits, int begin, int end, bool first, const float* s,
-                             float* max, float* shrink, float* sum, uint32_t* p) {
+TP_INLINE void plain_softmax(float scale, const uint64_t* bits, int begin, int end, bool first, float* s, float* max,
+                             float* shrink, float* sum, uint32_t* p) {
   vf top[MR];
   TP_UNROLL
   for (int m = 0; m < MR; ++m) top[m] = set1(kNegInf);

@@ -60,7 +60,6 @@ def attend(
     logits: list[float],
     queries: int,
     source: str = "new",
-    compared: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend to keys whose logits are given; the output lanes are the weights of the keys.
@@ -72,7 +71,6 @@ def attend(
         queries: number of queries, the last of which sits at the last key. In decode each is a sequence of its own,
             which sees the keys up to its position.
         source: "decode", "cache", "new", or "both" (the first half of the keys is cached).
-        compared: False: what is around the last head is not compared, because its logits are too large for that.
         options: further arguments of ``flash_attn_varlen``: of slopes and sinks that of the last head, of masks and
             positions the rows of the queries. ``mask_heads``: rows of the mask, where it has one for each kv head (2)
             or head (4); those before the last hide what the last shows.
@@ -124,8 +122,7 @@ def attend(
     results = backend(op, arguments, stats=True)
     out, lse, max_logits = (result[before:, -1] for result in results)
     try:
-        if compared:
-            assert_attention(op, arguments, *results)
+        assert_attention(op, arguments, *results)
     except AssertionError as error:
         expected = oracle(op, arguments)[0][before:, -1, :keys]
         saw = f"the last head weighs the keys {_rounded(out[:, :keys])}, the reference {_rounded(expected)}"

@@ -96,7 +96,7 @@ def lse_is_not_rounded_to_the_query_dtype(backend: Backend, dtype: torch.dtype) 
 @check(10, SOURCES, dtypes=FLOATS[:1])
 def float32_is_not_rounded(backend: Backend, dtype: torch.dtype, source: str) -> None:
     """Keys that bfloat16 cannot tell apart."""
-    weights, _, _ = attend(backend, dtype, [1.0 + 2.0**-12, 1.0], 1, source, False, softmax_scale=2.0**12)
+    weights, _, _ = attend(backend, dtype, [1.0 + 2.0**-12, 1.0], 1, source, softmax_scale=2.0**12)
     assert_weights(weights[0], [1.0, 0.0])
 
 
