@@ -102,9 +102,17 @@ TP_INLINE float hmax(vf x) {
 
 constexpr float kLog2E = 1.44269504088896341f;
 
+TP_INLINE bool any_above(vf x, float limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(x, set1(limit), _CMP_GT_OQ) != 0;
+#else
+  return hmax(x) > limit;
+#endif
+}
+
 // e^x for x < 88: 2^n times a degree-5 polynomial in r = x / ln 2 - n on [-1/2, 1/2], fitted for the least relative
-// error (1e-7) with p(0) = 1. Results below the smallest normal number are 0 or, on AVX-512, subnormal; 0 is exact for
-// -inf, NaN stays.
+// error (1e-7; the rounding of r adds up to 2^-24 |x|) with p(0) = 1. Results below about 2^-126 are 0 or, on AVX-512,
+// subnormal; 0 is exact for -inf, NaN stays.
 TP_INLINE vf vexp(vf x) {
 #if defined(__AVX512F__)
   x = _mm512_max_ps(set1(-140.0f), x);  // the second operand wins when it is NaN

@@ -67,6 +67,16 @@ TP_INLINE void softmax_rows(const LogitRule& rule, const RowSight* rows, int cou
   float block_max[RG];
   TP_UNROLL
   for (int g = 0; g < RG; ++g) block_max[g] = hmax(top[g]);
+  float factor = plain ? rule.scale : 1.0f;
+  if (plain) {
+    bool large = false;
+    TP_UNROLL
+    for (int g = 0; g < RG; ++g) large |= __builtin_fabsf(block_max[g]) > kLargeLogit;
+    if (__builtin_expect(large, false)) {
+      for (int g = 0; g < RG; ++g) scale_products(s + g * 64, count, factor);
+      factor = 1.0f;
+    }
+  }
   for (int g = 0; g < RG; ++g) {
     if (block_max[g] > max[g]) {
       if (max[g] != kNegInf) {
@@ -78,11 +88,6 @@ TP_INLINE void softmax_rows(const LogitRule& rule, const RowSight* rows, int cou
       max[g] = block_max[g];
     }
     const float base = max[g] == kNegInf ? 0.0f : max[g];
-    float factor = plain ? rule.scale : 1.0f;
-    if (plain && __builtin_fabsf(block_max[g]) > kLargeLogit) {
-      scale_products(s + g * 64, count, factor);
-      factor = 1.0f;
-    }
     vf total = loadu(sum + g * W);
     for (int i = 0; i < count; i += W) {
       vf p = vexp(loadu(s + g * 64 + i) * factor - base);

@@ -53,7 +53,7 @@ TP_INLINE void exponentiate(float* s, const vf* top, float factor, const float* 
     storeu(base + i * W, finite);
     storeu(shrink + i * W, vexp(old - finite));  // exactly 1 where the maximum stays
   }
-  if (factor != 1.0f && hmax(size) > kLargeLogit) {
+  if (factor != 1.0f && any_above(size, kLargeLogit)) {
     for (int m = 0; m < MR; ++m) scale_products(s + m * 64 + begin, end - begin, factor);
     factor = 1.0f;
   }

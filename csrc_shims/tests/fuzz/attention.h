@@ -339,7 +339,7 @@ inline AttentionProblem::Row AttentionProblem::reference(int64_t b, int64_t i, i
     const double bias = slopes.defined() ? slopes.item<float>(h) * std::fabs(static_cast<double>(p - j)) : 0;
     x -= bias;
     row.error = std::max(row.error, std::ldexp(head_dim + 16.0, -23) * magnitude +
-                                        std::ldexp(4 + std::fabs(x) + 2 * std::fabs(bias) + cap, -20));
+                                        std::ldexp(4 + std::fabs(x) + 2 * std::fabs(bias) + cap, -22));
     logits[j] = x;
     row.top = x > row.top || std::isnan(x) ? x : row.top;
   }
