@@ -26,7 +26,7 @@ from torch_paged.backends.tpu.block_sizes import LANES, SUBLANES, Chip, Page, Va
 from torch_paged.backends.tpu.decode import paged_attention
 from torch_paged.backends.tpu.logits import heads_of_mask
 from torch_paged.backends.tpu.pages import STATE_WORDS, flat_table
-from torch_paged.backends.tpu.varlen_kernel import LOG2_E, Static, run_tiles
+from torch_paged.backends.tpu.varlen_kernel import Static, run_tiles
 
 NEW_PAGE = 128
 """Tokens of a page of new keys."""
@@ -290,7 +290,7 @@ def _attend_part(
     scalars = {}
     for name, values in (("sinks", sinks), ("slopes", alibi_slopes)):
         if values is not None:
-            scalars[name] = values.astype(float32) * LOG2_E
+            scalars[name] = values.astype(float32)
     if 0 < static.scales_rank < 4:
         scalars["scales"] = jnp.broadcast_to(kv_scales.reshape(2, -1), (2, num_kv_heads)).reshape(-1)
     operands |= scalars

@@ -22,7 +22,7 @@ from torch_paged.backends.tpu.block_sizes import LANES, VarlenBlocks
 from torch_paged.backends.tpu.logits import NOTHING, dot, weighted_sum
 from torch_paged.backends.tpu.pages import PageStream
 
-LOG2_E = 1.4426950408889634
+_LOG2_E = 1.4426950408889634
 _UNROLLED_MEMBERS = 16
 """Query heads of a kv head that are laid out without a loop."""
 
@@ -46,6 +46,15 @@ class Static:
     scales_rank: int
     stats: bool
     interpreted: bool
+
+    def unit(self, r: SimpleNamespace) -> float:
+        """Return what a logit is kept in units of: the scale, where nothing else becomes of a product.
+
+        The scale is then multiplied with the difference to the maximum, which has to go to base 2 anyway; before the
+        difference is taken, nothing may round a logit once more.
+        """
+        plain = not self.logits_soft_cap and "slopes" not in vars(r) and not self.scales_rank
+        return self.softmax_scale if plain and self.softmax_scale > 0 else 1.0
 
 
 class _Consecutive:
@@ -162,15 +171,15 @@ def _finish(r: SimpleNamespace, static: Static, slot: Any, part: Any) -> None:
     size = tokens * heads
 
     def kv_head(head: Any, carry: Any) -> Any:
-        maximum = r.maxima[head][:, :1]
         total = jnp.sum(r.totals[head], axis=1, keepdims=True)
         seen = jnp.logical_not(total == 0)  # also a NaN
+        maximum = jnp.where(seen, r.maxima[head][:, :1] * static.unit(r), NOTHING)
         top, denominator = maximum, jnp.where(seen, total, 1.0)
         if "sinks" in vars(r):
             sinks = _per_member(r.sinks, part * r.sums.shape[0] + head, static.group, tokens)
             top = jnp.maximum(maximum, sinks)
-            denominator = jnp.exp2(sinks - top) + total * jnp.exp2(maximum - top)
-        factor = jnp.where(seen, jnp.exp2(maximum - top) / denominator, 0.0)
+            denominator = jnp.exp(sinks - top) + total * jnp.exp(maximum - top)
+        factor = jnp.where(seen, jnp.exp(maximum - top) / denominator, 0.0)
         out = r.sums[head] * factor
         if static.group > _UNROLLED_MEMBERS:
             r.sums[head] = out
@@ -185,8 +194,8 @@ def _finish(r: SimpleNamespace, static: Static, slot: Any, part: Any) -> None:
         _each_member(static.group, take_apart)
         if static.stats:
             known = seen if "sinks" not in vars(r) else jnp.full(seen.shape, True)
-            lse = jnp.where(known, (top + jnp.log2(denominator)) / LOG2_E, -jnp.inf)
-            largest = jnp.where(seen, maximum / LOG2_E, -jnp.inf)
+            lse = jnp.where(known, top + jnp.log(denominator), -jnp.inf)
+            largest = jnp.where(seen, maximum, -jnp.inf)
             for i, values in enumerate((lse, largest)):
                 r.statistics_buffer[slot, i, pl.ds(head, 1)] = _transposed(values)
         return carry
@@ -436,14 +445,15 @@ class _Source:
             lane = lax.broadcasted_iota(jnp.int32, (1, rows.shape[1]), 1)
             rows = jnp.where(lane < static.head_dim, rows, jnp.zeros_like(rows))[:, : query.shape[1]]
         logits = dot(query, rows, (1, 1))
-        scale: Any = static.softmax_scale * (1.0 if static.logits_soft_cap else LOG2_E)
-        if self.scales_rank == 4:
-            scale = scale * r.scale_buffer[keys.slot, head, :, keys.lanes]
-        elif self.scales_rank:
-            scale = scale * self._scale(0, head)
-        logits = logits * scale
+        if static.unit(r) == 1:
+            scale: Any = static.softmax_scale
+            if self.scales_rank == 4:
+                scale = scale * r.scale_buffer[keys.slot, head, :, keys.lanes]
+            elif self.scales_rank:
+                scale = scale * self._scale(0, head)
+            logits = logits * scale
         if static.logits_soft_cap:
-            logits = jnp.tanh(logits * (1 / static.logits_soft_cap)) * (static.logits_soft_cap * LOG2_E)
+            logits = jnp.tanh(logits * (1 / static.logits_soft_cap)) * static.logits_soft_cap
         if "slopes" in vars(r):
             slopes = _per_member(r.slopes, self.first_head + head, static.group, static.blocks.tokens)
             position = self._limits(keys.tile)[2]
@@ -454,12 +464,13 @@ class _Source:
 
     def _absorb(self, keys: _Keys, head: Any, place: int) -> None:
         """Take a step of the online softmax of a kv head's rows with the logits of some keys."""
-        r, size = self.r, keys.size
+        r, static, size = self.r, self.static, keys.size
         logits = r.logits[place]
         before = r.maxima[head]
         maximum = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
-        weights = jnp.exp2(logits - jnp.concatenate([maximum] * (size // LANES), axis=1))
-        factor = jnp.exp2(before - maximum)
+        unit = static.unit(r) * _LOG2_E
+        weights = jnp.exp2((logits - jnp.concatenate([maximum] * (size // LANES), axis=1)) * unit)
+        factor = jnp.exp2((before - maximum) * unit)
         partial = weights[:, :LANES]
         for begin in range(LANES, size, LANES):
             partial = partial + weights[:, begin : begin + LANES]
