@@ -17,7 +17,7 @@ HEAD = """# Errors
 Every error that the package and its build make, and some that torch and transformers make within our calls: each text,
 why it is raised, what to do. Not listed is what else these two and Python raise: for an argument of a wrong type or
 name that no rule here names, a value that transformers does not check, a device that is not there, and within the model
-itself; nor are the errors of `torch_paged.testing`, which are those of tests.
+itself; nor are the errors of `torch_paged.testing` but `check_backend`, which are those of tests.
 
 `<words>` stand for values. Search the page for a part of the text. Each entry is provoked by the tests, which also
 write this page: `python -m pytest tests/test_errors.py --write-errors`. They search the sources, in Python and in C++,

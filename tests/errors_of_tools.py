@@ -1,4 +1,4 @@
-"""The errors of the masks and of ``explain``."""
+"""The errors of the masks, of ``explain`` and of ``check_backend``."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,10 @@ from error_table import Error, Group
 from torch import Tensor
 
 import torch_paged
+from torch_paged import dispatch
+from torch_paged.backends import availability
 from torch_paged.masks import image_block_mask, moba_mask, prefix_lm_mask, tree_mask
+from torch_paged.testing import check_backend
 
 _QUERY, _KEY = torch.ones(2, 1, 1), torch.ones(1, 1, 6, 1)
 
@@ -173,6 +176,41 @@ EXPLAIN = Group(
             "There is no such function, or it lives in a part such as `torch_paged.cache`.",
             "`torch_paged.__all__` lists all.",
             (lambda: torch_paged.attention,),
+        ),
+    ),
+)
+
+
+def _judge_what_is_off() -> None:
+    check_backend(next(name for name in availability() if name not in dispatch.served().values()))
+
+
+JUDGING = Group(
+    "check_backend",
+    (
+        _error(
+            "check_backend: name must be one of <backends>, got <value>",
+            "There is no such backend.",
+            "Take one of these, or hand over kernels under a name of their own.",
+            partial(check_backend, "gpu"),
+        ),
+        _error(
+            "check_backend: name must be none of <backends> with kernels, got <value>",
+            "Kernels of this name would be judged by what the backend refuses.",
+            "Choose another name.",
+            partial(check_backend, "cpu", {}),
+        ),
+        _error(
+            "check_backend: kernels must have one for each op, got none for <ops>",
+            "An op has no function.",
+            "Add it; what it cannot do it refuses by `NotImplementedError`.",
+            partial(check_backend, "mine", {}),
+        ),
+        _error(
+            "check_backend: backend <value> is off here: <reason>",
+            "No tensor here reaches its kernels.",
+            "The reason says what is missing, or which setting.",
+            _judge_what_is_off,
         ),
     ),
 )

@@ -26,6 +26,7 @@ WRITE = WriteCase("leaks_write", num_tokens=3, num_kv_heads=1, head_dim=8)
 CASES = (
     DECODE,
     replace(DECODE, name="leaks_int8", cache_dtype=torch.int8, scales_rank=4, sinks=True, mask="heads"),
+    replace(DECODE, name="leaks_threads", context_lens=(600, 600)),
     replace(DECODE, name="leaks_varlen", query_lens=(3, 1), new_lens=(3, 1), dtype=torch.bfloat16),
     WRITE,
     replace(WRITE, name="leaks_quantise", cache_dtype=torch.int8, scales_rank=4),
@@ -86,7 +87,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=1_000_000, help="calls of each op and kind (default: %(default)s)")
     calls = parser.parse_args().calls
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)  # calls as small as most of these take one
     table = Table("call", "times", "growth in KiB")
     grown = {}
     with torch.inference_mode():

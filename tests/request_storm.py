@@ -420,6 +420,8 @@ def main() -> None:
     for name, count in counts.most_common():
         table.add_row(name, f"{count:,}")
     console.print(table)
+    happened = ("ended", "cancelled", "preemptions", "interrupts", "forwards that failed", ALLOCATION, SAMPLING)
+    assert all(counts[name] for name in happened), "not everything happened that a storm is for"
     assert counts["ties"] <= counts["ended"] // 100, "too many ties"
     seconds = time.monotonic() - began
     console.print(f"{seed - arguments.seed} generators in {seconds:.0f} s; every request had the tokens it has alone")

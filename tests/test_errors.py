@@ -15,7 +15,7 @@ from errors_of_ops import RULES, break_rule
 from errors_of_packing import PACKED
 from errors_of_paged_cache import CACHE
 from errors_of_patching import PATCHING
-from errors_of_tools import EXPLAIN, MASKS
+from errors_of_tools import EXPLAIN, JUDGING, MASKS
 
 from torch_paged.testing.bad_input import STATIC, VALUES
 
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),  # of kinds of tensors that torch is giving up
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
 ]
-GROUPS = (RULES, CALLS, BUILDING, IMPORT, DEVICES, ALLOCATOR, CACHES, MASKS, EXPLAIN, PATCHING, CACHE, PACKED)
+GROUPS = (RULES, CALLS, BUILDING, IMPORT, DEVICES, ALLOCATOR, CACHES, MASKS, EXPLAIN, PATCHING, CACHE, PACKED, JUDGING)
 ERRORS = [error for group in GROUPS for error in group.errors]
 
 
