@@ -74,7 +74,7 @@ import resource, torch, torch_paged
 one_row = torch.zeros(8).expand(2, 1, 64, 2**31 - 1, 8)
 arguments = torch.zeros(1, 64, 8), one_row, torch.zeros(1, 1, dtype=torch.int32), torch.tensor([2**31 - 1]).int()
 in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**27, resource.getrlimit(resource.RLIMIT_AS)[1]))
+resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**30, resource.getrlimit(resource.RLIMIT_AS)[1]))
 try:
     torch_paged.paged_attention(*arguments)
 except MemoryError as error:
