@@ -51,6 +51,15 @@ def test_a_part_that_is_no_number_shows(backend: Backend) -> None:
     assert out[others].isfinite().all()
 
 
+def test_a_part_of_little_weight_is_weighed_as_exactly(backend: Backend) -> None:
+    """Its values are so large that they are the result."""
+    arguments = build(MergeCase("little weight", parts=2))
+    for distance in range(1, 50):
+        arguments["lses"][0], arguments["lses"][1] = 0.0, -distance
+        arguments["outs"][1] = arguments["outs"][1].sign() * 1e35
+        assert_merged(arguments, *backend("merge_attention_states", arguments))
+
+
 def test_large_lse_does_not_overflow(backend: Backend) -> None:
     arguments = build(MergeCase("large"))
     arguments["lses"] += 1e4

@@ -218,7 +218,8 @@ void attention_merge(const AttentionArgs& args, const Sequence& seq, int64_t hea
       const int64_t at = first + i * stride;
       const float other = partials.max[at], top = other > max ? other : max;
       const float base = top == kNegInf ? 0.0f : top;
-      const float left = max == kNegInf ? 1.0f : exp1(max - base), right = other == kNegInf ? 1.0f : exp1(other - base);
+      const float left = max == kNegInf ? 1.0f : __builtin_expf(max - base);
+      const float right = other == kNegInf ? 1.0f : __builtin_expf(other - base);
       sum = sum * left + partials.sum[at] * right;
       for (int64_t j = 0; j < lanes; j += W)
         storeu(acc + j, loadu(acc + j) * left + loadu(partials.acc + at * lanes + j) * right);

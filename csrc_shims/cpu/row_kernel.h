@@ -95,8 +95,8 @@ void merge_row(const MergeArgs& args, int64_t token, int64_t head) {
     if (lse > top) top = lse;
   }
   const float base = top == kNegInf ? 0.0f : top;
-  float total = (args.sinks ? exp1(sink - base) : 0.0f) + poison;
-  for (int64_t p = 0; p < args.num_parts; ++p) total += exp1(args.lses[p * rows + row] - base);
+  float total = (args.sinks ? __builtin_expf(sink - base) : 0.0f) + poison;
+  for (int64_t p = 0; p < args.num_parts; ++p) total += __builtin_expf(args.lses[p * rows + row] - base);
   args.lse[row] = seen ? base + __builtin_logf(total) : sink;
   constexpr int64_t kLanes = 8 * W;  // of the sums that share one weight
   for (int64_t begin = 0; begin < dim; begin += kLanes) {
@@ -105,7 +105,7 @@ void merge_row(const MergeArgs& args, int64_t token, int64_t head) {
     for (int64_t p = 0; p < args.num_parts; ++p) {
       const float lse = args.lses[p * rows + row];
       if (lse == kNegInf) continue;
-      const float weight = exp1(lse - base);
+      const float weight = __builtin_expf(lse - base);
       const char* part = (const char*)args.outs + (p * rows + row) * dim * element_size(args.dtype);
       vf* sum = sums;
       for (int64_t i = begin; i < end; i += W, ++sum)

@@ -151,8 +151,6 @@ TP_INLINE vf vtanh(vf x) {
   return a < 0.625f ? small : signed_big;
 }
 
-TP_INLINE float exp1(float x) { return vexp(set1(x))[0]; }
-
 // ---- storage types
 TP_INLINE vu16 bytes_to_words(const void* p) {
 #if defined(__AVX512F__)

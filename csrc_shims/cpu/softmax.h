@@ -187,8 +187,8 @@ TP_INLINE float finish_row(const AttentionArgs& args, int64_t token, int64_t hea
   if (max != kNegInf || sum != 0.0f) {  // sum != 0 with no max: NaN, which stays visible
     const float top = max > sink ? max : sink;
     const float base = top == kNegInf ? 0.0f : top;
-    const float shrink = max == top ? 1.0f : exp1(max - base);
-    const float total = sum * shrink + (args.sinks ? exp1(sink - base) : 0.0f);
+    const float shrink = max == top ? 1.0f : __builtin_expf(max - base);
+    const float total = sum * shrink + (args.sinks ? __builtin_expf(sink - base) : 0.0f);
     factor = shrink / total;
     if (args.lse) lse = base + __builtin_logf(total);
   }
