@@ -212,7 +212,9 @@ def _assert_read(call: HostileCall, results: Any) -> str:
     if scales is not None and scales.dim() == 4 and bool((scales <= 0).any()):
         return "safe"  # the only scales that nothing checks: what such a one makes of its tokens is unspecified
     wanted = oracle(call.op, arguments)
-    return _assert_rows(_tuple(results), wanted, plain_attention(call.op, arguments), wanted[2])
+    overflows = arguments["query"].abs().amax(-1) > _LARGEST_PRODUCT  # though a scale may hide it
+    logits = wanted[2].masked_fill(overflows, float("inf"))
+    return _assert_rows(_tuple(results), wanted, plain_attention(call.op, arguments), logits)
 
 
 def _one_nan(x: Tensor) -> Tensor:
