@@ -213,7 +213,7 @@ def _assert_read(call: HostileCall, results: Any) -> str:
         return "safe"  # the only scales that nothing checks: what such a one makes of its tokens is unspecified
     wanted = oracle(call.op, arguments)
     overflows = arguments["query"].abs().amax(-1) > _LARGEST_PRODUCT  # though a scale may hide it
-    logits = wanted[2].masked_fill(overflows, float("inf"))
+    logits = wanted[2].masked_fill(overflows & (wanted[2] != float("-inf")), float("inf"))
     return _assert_rows(_tuple(results), wanted, plain_attention(call.op, arguments), logits)
 
 

@@ -233,6 +233,12 @@ def test_each_of_four_kv_heads_takes_its_own_logits() -> None:
     assert_attention(OP, arguments, *jitted(arguments)(arguments))
 
 
+@pytest.mark.parametrize("scale", [1e-46, 1e-40])
+def test_a_scale_below_the_range_of_float32_weighs_all_keys_alike(scale: float) -> None:
+    arguments = build(case("tiny scale", softmax_scale=scale))
+    assert_attention(OP, arguments, *jitted(arguments)(arguments))
+
+
 def test_no_sequences_and_a_mask_without_columns() -> None:
     arguments = build(case("nobody", mask="shared", sinks=True))
     lengths = arguments["cu_seqlens_q"]

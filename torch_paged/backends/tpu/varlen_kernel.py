@@ -50,11 +50,11 @@ class Static:
     def unit(self, r: SimpleNamespace) -> float:
         """Return what a logit is kept in units of: the scale, where nothing else becomes of a product.
 
-        The scale is then multiplied with the difference to the maximum, which has to go to base 2 anyway; before the
-        difference is taken, nothing may round a logit once more.
+        The scale is then multiplied with the difference to the maximum, which has to go to base 2 anyway. A scale that
+        could be 0 there, or with the factor of base 2 inf, is multiplied with the products, before some are hidden.
         """
         plain = not self.logits_soft_cap and "slopes" not in vars(r) and not self.scales_rank
-        return self.softmax_scale if plain and self.softmax_scale > 0 else 1.0
+        return self.softmax_scale if plain and 2.0**-64 < self.softmax_scale < 2.0**64 else 1.0
 
 
 class _Consecutive:
