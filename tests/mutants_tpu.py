@@ -13,6 +13,7 @@ COPIES = (f"{DECODE}copies_of_many_blocks_at_once_and_as_late_as_they_may",)
 WINDOW = (f"{KNOWN}a_window_ends_where_it_says",)
 FLOAT = (f"{DECODE}generic_interpreter",)
 VARLEN = "tests/test_tpu_varlen.py::test_"
+SEMANTICS = "tests/test_semantics.py::test_line"
 PACKED = (f"{VARLEN}copies_and_races[both-on_wait]",)
 # fmt: off
 MUTANTS = [
@@ -60,6 +61,13 @@ MUTANTS = [
            "r.out_buffer.at[slot, pl.ds(done, run)]", PACKED),
     Mutant("varlen reads the next head's logits", "varlen_kernel.py", "self._absorb(keys, 2 * i + 1, 1)",
            "self._absorb(keys, 2 * i + 1, 0)", (f"{VARLEN}each_of_four_kv_heads_takes_its_own_logits",)),
+    Mutant("logits go to base 2 before the maximum leaves", "varlen_kernel.py",
+           "weights = jnp.exp2((logits - jnp.concatenate([maximum] * (size // LANES), axis=1)) * unit)",
+           "weights = jnp.exp2(logits * unit - jnp.concatenate([maximum * unit] * (size // LANES), axis=1))",
+           (f"{SEMANTICS}[tpu-10_what_logits_have_in_common_costs_no_accuracy[cache-None]-float32]",)),
+    Mutant("a scale that float32 takes for 0 is multiplied last", "varlen_kernel.py",
+           "if plain and 2.0**-64 < self.softmax_scale < 2.0**64", "if plain",
+           (f"{VARLEN}a_scale_below_the_range_of_float32_weighs_all_keys_alike",)),
     Mutant("all buffers share one semaphore", "decode_kernel.py", 'refs["semaphores"],',
            'type("One", (), {"at": type("At", (), {"__getitem__": lambda *_: refs["semaphores"].at[0]})()})(),',
            (f"{KNOWN}a_buffer_is_read_only_after_its_own_copies_have_landed",)),

@@ -65,7 +65,7 @@ TP_INLINE void exponentiate(float* s, const vf* top, float factor, const float* 
     TP_UNROLL
     for (int m = 0; m < MR; ++m) {
       const vf x = loadu(s + m * 64 + i) * factor - base[m];
-      vf e = vexp(kAll ? x : select_bits((uint32_t)(bits[m] >> i), x, set1(kNegInf)));
+      vf e = vexp<Kernel::kLanesPerWord == 1>(kAll ? x : select_bits((uint32_t)(bits[m] >> i), x, set1(kNegInf)));
       total[m] = total[m] + e;
       if (value_scale) e = select_bits((uint32_t)(bits[m] >> i), e * loadu(value_scale + i), vf{});
       Kernel::put_probabilities(p + m * (64 / Kernel::kLanesPerWord), i, e);
