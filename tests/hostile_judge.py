@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from hostile import GUARD_BYTES, POISON, HostileCall
+from hostile_results import assert_read
 from torch import Tensor
 from torch._dynamo.exc import TorchRuntimeError
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,10 +16,7 @@ import torch_paged
 from torch_paged.contract import fake, reference
 from torch_paged.contract.bounds import check_values
 from torch_paged.contract.validate import validate
-from torch_paged.testing import assert_close, assert_same, assert_stats, oracle, plain_attention
 
-_LARGEST_LOGIT = 1e4  # beyond it float32 rounds logits so far that a weight says little
-_LARGEST_PRODUCT = 2.0**100  # of logits beyond it a product, before or after it is scaled, may leave float32's range
 _LARGEST_RESULT = 2**38  # elements: no machine of the tests has room for them
 _UNNAMED_DTYPES = ("float8_e8m0fnu", "float4_e2m1fn_x2")  # the stable ABI of torch 2.9 has no names for them
 ATTENTION = ("paged_attention", "flash_attn_varlen")
@@ -92,7 +90,7 @@ def judge(call: HostileCall, way: str, invoke: Callable[[HostileCall, str], Any]
     if computed_nothing or not call.written:
         _assert_untouched(call, before, "is not to write")
         _assert_shapes(call, way, results)
-        return "matched" if computed_nothing else _assert_read(call, results)
+        return "matched" if computed_nothing else assert_read(call.op, _copy(call).arguments, results)
     if call.overlapping:
         _assert_guards(call)
         return "safe"
@@ -192,58 +190,6 @@ def _assert_shapes(call: HostileCall, way: str, results: Any) -> None:
 
 def _tuple(results: Any) -> tuple[Tensor, ...]:
     return results if isinstance(results, tuple) else () if results is None else (results,)
-
-
-def _assert_read(call: HostileCall, results: Any) -> str:
-    """Compare the results of an op that only reads with those of the reference."""
-    arguments = _copy(call).arguments
-    if call.op == "gather_cache":
-        for actual, expected in zip(results, reference.gather_cache(**arguments), strict=True):
-            assert_same(_one_nan(actual), _one_nan(expected))
-        return "matched"
-    if call.op == "merge_attention_states":
-        lses, outs = arguments["lses"], arguments["outs"]
-        expected, expected_lse = reference.merge_attention_states(
-            outs.double(), lses, arguments["sinks"], compute_dtype=torch.float64
-        )
-        plain = reference.merge_attention_states(**arguments)[0]
-        return _assert_rows(results, (expected, expected_lse), plain, lses.amax(0))
-    scales = arguments["kv_scales"]
-    if scales is not None and scales.dim() == 4 and bool((scales <= 0).any()):
-        return "safe"  # the only scales that nothing checks: what such a one makes of its tokens is unspecified
-    wanted = oracle(call.op, arguments)
-    overflows = arguments["query"].abs().amax(-1) > _LARGEST_PRODUCT  # though a scale may hide it
-    logits = wanted[2].masked_fill(overflows & (wanted[2] != float("-inf")), float("inf"))
-    return _assert_rows(_tuple(results), wanted, plain_attention(call.op, arguments), logits)
-
-
-def _one_nan(x: Tensor) -> Tensor:
-    """Return ``x`` with one kind of NaN, for which sign and payload say nothing."""
-    return x if x.dtype.itemsize == 1 else x.masked_fill(x.isnan(), float("nan"))
-
-
-def _assert_rows(results: tuple[Tensor, ...], expected: tuple[Tensor, ...], plain: Tensor, logits: Tensor) -> str:
-    """Compare rows by the tolerance rule, but those in which the reference itself has left float32's range.
-
-    ``logits`` are the rows' largest, -inf where they see no key.
-    """
-    rows = expected[0].isfinite().all(-1) & plain.isfinite().all(-1)
-    rows &= (expected[1] < float("inf")) | (logits == float("-inf"))  # beside keys a sink of NaN or inf spoils its rows
-    rows &= ~logits.isnan() & (logits != float("inf"))
-    huge = rows & (logits.abs() > _LARGEST_LOGIT) & logits.isfinite()
-    computable = huge & (logits.abs() < _LARGEST_PRODUCT)
-    for name, result in zip(("out", "lse", "max_logits"), results, strict=False):
-        assert result[computable].isfinite().all(), f"{name} of rows with huge logits is not finite"
-    rows &= ~huge
-    assert_close(results[0][rows], expected[0][rows], plain[rows])
-    finite = logits[rows & logits.isfinite()]
-    dtype = results[0].dtype
-    half = dtype != torch.float32 and len(expected) == 3
-    largest = finite.abs().max().item() if finite.numel() and half else 0.0
-    for name, actual, wanted in zip(("lse", "max_logits"), results[1:], expected[1:], strict=False):
-        known = rows & ~wanted.isnan()
-        assert_stats(actual[known], wanted[known], largest, dtype, name)
-    return "matched" if bool(rows.all()) else "safe"
 
 
 def _written_by_the_reference(call: HostileCall) -> list[HostileCall]:

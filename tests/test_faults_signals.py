@@ -172,6 +172,9 @@ def test_a_write_is_finished_first(quantised: bool) -> None:
         raise TimeoutError
 
     write(expected, expected_scales)
+    began = time.monotonic()
+    write(expected, expected_scales)
+    lasted = time.monotonic() - began
 
     def write_and_wait() -> None:
         write(kv_cache, kv_scales)
@@ -179,15 +182,17 @@ def test_a_write_is_finished_first(quantised: bool) -> None:
         signal.pause()
 
     ended: list[bool] = []
-    for _ in range(50):
+    hits = 0
+    for attempt in range(50):
         kv_cache.zero_()
         kv_scales.zero_()
         ended.clear()
-        with handled(handler, first_s=0.005), pytest.raises(TimeoutError):
+        with handled(handler, first_s=lasted * (attempt % 9 + 1) / 10), pytest.raises(TimeoutError):
             write_and_wait()
         if kv_cache.any() and not ended:  # else the signal came before the write or behind it
-            break
-    else:
-        pytest.fail("no signal came within a write")
-    assert_same(kv_cache, expected)
-    assert_same(kv_scales, expected_scales)
+            hits += 1
+            assert_same(kv_cache, expected)
+            assert_same(kv_scales, expected_scales)
+        if hits == 5:
+            return
+    pytest.fail(f"a signal came within a write {hits} times of 50")

@@ -16,7 +16,7 @@ from hostile_judge import judge, run, ways
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-from torch_paged.testing import AttentionCase, WriteCase, build
+from torch_paged.testing import AttentionCase, MergeCase, WriteCase, build
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -69,7 +69,18 @@ def writes_beside(call: HostileCall, way: str) -> Any:
 
 
 def adds_to_the_result(call: HostileCall, way: str) -> Any:
-    return run(call, way) + 1e-3
+    out, *statistics = run(call, way)
+    return (out + 1e-3, *statistics)
+
+
+def adds_a_little_to_lse(call: HostileCall, way: str) -> Any:
+    out, lse, max_logits = run(call, way)
+    return out, lse * 1.0001, max_logits
+
+
+def weighs_nothing(call: HostileCall, way: str) -> Any:
+    out, *statistics = run(call, way)
+    return (torch.where(out == 0, out, torch.inf), *statistics)
 
 
 def raises_of_another_kind(call: HostileCall, way: str) -> Any:
@@ -90,7 +101,8 @@ def does_nothing(call: HostileCall, way: str) -> None:
     """Neither compute nor write nor refuse."""
 
 
-DECODE, WRITE = AttentionCase("judged"), WriteCase("judged")
+DECODE, WRITE, MERGE = AttentionCase("judged"), WriteCase("judged"), MergeCase("judged")
+DECIDED, OPEN = {"softmax_scale": 1e4}, {"softmax_scale": 1e12}  # by one key; by what rounds its logits
 WILD = {"slot_mapping": torch.tensor([-2] + [-1] * 16)}
 
 
@@ -98,6 +110,10 @@ WILD = {"slot_mapping": torch.tensor([-2] + [-1] * 16)}
     ("case", "changes", "invoke", "says"),
     [
         (DECODE, {}, adds_to_the_result, "tolerance"),
+        (DECODE, DECIDED, adds_to_the_result, "tolerance"),
+        (DECODE, OPEN, adds_a_little_to_lse, "lse: .* values"),
+        (DECODE, OPEN, weighs_nothing, "out is not finite"),
+        (MERGE, {}, adds_to_the_result, "tolerance"),
         (DECODE, {}, writes_beside, "wrote 1 bytes"),
         (WRITE, {}, writes_beside, "1 bytes of a buffer"),
         (WRITE, {}, does_nothing, "bytes of a buffer"),
@@ -112,7 +128,7 @@ def test_the_judge_sees_what_is_wrong(case: Any, changes: dict[str, Any], invoke
     call = valid_call(case)
     call.arguments |= changes
     with pytest.raises(AssertionError, match=says):
-        judge(call, "op", invoke)
+        judge(call, "op, statistics" if case is DECODE else "op", invoke)
 
 
 def test_of_tokens_with_one_slot_one_is_the_last_writer() -> None:
