@@ -34,6 +34,17 @@ def _signs(x: Tensor, magnitude: float) -> None:
     x.copy_(torch.where(x.isnan(), x, (torch.sign(x.float()) * magnitude).to(x.dtype)))
 
 
+TOKEN, HEAD = 1, 3
+"""Of the row that may have other results."""
+
+
+def _assert_others(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    others = torch.ones(results[1].shape, dtype=torch.bool)
+    others[TOKEN, HEAD] = False
+    for actual, wanted in zip(results, expected, strict=True):
+        assert_same(actual[others], wanted[others])
+
+
 def _drops_subnormals(backend: Backend, dtype: torch.dtype) -> bool:
     """Return whether the products take subnormal operands for zero, as the bfloat16 instruction of AVX-512 does."""
     return backend.name == "cpu" and dtype == torch.bfloat16 and isa() == "avx512"
@@ -82,14 +93,21 @@ def test_an_infinite_query_spoils_its_own_rows(
     case = backend.served(replace(case, dtype=dtype))
     arguments = build(case)
     expected = backend(case.op, arguments, stats=True)
-    token, head, lane = 1, 3, 5
-    arguments["query"][token, head, lane] = bad
+    arguments["query"][TOKEN, HEAD, 5] = bad
     results = backend(case.op, arguments, stats=True)
-    assert results[0][token, head].isnan().all()
-    others = torch.ones(results[1].shape, dtype=torch.bool)
-    others[token, head] = False
-    for actual, wanted in zip(results, expected, strict=True):
-        assert_same(actual[others], wanted[others])
+    assert results[0][TOKEN, HEAD].isnan().all()
+    _assert_others(results, expected)
+
+
+@keys_and_queries
+@by_dtype
+def test_huge_logits_change_no_bits_of_other_rows(backend: Backend, case: AttentionCase, dtype: torch.dtype) -> None:
+    """Such logits are scaled otherwise; a scale that is no power of two shows how."""
+    case = backend.served(replace(case, dtype=dtype, softmax_scale=37.0))
+    arguments = build(case)
+    expected = backend(case.op, arguments, stats=True)
+    arguments["query"][TOKEN, HEAD] *= 1e4
+    _assert_others(backend(case.op, arguments, stats=True), expected)
 
 
 on_cpu = pytest.mark.parametrize("backend", [b for b in backends_here() if b.name == "cpu"], ids=lambda b: b.name)

@@ -36,12 +36,16 @@ TP_INLINE vf masked_logits(const LogitRule& rule, const RowSight& row, int count
   return top;
 }
 
-// Where a product times the scale less the maximum is rounded once, the largest key is not at 0: the maximum was
+// With FMA a product times the scale less the maximum is rounded once, and the largest key is not at 0: the maximum was
 // rounded before. From here on that could leave the range of exp, so products become logits first.
 constexpr float kLargeLogit = 0x1p20f;
 
-__attribute__((noinline, cold)) void scale_products(float* s, int count, float scale) {
-  for (int i = 0; i < count; i += W) storeu(s + i, loadu(s + i) * scale);
+// Products of a row become logits where its own are large; else, as beside such rows, logits less the maximum: a row's
+// bits do not depend on its neighbours.
+__attribute__((noinline, cold)) void scale_products(float* s, int count, float scale, bool large, float* base) {
+  const float less = large ? 0.0f : *base;
+  for (int i = 0; i < count; i += W) storeu(s + i, loadu(s + i) * scale - less);
+  if (!large) *base = 0.0f;
 }
 
 // Logits of RG rows and a block become probabilities, and each row's running max, sum and accumulator move to the new
@@ -67,15 +71,18 @@ TP_INLINE void softmax_rows(const LogitRule& rule, const RowSight* rows, int cou
   float block_max[RG];
   TP_UNROLL
   for (int g = 0; g < RG; ++g) block_max[g] = hmax(top[g]);
-  float factor = plain ? rule.scale : 1.0f;
-  if (plain) {
-    bool large = false;
-    TP_UNROLL
-    for (int g = 0; g < RG; ++g) large |= __builtin_fabsf(block_max[g]) > kLargeLogit;
-    if (__builtin_expect(large, false)) {
-      for (int g = 0; g < RG; ++g) scale_products(s + g * 64, count, factor);
-      factor = 1.0f;
-    }
+  float factor = plain ? rule.scale : 1.0f, base[RG];
+  bool large = false;
+  TP_UNROLL
+  for (int g = 0; g < RG; ++g) {
+    const float now = block_max[g] > max[g] ? block_max[g] : max[g];
+    base[g] = now == kNegInf ? 0.0f : now;
+    large |= plain && __builtin_fabsf(block_max[g]) > kLargeLogit;
+  }
+  if (__builtin_expect(large, false)) {
+    for (int g = 0; g < RG; ++g)
+      scale_products(s + g * 64, count, factor, __builtin_fabsf(block_max[g]) > kLargeLogit, base + g);
+    factor = 1.0f;
   }
   for (int g = 0; g < RG; ++g) {
     if (block_max[g] > max[g]) {
@@ -87,10 +94,9 @@ TP_INLINE void softmax_rows(const LogitRule& rule, const RowSight* rows, int cou
       }
       max[g] = block_max[g];
     }
-    const float base = max[g] == kNegInf ? 0.0f : max[g];
     vf total = loadu(sum + g * W);
     for (int i = 0; i < count; i += W) {
-      vf p = vexp(loadu(s + g * 64 + i) * factor - base);
+      vf p = vexp(loadu(s + g * 64 + i) * factor - base[g]);
       total = total + p;
       if (rule.value_scale) p = select_bits((uint32_t)(rows[g].bits >> i), p * loadu(rule.value_scale + i), vf{});
       storeu(s + g * 64 + i, p);

@@ -54,7 +54,8 @@ TP_INLINE void exponentiate(float* s, const vf* top, float factor, const float* 
     storeu(shrink + i * W, vexp(old - finite));  // exactly 1 where the maximum stays
   }
   if (factor != 1.0f && any_above(size, kLargeLogit)) {
-    for (int m = 0; m < MR; ++m) scale_products(s + m * 64 + begin, end - begin, factor);
+    for (int m = 0; m < MR; ++m)
+      scale_products(s + m * 64 + begin, end - begin, factor, __builtin_fabsf(base[m]) > kLargeLogit, base + m);
     factor = 1.0f;
   }
   vf total[MR];
