@@ -1,5 +1,6 @@
 """Whether the results of a hostile call that only reads are the reference's, as far as float32 can tell."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch_paged.testing import assert_close, assert_same, assert_stats, oracle,
 
 _LARGEST_NUMBER = 2.0**126  # that a kernel may meet on its way, so that the difference of two is in float32's range
 _LARGEST_LOGIT = 1e4  # beyond it float32 rounds logits so far that a weight says little
-_FLOAT32 = torch.finfo(torch.float32).eps
 
 
 def assert_read(op: str, arguments: dict[str, Any], results: Any) -> str:
@@ -42,15 +42,11 @@ def _one_nan(x: Tensor) -> Tensor:
 def _assert_merged(arguments: dict[str, Any], results: tuple[Tensor, ...]) -> str:
     outs, lses, sinks = arguments["outs"].double(), arguments["lses"], arguments["sinks"]
     expected, lse = reference.merge_attention_states(outs, lses, sinks, compute_dtype=torch.float64)
-    sizes, _ = reference.merge_attention_states(outs.abs(), lses, sinks, compute_dtype=torch.float64)
+    largest, without_sink = reference.merge_attention_states(outs.abs(), lses, compute_dtype=torch.float64)
     plain, _ = reference.merge_attention_states(**arguments)
-    top = lses.amax(0)
-    known = _known(results[0].dtype, expected, lse, top, sizes)
-    near = known & plain.isfinite().all(-1)
-    assert_close(results[0][near], expected[near], plain[near], _rounding(sizes[near], plain.dtype))
-    _assert_finite(results, known, top)
-    _assert_stats(results[1], lse, known)
-    return "matched" if bool(near.all()) else "safe"
+    rows = _Rows(expected, lse, lses.amax(0).double(), plain, largest, without_sink)
+    known = rows.known()
+    return rows.compare(results, known, known, torch.zeros_like(lse))
 
 
 def _assert_attention(op: str, arguments: dict[str, Any], results: tuple[Tensor, ...]) -> str:
@@ -61,70 +57,83 @@ def _assert_attention(op: str, arguments: dict[str, Any], results: tuple[Tensor,
     """
     expected, lse, top = oracle(op, arguments)
     plain = plain_attention(op, arguments)
-    sizes = oracle(op, _two_sided(arguments, values=torch.abs))[0]
-    products = _products(op, arguments)
-    nothing = top == float("-inf")
-    known = _known(plain.dtype, expected, lse, top, sizes)
-    known &= nothing | (torch.maximum(products, top.abs()) < _LARGEST_NUMBER)
-    numbers = (products + top.abs()).nan_to_num(neginf=0.0, posinf=0.0)
-    decided = (lse - top < 1e-12) & (4 * _FLOAT32 * numbers < 10)
-    near = known & plain.isfinite().all(-1) & (nothing | decided | (top.abs() <= _LARGEST_LOGIT))
-    assert_close(results[0][near], expected[near], plain[near], _rounding(sizes[near], plain.dtype))
-    _assert_finite(results, known, top)
-    rounded = numbers if plain.dtype != torch.float32 else numbers.masked_fill(near, 0.0)
-    for name, actual, wanted in zip(("lse", "max_logits"), results[1:], (lse, top), strict=False):
-        _assert_stats(actual, wanted, known, rounded, plain.dtype, name)
-    return "matched" if bool(near.all()) else "safe"
-
-
-def _known(dtype: torch.dtype, expected: Tensor, lse: Tensor, top: Tensor, sizes: Tensor) -> Tensor:
-    """Return the rows (T, H) whose sums are numbers of float32, and ``out`` one of its dtype.
-
-    Args:
-        dtype: of ``out``.
-        expected: ``out`` in float64.
-        lse: with the sinks.
-        top: the largest logit, or lse of the parts: the weights are sums of e to what others are below it.
-        sizes: what ``out`` would be of the values' sizes.
-    """
-    sums = (lse - top).exp()[..., None] * sizes
-    sums = torch.where(top[..., None] == float("-inf"), 0.0, sums)
-    rows = (expected.abs() <= torch.finfo(dtype).max).all(-1) & (sums < _LARGEST_NUMBER).all(-1)
-    # Beside keys a sink of NaN or inf spoils its rows.
-    return rows & ~top.isnan() & (top != float("inf")) & ((lse < float("inf")) | (top == float("-inf")))
-
-
-def _assert_stats(
-    actual: Tensor,
-    expected: Tensor,
-    rows: Tensor,
-    numbers: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    name: str = "lse",
-) -> None:
-    rows = rows & ~expected.isnan()  # a sink that is no number, where no key is
-    assert_stats(actual[rows], expected[rows], 0.0 if numbers is None else numbers[rows], dtype, name)
-
-
-def _assert_finite(results: tuple[Tensor, ...], rows: Tensor, top: Tensor) -> None:
-    for name, result in zip(("out", "lse", "max_logits"), results, strict=False):
-        assert result[rows & (top != float("-inf"))].isfinite().all(), f"{name} is not finite"
-
-
-def _rounding(sizes: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return what rounding the weights to a half precision may cost, where plain PyTorch's error was small by luck."""
-    return None if dtype == torch.float32 else torch.finfo(dtype).eps * sizes
-
-
-def _products(op: str, arguments: dict[str, Any]) -> Tensor:
-    """Return (T, H): the largest sum of sizes of a row's products with a key that it sees, scaled or not."""
-    options = {"softmax_scale": 1.0, "logits_soft_cap": 0.0, "alibi_slopes": None, "sinks": None}
-    sums = [
-        oracle(op, _two_sided(arguments, keys=torch.abs, scaled=scaled) | options | {"query": arguments["query"].abs()})
-        for scaled in (True, False)
-    ]
+    largest, without_sink, _ = oracle(op, _two_sided(arguments, values=torch.abs) | {"sinks": None})
+    rows = _Rows(expected, lse, top, plain, largest, without_sink)
     scale = arguments["softmax_scale"]
-    return torch.maximum(sums[0][2], sums[1][2]) * max(1.0, 0.0 if scale is None else abs(scale))
+    scale = arguments["query"].size(-1) ** -0.5 if scale is None else abs(scale)
+    products = _products(op, arguments)
+    stored = products if arguments["kv_scales"] is None else _products(op, arguments, scaled=False)
+    numbers = torch.maximum(torch.maximum(products, stored) * max(1.0, scale), top.abs())
+    known = rows.known() & (rows.nothing | (numbers < _LARGEST_NUMBER))
+    rounded = products * scale + top.abs()
+    decided = (lse - top < 1e-12) & (4 * torch.finfo(plain.dtype).eps * rounded < 10)
+    small = rows.nothing | (top.abs() <= _LARGEST_LOGIT)
+    tops = top[known & small & ~rows.nothing].abs()
+    usual = tops.max() if tops.numel() and plain.dtype != torch.float32 else torch.zeros(()).double()
+    return rows.compare(results, known, known & (small | decided), torch.where(small, usual, rounded))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What rows (T, H) of out are to be.
+
+    Attributes:
+        out: in float64.
+        lse: with the sinks.
+        top: the largest logit, or lse of the parts: weights are e to what others are below it.
+        plain: ``out`` by plain PyTorch.
+        largest: what ``out`` would be of the values' sizes and without sinks.
+        without_sink: lse without them.
+    """
+
+    out: Tensor
+    lse: Tensor
+    top: Tensor
+    plain: Tensor
+    largest: Tensor
+    without_sink: Tensor
+
+    @property
+    def nothing(self) -> Tensor:
+        """The rows that see no key."""
+        return self.top == float("-inf")
+
+    def _weighed(self, base: Tensor) -> Tensor:
+        """Return sums of the values' sizes, each times e to what its logit is above ``base``."""
+        sums = (self.without_sink - base).exp()[..., None] * self.largest
+        return torch.where(self.nothing[..., None], 0.0, sums)
+
+    def known(self) -> Tensor:
+        """Return the rows whose sums are numbers of float32, and ``out`` one of its dtype."""
+        rows = (self.out.abs() <= torch.finfo(self.plain.dtype).max).all(-1)
+        rows &= (self._weighed(self.top) < _LARGEST_NUMBER).all(-1)
+        # Beside keys a sink of NaN or inf spoils its rows.
+        return rows & ~self.top.isnan() & (self.top != float("inf")) & ((self.lse < float("inf")) | self.nothing)
+
+    def compare(self, results: tuple[Tensor, ...], known: Tensor, near: Tensor, logits: Tensor) -> str:
+        """Compare the results.
+
+        Args:
+            results: out, and perhaps lse, and perhaps max_logits.
+            known: the rows whose statistics are compared.
+            near: the rows of these of which ``out`` is compared.
+            logits: what the rounding of a row's statistics depends on.
+        """
+        near = near & self.plain.isfinite().all(-1)
+        assert (results[0][known & self.nothing] == 0).all(), "out of rows without keys is not 0"
+        assert results[0][known].isfinite().all(), "out is not finite"
+        assert_close(results[0][near], self.out[near], self.plain[near], self._weighed(self.lse)[near])
+        for name, actual, wanted in zip(("lse", "max_logits"), results[1:], (self.lse, self.top), strict=False):
+            rows = known & ~wanted.isnan()  # a sink that is no number, where no key is
+            assert_stats(actual[rows], wanted[rows], logits[rows], self.plain.dtype, name)
+        return "matched" if bool(near.all()) else "safe"
+
+
+def _products(op: str, arguments: dict[str, Any], scaled: bool = True) -> Tensor:
+    """Return (T, H): the largest sum of the sizes of a row's products with a key that it sees."""
+    options = {"softmax_scale": 1.0, "logits_soft_cap": 0.0, "alibi_slopes": None, "sinks": None}
+    given = _two_sided(arguments, keys=torch.abs, scaled=scaled)
+    return oracle(op, given | options | {"query": arguments["query"].abs()})[2]
 
 
 def _two_sided(arguments: dict[str, Any], keys: Any = None, values: Any = None, scaled: bool = True) -> dict[str, Any]:

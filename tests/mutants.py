@@ -143,7 +143,7 @@ MUTANTS = [
            "masked_logits(rule, rows[0], count"),
     Mutant("half of the lanes swapped", "rows.h", "i % 32 ? second : first", "i % 32 ? first : second"),
     Mutant("exp rounds its argument in base 2", "simd.h", "x - n * 0.693359375f + n * 2.12194440e-4f",
-           "(x * kLog2E - n) * 0.69314718f"),
+           "(x * kLog2E - n) * 0.69314718f", ("tests/test_faults_values.py",)),
     Mutant("e4m3 without NaN", "simd.h", " | (((magnitude + 1) << 7) & 0x4000)", "", CACHE),
     Mutant("quantisation rounds half up", "row_kernel.h", "((u >> kDrop) & 1u)", "1u", CACHE),
     Mutant("quantisation does not saturate", "row_kernel.h", "q > top ? top : q", "q", CACHE),

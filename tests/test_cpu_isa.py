@@ -73,20 +73,28 @@ def available(isa: str) -> bool:
     return NEEDED_FLAGS[isa] <= set(flags[1].split())
 
 
-def _run(code: str, isa: str) -> subprocess.CompletedProcess[str]:
+def _run(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = dict(os.environ, TORCH_PAGED_CPU_ISA=isa, OMP_NUM_THREADS="1")
     return subprocess.run(
-        [sys.executable, "-c", code, isa], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
 
 @pytest.mark.parametrize("isa", NEEDED_FLAGS)
 def test_forced(isa: str) -> None:
     if available(isa):
-        done = _run(CHECK, isa)
+        done = _run(isa, "-c", CHECK, isa)
         assert done.stdout.strip() == f"checked {isa}", done.stderr
     else:
         _assert_refused(isa)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in NEEDED_FLAGS if available(isa)])
+def test_values_at_the_ends_of_a_dtype(isa: str) -> None:
+    tests = Path(__file__).with_name("test_faults_values.py")
+    done = _run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests))
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
 
 
 def test_unknown_name_is_refused() -> None:
@@ -94,7 +102,7 @@ def test_unknown_name_is_refused() -> None:
 
 
 def _assert_refused(isa: str) -> None:
-    done = _run(ONE_CALL, isa)
+    done = _run(isa, "-c", ONE_CALL)
     assert done.returncode == 0, done.stderr
     sentence = done.stdout.strip()
     assert "TORCH_PAGED_CPU_ISA" in sentence

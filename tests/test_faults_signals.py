@@ -1,5 +1,6 @@
 """Signals that arrive in a long attention call: handlers run meanwhile, and what one raises ends the call."""
 
+import math
 import signal
 import threading
 import time
@@ -171,10 +172,11 @@ def test_a_write_is_finished_first(quantised: bool) -> None:
     def handler() -> None:
         raise TimeoutError
 
-    write(expected, expected_scales)
-    began = time.monotonic()
-    write(expected, expected_scales)
-    lasted = time.monotonic() - began
+    lasted = math.inf
+    for _ in range(5):
+        began = time.monotonic()
+        write(expected, expected_scales)
+        lasted = min(lasted, time.monotonic() - began)
 
     def write_and_wait() -> None:
         write(kv_cache, kv_scales)

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch_paged.backends.cpu.support import isa
 from torch_paged.testing import AttentionCase, MergeCase, assert_attention, assert_same, build
 from torch_paged.testing.backends import Backend, backends_here
+from torch_paged.testing.semantics.attend import sourced
+from torch_paged.testing.semantics.registry import SOURCES
 
 CASES = (
     AttentionCase("ends_decode", (100, 17, 1)),
@@ -111,6 +113,41 @@ def test_huge_logits_change_no_bits_of_other_rows(backend: Backend, case: Attent
 
 
 on_cpu = pytest.mark.parametrize("backend", [b for b in backends_here() if b.name == "cpu"], ids=lambda b: b.name)
+
+
+@on_cpu
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("largest", [0, 65])
+def test_keys_of_little_weight_are_weighed_as_exactly(backend: Backend, source: str, largest: int) -> None:
+    """Their values are so large that they are the result, however far a head's keys are below the largest.
+
+    The exponentials of accelerators are less exact.
+    """
+    heads = 8
+    case = AttentionCase("little", (80, 0, 95, 90), num_kv_heads=heads, group=1, softmax_scale=1.0)
+    case = sourced(case, source)
+    arguments = build(case)
+    distances = 10.0 * torch.arange(1, heads + 1)
+    arguments["query"] = torch.zeros_like(arguments["query"])
+    arguments["query"][..., 0] = 1
+    if source != "new":
+        cache = arguments["kv_cache"]
+        _weigh_little(cache[0].transpose(1, 2), cache[1].transpose(1, 2), distances)
+        size = cache.size(3)
+        blocks = arguments["block_tables"][arguments["context_lens"] > largest, largest // size].long()
+        cache[:, blocks, :, largest % size] = 0
+    if source in ("new", "both"):
+        _weigh_little(arguments["key"], arguments["value"], distances)
+    if source == "new":
+        for new in (arguments["key"], arguments["value"]):
+            new[arguments["cu_seqlens_k"][:-1].long() + largest] = 0
+    assert_attention(case.op, arguments, *backend(case.op, arguments, stats=True))
+
+
+def _weigh_little(keys: Tensor, values: Tensor, distances: Tensor) -> None:
+    """Set keys (..., KH, D) to logits of minus the heads' distances, and values so large that the products are not."""
+    keys.mul_(0)[..., 0].sub_(distances)
+    values.abs_().add_(1).mul_(distances.exp()[:, None])
 
 
 @on_cpu

@@ -70,17 +70,28 @@ def writes_beside(call: HostileCall, way: str) -> Any:
 
 def adds_to_the_result(call: HostileCall, way: str) -> Any:
     out, *statistics = run(call, way)
-    return (out + 1e-3, *statistics)
+    out[0] += 1e-3
+    return (out, *statistics)
 
 
 def adds_a_little_to_lse(call: HostileCall, way: str) -> Any:
-    out, lse, max_logits = run(call, way)
-    return out, lse * 1.0001, max_logits
+    out, lse, *statistics = run(call, way)
+    return (out, lse * 1.0001 + 0.2, *statistics)
 
 
 def weighs_nothing(call: HostileCall, way: str) -> Any:
     out, *statistics = run(call, way)
     return (torch.where(out == 0, out, torch.inf), *statistics)
+
+
+def sees_keys_where_none_are(call: HostileCall, way: str) -> Any:
+    out, lse, max_logits = run(call, way)
+    return out, lse.clamp(min=-1e30), max_logits
+
+
+def fills_rows_without_keys(call: HostileCall, way: str) -> Any:
+    out, *statistics = run(call, way)
+    return (torch.where(out == 0, 1e-7, out), *statistics)
 
 
 def raises_of_another_kind(call: HostileCall, way: str) -> Any:
@@ -101,8 +112,11 @@ def does_nothing(call: HostileCall, way: str) -> None:
     """Neither compute nor write nor refuse."""
 
 
-DECODE, WRITE, MERGE = AttentionCase("judged"), WriteCase("judged"), MergeCase("judged")
+DECODE, WRITE = AttentionCase("judged"), WriteCase("judged")
+STORED = AttentionCase("judged", dtype=torch.bfloat16, cache_dtype=torch.int8, scales_rank=4)
+MERGE = MergeCase("judged", sinks=True)
 DECIDED, OPEN = {"softmax_scale": 1e4}, {"softmax_scale": 1e12}  # by one key; by what rounds its logits
+SINKS = {"sinks": torch.full((8,), 1000.0)}
 WILD = {"slot_mapping": torch.tensor([-2] + [-1] * 16)}
 
 
@@ -113,7 +127,13 @@ WILD = {"slot_mapping": torch.tensor([-2] + [-1] * 16)}
         (DECODE, DECIDED, adds_to_the_result, "tolerance"),
         (DECODE, OPEN, adds_a_little_to_lse, "lse: .* values"),
         (DECODE, OPEN, weighs_nothing, "out is not finite"),
+        (DECODE, SINKS, adds_to_the_result, "tolerance"),
+        (DECODE, {}, sees_keys_where_none_are, "lse: 8 values"),
+        (DECODE, {}, fills_rows_without_keys, "rows without keys"),
+        (STORED, {}, adds_a_little_to_lse, "lse: .* values"),
         (MERGE, {}, adds_to_the_result, "tolerance"),
+        (MERGE, {}, adds_a_little_to_lse, "lse: .* values"),
+        (MERGE, SINKS, adds_to_the_result, "tolerance"),
         (DECODE, {}, writes_beside, "wrote 1 bytes"),
         (WRITE, {}, writes_beside, "1 bytes of a buffer"),
         (WRITE, {}, does_nothing, "bytes of a buffer"),
@@ -128,7 +148,7 @@ def test_the_judge_sees_what_is_wrong(case: Any, changes: dict[str, Any], invoke
     call = valid_call(case)
     call.arguments |= changes
     with pytest.raises(AssertionError, match=says):
-        judge(call, "op, statistics" if case is DECODE else "op", invoke)
+        judge(call, "op, statistics" if case.op == "paged_attention" else "op", invoke)
 
 
 def test_of_tokens_with_one_slot_one_is_the_last_writer() -> None:

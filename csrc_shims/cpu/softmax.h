@@ -40,8 +40,8 @@ TP_INLINE vf masked_logits(const LogitRule& rule, const RowSight& row, int count
 // rounded before. From here on that could leave the range of exp, so products become logits first.
 constexpr float kLargeLogit = 0x1p20f;
 
-// Products of a row become logits where its own are large; else, as beside such rows, logits less the maximum: a row's
-// bits do not depend on its neighbours.
+// Products of a row become logits where its own are large; else, beside such rows, logits less the maximum: the same
+// bits as without them.
 __attribute__((noinline, cold)) void scale_products(float* s, int count, float scale, bool large, float* base) {
   const float less = large ? 0.0f : *base;
   for (int i = 0; i < count; i += W) storeu(s + i, loadu(s + i) * scale - less);

@@ -3,7 +3,10 @@
 Attention: ``max error <= 2 x max error of plain PyTorch in the same dtype + 1 ulp of the dtype x max |reference| +
 1e-6``, both errors against the reference in float64. Plain PyTorch is the reference with its matrix products in the
 query dtype.
-Statistics: ``1e-4 + 1e-5 x |reference|``, plus one ulp of the largest logit where the products are in a half precision.
+Of few results plain PyTorch's error may be small by luck: where the caller knows what the result would be of the sizes
+of the values, one ulp of that is allowed in a half precision, which is what rounding every weight may cost.
+Statistics: ``1e-4 + 1e-5 x |reference|``, plus one ulp of the largest logit where the products are in a half precision;
+infinities exactly.
 Two float64 computations: 1e-12. A quantised cache is read by the reference as it is stored. Whatever only moves or
 rounds bytes must be the same bits.
 """
@@ -84,10 +87,10 @@ def assert_merged(arguments: dict[str, Any], out: Tensor, lse: Tensor) -> None:
     assert_stats(lse, expected_lse)
 
 
-def assert_close(actual: Tensor, expected: Tensor, plain: Tensor, least: Tensor | None = None) -> None:
+def assert_close(actual: Tensor, expected: Tensor, plain: Tensor, sizes: Tensor | None = None) -> None:
     """Assert the rule for any result: ``expected`` is in float64, ``plain`` is plain PyTorch in ``actual.dtype``.
 
-    ``least``: errors that are always allowed, for results so few that the error of plain PyTorch may be small by luck.
+    ``sizes``: what ``expected`` would be of the values' sizes, for results of few rows.
     """
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert plain.dtype == actual.dtype, f"plain PyTorch ran in {plain.dtype}, the result is {actual.dtype}"
@@ -96,8 +99,8 @@ def assert_close(actual: Tensor, expected: Tensor, plain: Tensor, least: Tensor 
     error = (actual.double() - expected).abs()
     ulp = torch.finfo(actual.dtype).eps * expected.abs().max()
     tolerance = (2 * (plain.double() - expected).abs().max() + ulp + 1e-6).expand_as(error)
-    if least is not None:
-        tolerance = tolerance.maximum(least)
+    if sizes is not None and actual.dtype in _HALF:
+        tolerance = tolerance.maximum(torch.finfo(actual.dtype).eps * sizes)
     worst = (error.nan_to_num(nan=float("inf")) - tolerance).argmax()
     assert error.flatten()[worst] <= tolerance.flatten()[worst], (
         f"error {error.flatten()[worst]:.3g} > tolerance {tolerance.flatten()[worst]:.3g} at "
@@ -113,11 +116,11 @@ def assert_stats(
     dtype: torch.dtype = torch.float32,
     name: str = "lse",
 ) -> None:
-    """Assert the rule for lse and max_logits; infinities must agree exactly."""
+    """Assert the rule for lse and max_logits; ``largest_logit`` may be one for each value."""
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     tolerance = 1e-4 + 1e-5 * expected.abs() + torch.finfo(dtype).eps * largest_logit
     error = (actual.double() - expected).abs()
-    bad = ~((actual == expected) | (error <= tolerance))
+    bad = ~((actual == expected) | (expected.isfinite() & (error <= tolerance)))
     assert not bad.any(), (
         f"{name}: {int(bad.sum())} values outside the rule, the first at {tuple(bad.nonzero()[0].tolist())}: "
         f"{actual[bad][0]:.6g}, expected {expected[bad][0]:.6g}"

@@ -120,35 +120,3 @@ def what_logits_have_in_common_costs_no_accuracy(
             keys[..., 0] = 1
             keys[..., 1] = keys[..., 1].float().round().clamp(-8, 8).to(keys.dtype)
     assert_attention(case.op, arguments, *backend(case.op, arguments, stats=True))
-
-
-@check(10, SOURCES, dtypes=FLOATS[:1], largest=(0, 65))
-def keys_of_little_weight_are_weighed_as_exactly(
-    backend: Backend, dtype: torch.dtype, source: str, largest: int
-) -> None:
-    """Their values are so large that they are the result, whatever the heads' distance from the key of most weight."""
-    heads = 8
-    case = AttentionCase("little", (80, 0, 95, 90), num_kv_heads=heads, group=1, dtype=dtype, softmax_scale=1.0)
-    case = backend.served(sourced(case, source))
-    arguments = build(case)
-    distances = 10.0 * torch.arange(1, heads + 1)
-    arguments["query"] = torch.zeros_like(arguments["query"])
-    arguments["query"][..., 0] = 1
-    cache, tables = arguments["kv_cache"], arguments["block_tables"]
-    if source != "new":
-        _weigh_little(cache[0].transpose(1, 2), cache[1].transpose(1, 2), distances)
-        size = cache.size(3)
-        blocks = tables[arguments["context_lens"] > largest, largest // size].long()
-        cache[:, blocks, :, largest % size] = 0
-    if source in ("new", "both"):
-        _weigh_little(arguments["key"], arguments["value"], distances)
-    if source == "new":
-        for new in (arguments["key"], arguments["value"]):
-            new[arguments["cu_seqlens_k"][:-1].long() + largest] = 0
-    assert_attention(case.op, arguments, *backend(case.op, arguments, stats=True))
-
-
-def _weigh_little(keys: Tensor, values: Tensor, distances: Tensor) -> None:
-    """Set keys (..., KH, D) to logits of minus the heads' distances, and values so large that the products are not."""
-    keys.mul_(0)[..., 0].sub_(distances)
-    values.abs_().add_(1).mul_(distances.exp()[:, None])
