@@ -25,7 +25,7 @@ TPU := TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(WITHOUT_TPU) $(KEPT) $(TPU_VENV)/bin/py
 TORCHES ?= 2.9.0 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0
 # What depends on torch: the registration, the dispatcher, the compiler, the ops, exceptions and signals.
 WITH_TORCH = $(OPS:%=tests/test_%.py) $(patsubst %,tests/test_%.py,schema autograd fake dispatch bad_input compile \
-  semantics determinism faults_signals faults_threads faults_memory faults_values zero_sizes cache_layouts)
+  semantics determinism faults_signals faults_threads faults_memory faults_values fuzz zero_sizes cache_layouts)
 TRANSFORMERS ?= 5.23.0 5.6.0 4.57.6
 SMALL_OPS := reshape_and_cache quantize_and_cache copy_blocks gather_cache merge_attention_states
 OPS := paged_attention flash_attn_varlen $(SMALL_OPS)
