@@ -60,6 +60,16 @@ def test_a_part_of_little_weight_is_weighed_as_exactly(backend: Backend) -> None
         assert_merged(arguments, *backend("merge_attention_states", arguments))
 
 
+def test_parts_of_the_same_lse_weigh_alike_however_large_it_is(backend: Backend) -> None:
+    """The logarithm of their number is lost beside it."""
+    arguments = build(MergeCase("huge", parts=4))
+    arguments["lses"][:] = 1e20
+    for each in (backend, REFERENCE):
+        out, lse = each("merge_attention_states", arguments)
+        assert_close(out, arguments["outs"].double().mean(0), arguments["outs"].mean(0))
+        assert (lse == 1e20).all()
+
+
 def test_large_lse_does_not_overflow(backend: Backend) -> None:
     arguments = build(MergeCase("large"))
     arguments["lses"] += 1e4

@@ -256,7 +256,7 @@ def merge_attention_states(
     lses = lses.to(compute_dtype)
     terms = lses if sinks is None else torch.cat([lses, sinks.to(compute_dtype).expand_as(lses[:1])])
     lse = terms.logsumexp(0)
-    weights = (lses - lse).exp()[..., None]  # (P, T, H, 1)
+    weights = terms.softmax(0)[: lses.size(0), ..., None]  # not exp(lses - lse): a large lse is rounded too far
     out = torch.where(lses[..., None] == float("-inf"), 0, weights * outs.to(compute_dtype)).sum(0)
     return out.to(outs.dtype), lse
 
