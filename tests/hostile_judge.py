@@ -234,8 +234,11 @@ def _assert_written(call: HostileCall, possible: list[HostileCall]) -> None:
 
 def _rows(call: HostileCall) -> Tensor:
     """Return the bytes of every row of the cache, with those of its scale where each row has one."""
-    cache, scales = call.arguments["kv_cache"], call.arguments["kv_scales"]
-    rows = cache.contiguous().view(torch.uint8)
+    rows = _bytes(call.arguments["kv_cache"])
     return (
-        torch.cat([rows, scales[..., None].contiguous().view(torch.uint8)], -1) if "kv_scales" in call.written else rows
+        torch.cat([rows, _bytes(call.arguments["kv_scales"][..., None])], -1) if "kv_scales" in call.written else rows
     )
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # contiguous() keeps odd strides of size 1

@@ -151,6 +151,15 @@ def test_the_judge_sees_what_is_wrong(case: Any, changes: dict[str, Any], invoke
         judge(call, "op, statistics" if case.op == "paged_attention" else "op", invoke)
 
 
+def test_tokens_with_one_slot_in_rows_of_one_lane() -> None:
+    """The stride of a size 1 says nothing."""
+    call = valid_call(WriteCase("thin", head_dim=1, dtype=torch.bfloat16))
+    cache = call.arguments["kv_cache"]
+    call.arguments["kv_cache"] = cache.as_strided(cache.shape, (*cache.stride()[:-1], 4))
+    call.arguments["slot_mapping"][5:9] = call.arguments["slot_mapping"][4].item()
+    assert judge(call, "op") == "matched"
+
+
 def test_of_tokens_with_one_slot_one_is_the_last_writer() -> None:
     call = valid_call(WRITE)
     call.arguments["slot_mapping"][5:9] = call.arguments["slot_mapping"][4].item()
