@@ -90,7 +90,7 @@ def judge(call: HostileCall, way: str, invoke: Callable[[HostileCall, str], Any]
     if computed_nothing or not call.written:
         _assert_untouched(call, before, "is not to write")
         _assert_shapes(call, way, results)
-        return "matched" if computed_nothing else assert_read(call.op, _copy(call).arguments, results)
+        return "matched" if computed_nothing else assert_read(call.op, _copy(call).arguments, _tuple(results))
     if call.overlapping:
         _assert_guards(call)
         return "safe"

@@ -1,5 +1,6 @@
 """Whether the results of a hostile call that only reads are the reference's, as far as float32 can tell."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ _LARGEST_NUMBER = 2.0**126  # that a kernel may meet on its way, so that the dif
 _LARGEST_LOGIT = 1e4  # beyond it float32 rounds logits so far that a weight says little
 
 
-def assert_read(op: str, arguments: dict[str, Any], results: Any) -> str:
+def assert_read(op: str, arguments: dict[str, Any], results: tuple[Tensor, ...]) -> str:
     """Compare the results with those of the reference.
 
     Returns:
@@ -31,7 +32,7 @@ def assert_read(op: str, arguments: dict[str, Any], results: Any) -> str:
     scales = arguments["kv_scales"]
     if scales is not None and scales.dim() == 4 and bool((scales <= 0).any()):
         return "safe"  # the only scales that nothing checks: what such a one makes of its tokens is unspecified
-    return _assert_attention(op, arguments, results if isinstance(results, tuple) else (results,))
+    return _assert_attention(op, arguments, results)
 
 
 def _one_nan(x: Tensor) -> Tensor:
@@ -136,9 +137,13 @@ def _products(op: str, arguments: dict[str, Any], scaled: bool = True) -> Tensor
     return oracle(op, given | options | {"query": arguments["query"].abs()})[2]
 
 
-def _two_sided(arguments: dict[str, Any], keys: Any = None, values: Any = None, scaled: bool = True) -> dict[str, Any]:
+def _two_sided(
+    arguments: dict[str, Any],
+    keys: Callable[[Tensor], Tensor] = torch.positive,
+    values: Callable[[Tensor], Tensor] = torch.positive,
+    scaled: bool = True,
+) -> dict[str, Any]:
     """Return arguments with keys and values in float64 and apart, to which functions are applied."""
-    keys, values = keys or torch.clone, values or torch.clone
     changed = dict(arguments, kv_scales=None)
     cache, scales = arguments["kv_cache"], arguments["kv_scales"]
     if cache is not None:
